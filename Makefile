@@ -1,0 +1,51 @@
+# Everything happens in .venv, which the first target that needs it creates.
+# A stamp per set of extras records what is installed, so a repeated target goes straight to work.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.NOTPARALLEL:
+.PHONY: demo test lint types docs notebooks clean
+
+demo: $(VENV)/.demo  ## train a small network and watch its flatness
+	$(BIN)/python -m lightning_flatness
+
+test: $(VENV)/.dev  ## the whole suite, one torch thread in each of two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+ifeq ($(NOTEBOOKS),)
+notebooks:
+	@echo "notebooks: there are none yet"
+else
+notebooks: $(VENV)/.dev $(VENV)/.notebooks
+	$(BIN)/python -m pytest --nbmake $(NOTEBOOKS)
+endif
+
+clean:
+	rm -rf $(VENV) site dist flatness-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: EXTRAS := tensorboard,examples
+$(VENV)/.dev: EXTRAS := dev
+$(VENV)/.docs: EXTRAS := docs
+$(VENV)/.notebooks: EXTRAS := notebooks
+
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.notebooks: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@

@@ -1,0 +1,19 @@
+"""Exact flatness of convolutional networks, watched while they train."""
+
+from lightning_flatness.callback import FlatnessMonitor
+from lightning_flatness.factors import TailFactors
+from lightning_flatness.measure import FlatnessReport, measure
+from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
+from lightning_flatness.tap import Tap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlatnessMonitor",
+    "FlatnessReport",
+    "NonFiniteError",
+    "TailFactors",
+    "Tap",
+    "UnsupportedTailError",
+    "measure",
+]

@@ -1,0 +1,6 @@
+"""`python -m lightning_flatness`: the demo."""
+
+from lightning_flatness.demo import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,223 @@
+"""Certifies that the closed form is exact for a recorded tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.functional import ConvGeometry, patches
+from lightning_flatness.tail import NonFiniteError, Recording, bias_of, refusal
+from lightning_flatness.tape import Operation, TapeError, is_low_precision, raised
+
+_PIECEWISE_LINEAR = frozenset(
+    "relu leaky_relu hardtanh relu6 clamp clamp_min clamp_max threshold prelu _prelu_kernel abs "
+    "add sub rsub neg mean sum amax amin cat stack "
+    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d mkldnn_adaptive_avg_pool2d "
+    "batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit_no_training "
+    "view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t expand contiguous "
+    "clone _to_copy to alias detach copy slice select split split_with_sizes chunk narrow unbind index_select "
+    "channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle dropout feature_dropout "
+    "constant_pad_nd pad".split()
+)
+
+
+# Curved, but what they connect does not depend on the values.
+_POINTWISE = frozenset(
+    "silu gelu hardswish hardsigmoid sigmoid tanh mish elu celu selu softplus softsign log_sigmoid_forward "
+    "exp expm1 log log1p sqrt rsqrt pow square reciprocal sin cos erf softshrink hardshrink".split()
+)
+# Piecewise linear as long as one of their factors alone belongs to the tail.
+_OF_ONE_FACTOR = frozenset("mul mm addmm linear convolution maximum minimum max min where".split())
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was found to hold for a tail: which feature each filter feeds, and whether the tail is curved."""
+
+    signature: tuple[Any, ...]
+    root: int  # which call of the convolution
+    channels: Tensor  # (k,)
+    silent: Tensor | None  # filters that reach no feature, (k,); None if there are none
+    curved: bool
+    fixed: bool  # whether what depends on what is the same for all values; if not, certify every batch
+
+
+def certify(recording: Recording, generic: bool = True) -> Certificate:
+    """Certify that feature `p_pi(k)` depends on the map `z_k` alone, and position by position if curved.
+
+    The tail is repeated and differentiated with random cotangents: `d(r p) / dz_k` must equal
+    `r_pi(k) dp / dz_k` for every filter, position and sample. The weights are checked against what the
+    modules really computed.
+
+    Args:
+        recording: of one forward pass.
+        generic: certify at a random point, where every activation is alive; False: at the recorded values.
+
+    Raises:
+        UnsupportedTailError: if any of it does not hold; the message has the path and the step.
+    """
+    try:
+        _check_modules(recording)
+        return _certified(recording, torch.Generator().manual_seed(0), generic)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # TapeError, or an operation without a derivative
+        raise refusal(recording, str(error)) from error
+
+
+def _certified(recording: Recording, generator: torch.Generator, generic: bool) -> Certificate:
+    points = recorded_points(recording)
+    if generic:
+        points = {slot: _generic_point(point.detach(), generator) for slot, point in points.items()}
+    features = replayed_features(recording, points)
+    gradients = torch.autograd.grad(features.sum(), list(points.values()), retain_graph=True, allow_unused=True)
+    used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    if len(used) != 1:
+        raise refusal(recording, f"{len(used)} calls of `{recording.layer}` reach the classifier in one forward pass")
+    point = list(points.values())[used[0]]
+    channels, silent = _channel_map(features, point, generator)
+    if channels is None:
+        raise refusal(recording, _breaking_step(recording, used[0]))
+    operations = recording.tape.operations[: recording.classifier.end]
+    curved = not all(map(_is_piecewise_linear, operations))
+    if curved and not _acts_by_position(features, point, generator):
+        raise refusal(recording, "a curved activation acts on several positions of a map at once")
+    fixed = all(_is_piecewise_linear(step) or step.name.rstrip("_") in _POINTWISE for step in operations)
+    return Certificate(recording.signature, used[0], channels, silent if silent.any() else None, curved, fixed)
+
+
+def replayed_features(recording: Recording, points: dict[int, Tensor]) -> Tensor:
+    """Return the classifier's input, shape (n, j), as a function of the roots."""
+    call = recording.classifier
+    slot = recording.tape.slot(call.inputs)
+    if slot is None:
+        raise TapeError(recording.tape.failure or "the classifier's input does not depend on the convolution")
+    if len(call.inputs) != len(next(iter(points.values()))):
+        raise TapeError("the batch is folded between the convolution and the classifier")
+    features = recording.tape.replay(points, call.end)[slot]
+    if features.shape[2:].numel() != 1:
+        raise TapeError(f"the classifier's input must have shape (n, features), got {tuple(features.shape)}")
+    return features.flatten(1)
+
+
+def recorded_points(recording: Recording) -> dict[int, Tensor]:
+    """Return the recorded value of each root by its slot, fit to differentiate by."""
+    tape = recording.tape
+    return {slot: raised(tape.value(constant)).requires_grad_() for slot, constant, _ in recording.roots}
+
+
+def _generic_point(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Return `value` shaken over three decades around its own spread, so that every activation is alive."""
+    spread = (value.flatten(2).std((0, 2)) if value[:, 0].numel() > 1 else value.abs().flatten()).mean()
+    sign, decade = torch.rand((2, *value.shape), generator=generator, dtype=torch.float64)
+    shake = ((sign - 0.5).sign() * 10 ** (3 * decade - 1)).to(value)
+    return (value + torch.where(spread > 0, spread, 1.0) * shake).requires_grad_()
+
+
+def _scaled(candidate: Tensor, reference: Tensor) -> bool:
+    """Return whether two tensors agree up to rounding."""
+    eps = torch.finfo(reference.dtype).eps
+    bound = 1e4 * eps * reference.abs() + 1e2 * eps * reference.abs().max()
+    return bool(((candidate - reference).abs() <= bound).all())
+
+
+def _channel_map(output: Tensor, point: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor]:
+    """Return which channel of `output` each channel of `point` feeds, None if it is not one, and the silent ones."""
+    n, channels = output.shape[:2]
+    dims = [1] * (output.dim() - 2)
+    weight, by_sample = (
+        torch.rand(shape, generator=generator, dtype=torch.float64).to(output) + 0.5
+        for shape in (output.shape, (n, 1, *dims))
+    )
+
+    def pulled_back(code: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(output, point, weight * code, retain_graph=True)
+        return gradient.flatten(2)
+
+    ones = pulled_back(torch.ones_like(output))
+    silent = (ones == 0).all(2).all(0)
+    numbers = torch.randperm(channels, generator=generator)
+    coded = pulled_back((numbers + 1).to(output).reshape(1, -1, *dims))
+    ratio = (coded * ones).sum((0, 2)) / ones.square().sum((0, 2)).clamp_min(torch.finfo(ones.dtype).tiny)
+    index = (ratio.nan_to_num().round().long() - 1).clamp(0, channels - 1)
+    found = numbers.argsort().to(point.device)[index]
+    code = torch.randn(channels, generator=generator, dtype=torch.float64).to(output)
+    expected = by_sample.reshape(n, 1, 1) * code[found].reshape(1, -1, 1) * ones
+    honest = _scaled(pulled_back(code.reshape(1, -1, *dims) * by_sample), expected)
+    injective = found[~silent].unique().numel() == int((~silent).sum())
+    return (found if honest and injective else None), silent
+
+
+def _acts_by_position(features: Tensor, point: Tensor, generator: torch.Generator) -> bool:
+    (slope,) = torch.autograd.grad(features.sum(), point, create_graph=True)
+    if not slope.requires_grad:
+        return True
+    direction = torch.rand(point.shape, generator=generator, dtype=torch.float64).to(point) + 0.5
+    (ones,) = torch.autograd.grad(slope.sum(), point, retain_graph=True, materialize_grads=True)
+    (turned,) = torch.autograd.grad((slope * direction).sum(), point, materialize_grads=True)
+    return _scaled(turned, direction * ones)
+
+
+def _is_piecewise_linear(operation: Operation) -> bool:
+    name = operation.name.rstrip("_")
+    if name in _OF_ONE_FACTOR:
+        return len(operation.slots) == 1
+    return operation.depends_on_first_alone if name == "div" else name in _PIECEWISE_LINEAR
+
+
+def _breaking_step(recording: Recording, used: int) -> str:
+    """Name the first step after which a channel no longer depends on one filter alone."""
+    generator = torch.Generator().manual_seed(1)
+    slot = recording.roots[used][0]
+    for end, operation in enumerate(recording.tape.operations[: recording.classifier.end], start=1):
+        points = {s: _generic_point(p.detach(), generator) for s, p in recorded_points(recording).items()}
+        outputs = recording.tape.replay(points, end)
+        for result in operation.results:
+            output = outputs[result]
+            if not output.requires_grad or output.dim() < 2 or len(output) != len(points[slot]):
+                continue
+            if _channel_map(output, points[slot], generator)[0] is None:
+                return f"step {end}, `{operation.name}`, mixes them (its output has shape {tuple(output.shape)})"
+    return "the steps after it mix filters"
+
+
+def _check_modules(recording: Recording) -> None:
+    """Check that the convolution and the classifier computed what their weights say."""
+    tape, call = recording.tape, recording.classifier
+    _, z, inputs = recording.roots[0]
+    for what, value in ((f"the output of `{recording.layer}`", tape.value(z)), ("the logits", call.output)):
+        if broken := int(value.flatten(1).isnan().any(1).sum()):
+            raise NonFiniteError(f"A measurement needs numbers; {what} is NaN in {broken} of {len(value)} samples.")
+    geometry = ConvGeometry.of(recording.convolution)
+    rows = patches(raised(tape.value(inputs)[:2]), geometry).to(recording.weight.dtype)
+    filters = recording.weight.unflatten(0, (geometry.groups, -1))
+    observed = tape.value(z)[:2].flatten(2)
+    computed = (filters @ rows.mT).flatten(1, 2) + bias_of(recording.convolution).unsqueeze(-1)
+    if not _same(computed, observed):
+        raise refusal(recording, f"`{recording.layer}` does more than convolve with its `weight`")
+    if recording.has_head:
+        features = raised(call.inputs.detach()).flatten(1)
+        if not _same(features @ recording.head.mT + recording.head_bias, call.output):
+            raise refusal(recording, f"`{call.name}` does more than multiply by its `weight`")
+
+
+def _same(computed: Tensor, observed: Tensor) -> bool:
+    """Return whether two results agree within the rounding of the observed one's arithmetic."""
+    tolerance = (
+        0.05
+        if is_low_precision(observed)
+        else 1e-9
+        if observed.dtype == torch.float64
+        else 1e-2
+        if observed.is_cuda
+        else 1e-3
+    )
+    finite = observed.isfinite()
+    difference = (computed.to(observed.dtype) - observed).abs()[finite]
+    return difference.numel() == 0 or bool(difference.max() <= tolerance * observed[finite].abs().max())

@@ -1,0 +1,238 @@
+"""The demo: trains a small network on real digits and shows the flatness of its last convolution."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn, SupportsFloat
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from lightning_flatness.callback import FlatnessMonitor
+from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
+from lightning_flatness.figures import flatness_curves
+
+_LOGGERS = ("tensorboard", "csv", "wandb")
+
+# Package to import -> extra that installs it.
+_EXTRAS = {"sklearn": "examples", "matplotlib": "plots", "tensorboard": "tensorboard", "wandb": "wandb"}
+
+# Key -> heading and number format of its column.
+_COLUMNS = {
+    "epoch": ("epoch", "d"),
+    "val_accuracy": ("validation accuracy", ".2%"),
+    "flatness/relative": ("relative flatness", "#.4g"),
+    "flatness/trace": ("Hessian trace", "#.4g"),
+    "margin/mean": ("mean margin", ".3f"),
+}
+
+# Lightning's and torch's own remarks on this small run; everything else is shown.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*logs directory .* exists and is not empty.*",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo: trains, prints a table of what was measured, and saves logs and a picture of the curves.
+
+    Args:
+        argv: Command-line arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit status 0.
+
+    Raises:
+        SystemExit: With status 2 and one line on stderr if an argument is wrong, the output folder cannot be
+            written, or a package is missing.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    names = [name for name in _LOGGERS if name in (arguments.logger or ["tensorboard", "csv"])]
+    try:
+        _require(["sklearn", "matplotlib", *(name for name in names if name != "csv")])
+        run = _new_run(arguments.output)
+    except ModuleNotFoundError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--output must be a folder that can be written: got {error.filename} ({error.strerror})")
+
+    with _quiet(), _one_thread():
+        history = _train(arguments.epochs, arguments.seed, [_logger(name, run) for name in names])
+    flatness_curves(history).savefig(run / "curves.png")
+
+    print(f"\n{_table(history)}\n\nLower is flatter.\n")
+    print(f"Picture      {run / 'curves.png'}")
+    if "csv" in names:
+        print(f"CSV          {run / 'metrics.csv'}")
+    if "tensorboard" in names:
+        print(f"TensorBoard  tensorboard --logdir {arguments.output}")
+    if "wandb" in names:
+        print(f"W&B          wandb sync {run / 'wandb' / 'latest-run'}")
+    return 0
+
+
+class _History(L.Callback):
+    """Keeps what the Trainer has logged by the end of each validation."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {key: [] for key in _COLUMNS}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        logged: dict[str, SupportsFloat] = {**trainer.callback_metrics, "epoch": trainer.current_epoch}
+        for key, series in self.values.items():
+            series.append(float(logged.get(key, math.nan)))
+
+
+def _train(epochs: int, seed: int, loggers: list[Logger]) -> dict[str, list[float]]:
+    """Trains the network and returns the columns of the table, one value per validation."""
+    L.seed_everything(seed, verbose=False)
+    model, data, history = DigitsClassifier(), DigitsDataModule(seed), _History()
+    print(f"Residual GAP network, {sum(p.numel() for p in model.parameters()):,} parameters, on 1,797 digits.")
+    trainer = L.Trainer(
+        accelerator="cpu",  # so small a network gains nothing from a GPU
+        max_epochs=epochs,
+        logger=loggers,
+        callbacks=[FlatnessMonitor(), history, TQDMProgressBar(refresh_rate=10)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+    )
+    trainer.fit(model, datamodule=data)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+    return history.values
+
+
+def _table(history: dict[str, list[float]]) -> str:
+    """Aligned columns, one row per validation."""
+    columns = []
+    for key, (heading, number) in _COLUMNS.items():
+        cells = [format(int(v) if number == "d" else v, number).rstrip(".") for v in history[key]]
+        width = max(map(len, [heading, *cells]))
+        columns.append([heading.rjust(width), "-" * width, *(cell.rjust(width) for cell in cells)])
+    return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
+
+
+def _logger(name: str, run: Path) -> Logger:
+    """The Lightning logger of that name, writing into the folder of the run."""
+    if name == "tensorboard":
+        return TensorBoardLogger(run, name="", version="")
+    if name == "csv":
+        return CSVLogger(run, name="", version="")
+    settings = {"silent": True}
+    return WandbLogger(project="lightning-flatness-demo", name=run.name, save_dir=run, offline=True, settings=settings)
+
+
+def _require(packages: Sequence[str]) -> None:
+    """Raises ModuleNotFoundError for the first package that is missing."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"the demo needs {package}, which is not installed: "
+                f"install it with `pip install lightning-flatness[{_EXTRAS[package]}]`"
+            )
+
+
+def _new_run(output: Path) -> Path:
+    """Creates the next free folder `run-1`, `run-2`, ... so that no run overwrites another."""
+    number = 1
+    while (output / f"run-{number}").exists():
+        number += 1
+    run = output / f"run-{number}"
+    run.mkdir(parents=True)
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Lightning's tips and its remarks on this small run off the screen, and nothing else."""
+    lightning = logging.getLogger("lightning.pytorch")
+    level = lightning.level
+    lightning.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        lightning.setLevel(level)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Computes on one thread: no slower for so small a network, and much faster where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line of the demo."""
+    parser = _Parser(prog="python -m lightning_flatness", description=__doc__)
+    parser.add_argument(
+        "--epochs",
+        type=partial(_whole_number, least=1),
+        default=20,
+        help="training epochs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=partial(_whole_number, least=0),
+        default=0,
+        help="seed of data and weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("flatness-demo"),
+        help="folder of logs and picture (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--logger",
+        type=_logger_names,
+        action="extend",
+        help=f"any of {', '.join(_LOGGERS)} (offline); repeat or join by commas (default: tensorboard,csv)",
+    )
+    return parser
+
+
+def _whole_number(text: str, least: int) -> int:
+    """A whole number of at most 32 bits, the range of a seed."""
+    most = 2**32 - 1
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}: got {text!r}")
+    return int(text)
+
+
+def _logger_names(text: str) -> list[str]:
+    """Names of loggers, joined by commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in _LOGGERS:
+            raise argparse.ArgumentTypeError(f"must be any of {', '.join(_LOGGERS)}: got {name!r}")
+    return names

@@ -1,0 +1,160 @@
+"""Measures a model on batches of data, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_flatness.batch import batch_inputs, batch_targets
+from lightning_flatness.factors import TailFactors
+from lightning_flatness.tail import NonFiniteError
+from lightning_flatness.tap import Tap
+
+_QUANTITIES = ("relative_flatness", "hessian_trace", "confidence", "output_margin")
+
+
+@dataclass(frozen=True)
+class FlatnessReport:
+    """Exact flatness of one convolution on a set of samples; lower is flatter.
+
+    Attributes:
+        layer: name of the convolution.
+        classifier: name of the classifier; the network's own name where the convolution is the classifier.
+        n_samples: number of samples.
+        relative_flatness: mean over samples, see `functional.relative_flatness`.
+        hessian_trace: mean over samples, see `functional.hessian_trace`.
+        confidence: mean of `1 - |S|^2`, see `functional.confidence`.
+        margins: statistics of the signed output margins.
+        samples: per-sample values by name, shape (n,), if they were asked for.
+        method: `"gap"`, the closed form under global pooling.
+        exact: whether the numbers are exact; True for `"gap"`, which refuses what it cannot do exactly.
+    """
+
+    layer: str
+    classifier: str
+    n_samples: int
+    relative_flatness: float
+    hessian_trace: float
+    confidence: float
+    margins: dict[str, float]
+    samples: dict[str, Tensor] | None = None
+    method: str = "gap"
+    exact: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain Python types, without the per-sample values."""
+        return {key: value for key, value in asdict(self).items() if key != "samples"}
+
+    def __str__(self) -> str:
+        """Return the report as a table."""
+        rows = [
+            ("layer", self.layer),
+            ("classifier", self.classifier),
+            ("samples", f"{self.n_samples}"),
+            ("relative flatness", f"{self.relative_flatness:.6g}  (lower is flatter)"),
+            ("Hessian trace", f"{self.hessian_trace:.6g}  (lower is flatter)"),
+            ("confidence 1 - |S|^2", f"{self.confidence:.6g}  (lower is more confident)"),
+            *((f"margin {name}", f"{value:.6g}") for name, value in self.margins.items()),
+        ]
+        return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layer: str | None = None,
+    classifier: str | None = None,
+    max_samples: int | None = None,
+    per_sample: bool = False,
+) -> FlatnessReport:
+    """Measure the exact Hessian trace and relative flatness of a convolution under global pooling.
+
+    The model is evaluated in eval mode and left as it was: mode, gradients, hooks, buffers, RNG state.
+
+    Args:
+        model: any module; called with the inputs of a batch.
+        batches: of (inputs, class indices); a `DataLoader` is one.
+        layer: name of the convolution; None: the last one that runs on a map larger than 1 x 1.
+        classifier: name of the linear classifier; None: found.
+        max_samples: stop after so many samples; None: all.
+        per_sample: also keep the values of every sample.
+
+    Returns:
+        The report; `print` it, or read its attributes.
+
+    Raises:
+        UnsupportedTailError: if the closed form is not exact for this model; the message has the path and step.
+        NonFiniteError: if the logits hold NaN.
+        ValueError: if a name, a batch or a target is not what it must be.
+
+    Example:
+        >>> report = measure(model, loader)  # doctest: +SKIP
+        >>> report.relative_flatness  # doctest: +SKIP
+    """
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"`max_samples` must be at least 1 or None; got {max_samples}.")
+    tap = Tap(model, layer, classifier)
+    parts: list[dict[str, Tensor]] = []
+    with undisturbed(model):
+        for factors in batch_factors(tap, model, batches, max_samples):
+            parts.append({name: getattr(factors, name).double() for name in _QUANTITIES})
+    if not parts:
+        raise ValueError("`batches` must yield at least one sample; got none.")
+    samples = {name: torch.cat([part[name] for part in parts]) for name in _QUANTITIES}
+    for name, values in samples.items():
+        if broken := int((~values.isfinite()).sum()):
+            raise NonFiniteError(f"`{name}` must be finite; it is not in {broken} of {len(values)} samples.")
+    means = {name: float(values.mean()) for name, values in samples.items()}
+    return FlatnessReport(
+        layer=str(tap.layer),
+        classifier=str(tap.classifier),
+        n_samples=len(samples["confidence"]),
+        margins={"mean": means.pop("output_margin")},
+        samples=samples if per_sample else None,
+        **means,
+    )
+
+
+def batch_factors(
+    tap: Tap,
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_samples: int | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+) -> Iterator[TailFactors]:
+    """Run the model on each batch and yield its factors, of no more than `max_samples` samples in all."""
+    left = max_samples
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with tap:
+        for batch in batches:
+            batch = move_data_to_device(batch, device)
+            targets = (target or batch_targets)(batch)
+            with torch.no_grad():
+                model(batch_inputs(batch))
+            factors = tap.factors(targets)
+            yield factors if left is None else factors.select(slice(left))
+            left = None if left is None else left - len(factors)
+            if left is not None and left <= 0:
+                return
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode; afterwards leave the modes and all random generators as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    generators = isolate_rng()
+    generators.__enter__()
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        generators.__exit__(None, None, None)  # told of an exception, it would not restore them

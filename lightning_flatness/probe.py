@@ -1,0 +1,71 @@
+"""A fixed sample of the training set, to measure flatness where the loss is minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+_SEED = 0
+
+
+def training_probe(trainer: Trainer, samples: int) -> DataLoader[Any]:
+    """Return a loader of the same `samples` training samples at every call, this process's share of them.
+
+    The samples are drawn once with a seed of their own and loaded in order, without shuffling.
+
+    Raises:
+        ValueError: if the Trainer has no training loader (only `fit` has one), or it cannot be indexed.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f'`data="train"` needs the one DataLoader that `Trainer.fit` trains on; got {type(loader).__name__}. '
+            "Give the monitor its batches: `data=[(x, y), ...]` or a loader."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            '`data="train"` needs a training set that can be indexed; got an IterableDataset. '
+            "Give the monitor its batches: `data=[(x, y), ...]` or a loader."
+        )
+    order = torch.randperm(len(cast(Sized, loader.dataset)), generator=torch.Generator().manual_seed(_SEED))
+    share = order[:samples].sort().values[trainer.global_rank :: trainer.world_size]
+    return DataLoader(
+        Subset(loader.dataset, share.tolist()),
+        batch_size=loader.batch_size or 32,
+        collate_fn=loader.collate_fn,
+    )
+
+
+def moved(batches: Any, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+    """Yield batches as the module's own steps get them: in its precision, on its device, after its hooks."""
+    for batch in batches:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module.on_before_batch_transfer(batch, 0)
+        batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+        yield pl_module.on_after_batch_transfer(batch, 0)
+
+
+def network(pl_module: LightningModule) -> nn.Module:
+    """Return what can be called with inputs: the module itself if it defines `forward`, else its one network.
+
+    Raises:
+        ValueError: if there is not exactly one.
+    """
+    if type(pl_module).forward is not LightningModule.forward:
+        return pl_module
+    holders = {
+        name: child
+        for name, child in pl_module.named_children()
+        if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in child.modules())
+    }
+    if len(holders) != 1:
+        raise ValueError(
+            f"The monitor must know what to call with its own batches: `{type(pl_module).__name__}` has no `forward`, "
+            f"and {len(holders)} networks: {sorted(holders)}. Define `forward(self, inputs)` that returns the logits."
+        )
+    return next(iter(holders.values()))

@@ -1,0 +1,150 @@
+"""What may follow the monitored convolution: the recorded tail and its classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.tape import Tape, raised
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CLASSIFIERS = (nn.Linear, *CONVOLUTIONS)
+_MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "convolution")
+_LOG_SOFTMAX = ("_log_softmax", "log_softmax", "cross_entropy_loss")
+
+
+class UnsupportedTailError(ValueError):
+    """The network's tail is not one for which the closed form is exact."""
+
+
+class NonFiniteError(ValueError):
+    """The network's outputs hold NaN, so there is nothing to measure."""
+
+
+class Call(NamedTuple):
+    """One call of a module after the monitored convolution."""
+
+    name: str
+    module: nn.Module
+    inputs: Tensor
+    output: Tensor  # a copy, flattened to (n, features)
+    slot: int | None  # of the output on the tape
+    end: int  # operations on the tape when it returned
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One forward pass from the monitored convolution to the logits."""
+
+    tape: Tape
+    layer: str
+    convolution: nn.Module
+    weight: Tensor
+    roots: tuple[tuple[int, int, int], ...]  # (slot of z, constant of z, constant of A) of each call
+    classifier: Call
+
+    @property
+    def path(self) -> str:
+        """Return the recorded steps from the convolution to the logits."""
+        steps = [operation.name for operation in self.tape.operations[: self.classifier.end]]
+        return " > ".join([self.layer, *steps, self.classifier.name])
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Return what must not change for a certificate to stay valid."""
+        names = tuple(operation.name for operation in self.tape.operations[: self.classifier.end])
+        return names, self.classifier.name, tuple(self.classifier.inputs.shape[1:]), len(self.roots)
+
+    @property
+    def has_head(self) -> bool:
+        """Return whether a linear classifier follows; if not, the convolution itself is the classifier."""
+        return isinstance(self.classifier.module, CLASSIFIERS)
+
+    @property
+    def head(self) -> Tensor:
+        """Return the classifier's weight `V`, shape (c, j)."""
+        return weight_of(self.classifier.module)
+
+    @property
+    def head_bias(self) -> Tensor:
+        """Return the classifier's bias, zero where it has none, shape (c,)."""
+        return bias_of(self.classifier.module)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight of a linear module or a convolution, one row per output."""
+    return raised(cast(Tensor, module.weight).detach().flatten(1))
+
+
+def bias_of(module: nn.Module) -> Tensor:
+    """Return the bias of a linear module or a convolution, zero where it has none."""
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    return raised((weight.new_zeros(len(weight)) if bias is None else bias).detach())
+
+
+def refusal(recording: Recording, reason: str) -> UnsupportedTailError:
+    """Return the error for a tail that cannot be measured exactly."""
+    return UnsupportedTailError(
+        f"The closed form needs every filter of `{recording.layer}` to reach one input of a linear classifier "
+        f"on its own (normalisation in eval mode, activation, skip, pooling): {reason}.\n"
+        f"  path: {recording.path}\n"
+        f"  Name another convolution (`layer=...`) or the classifier (`classifier=...`)."
+    )
+
+
+def choose_classifier(tape: Tape, layer: str, calls: list[Call], outputs: list[Call]) -> Call:
+    """Return the call that ends the tail: the classifier whose output the network and the loss use as logits.
+
+    Args:
+        tape: of the forward pass.
+        layer: name of the monitored convolution.
+        calls: of linear modules after it and dependent on it, in order.
+        outputs: what the modules around the convolution returned, one call for each tensor.
+
+    Raises:
+        UnsupportedTailError: if there is none, or if it is not the last step before the loss.
+    """
+    outermost = _outermost(outputs)
+    candidates = calls or outermost[:1]  # no linear module: the convolution itself is the classifier
+    if not candidates:
+        because = f" ({tape.failure})" if tape.failure else ""
+        raise UnsupportedTailError(
+            f"A linear classifier must run after `{layer}`, on what that computed; none did{because}. "
+            "Name them: `layer=...`, `classifier=...`."
+        )
+    returned = [call for out in outermost for call in candidates if _same_prediction(call.output, out.output)]
+    chosen = returned[0] if returned else candidates[-1]
+    around = any(chosen.name.startswith(f"{out.name}." if out.name else "") for out in outermost)
+    if (around and not returned) or not _ends_tail(tape, chosen):
+        raise UnsupportedTailError(
+            f"The network and the loss must use the output of the classifier as it is; after `{chosen.name}` it is "
+            f"changed. If the loss is the cross-entropy of that output, say so: `classifier={chosen.name!r}`."
+        )
+    return chosen
+
+
+def _outermost(outputs: list[Call]) -> list[Call]:
+    """Return the outputs of the outermost module that was called."""
+    depth = min((len(call.name.split(".")) * bool(call.name) for call in outputs), default=0)
+    return [call for call in outputs if len(call.name.split(".")) * bool(call.name) == depth]
+
+
+def _same_prediction(logits: Tensor, other: Tensor) -> bool:
+    """Return whether two outputs are the same up to a shift of each sample's logits, as log_softmax makes."""
+    if logits.shape != other.shape:
+        return False
+    rounding = 100 * torch.finfo(other.dtype).eps * (1 + logits.abs().nan_to_num(0, 0, 0).max())
+    first, second = logits.double().log_softmax(-1), other.double().log_softmax(-1)
+    return bool(first.isclose(second, rtol=0, atol=float(rounding), equal_nan=True).all())
+
+
+def _ends_tail(tape: Tape, call: Call) -> bool:
+    """Return whether what follows on the tape (the user's loss) takes the call's output as logits."""
+    later = tape.descendants(call.slot, call.end)
+    if any(operation.name in _MATRIX_PRODUCTS for operation in later):
+        return False
+    read = [tape.tensor(operation.args[0]) for operation in later if operation.name in _LOG_SOFTMAX]
+    return not read or any(_same_prediction(call.output, logits.detach().flatten(1)) for logits in read)

@@ -1,0 +1,143 @@
+"""Parts of tiny networks for the table in cases.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS, WIDTH, FILTERS, CLASSES = 2, 3, 4, 3
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+
+def conv2d(filters: int = FILTERS, kernel: Any = 3, inputs: int = WIDTH, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, filters, kernel, **{"padding": "same", **options})
+
+
+def conv_norm_act(m: Net, h: Tensor) -> Tensor:
+    return m.act(m.norm(m.conv(h)))
+
+
+class Net(nn.Module):
+    """stem -> tail (conv -> norm -> act) -> pool -> head -> output."""
+
+    def __init__(
+        self,
+        conv: nn.Module | None = None,
+        act: Callable[[Tensor], Tensor] | None = None,
+        *,
+        norm: bool = True,
+        tail: Callable[[Net, Tensor], Tensor] = conv_norm_act,
+        pool: Callable[[Tensor], Tensor] | None = None,
+        head: nn.Module | None = None,
+        output: Callable[[Tensor, Tensor], Any] = lambda logits, features: logits,
+        **extra: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.conv = conv or conv2d()
+        dims, filters = len(self.conv.kernel_size), self.conv.out_channels
+        self.stem = nn.Sequential(CONVS[dims](CHANNELS, self.conv.in_channels, 3, padding=1), nn.Tanh())
+        self.norm = NORMS[dims](filters) if norm else nn.Identity()
+        self.act = act or nn.ReLU(inplace=True)
+        self.pool = pool or POOLS[dims](1)
+        self.head = head or nn.Linear(filters, CLASSES)
+        self.tail, self.output = tail, output
+        for name, module in extra.items():  # defined last, whenever they run
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        p = self.pool(self.tail(self, self.stem(x)))
+        p = p if isinstance(self.head, nn.Conv2d) else p.flatten(1)
+        return self.output(self.head(p), p)
+
+
+def shuffled(z: Tensor) -> Tensor:
+    return z.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def residual(m: Net, h: Tensor) -> Tensor:
+    return m.act(m.norm(m.conv(h)) + h)
+
+
+def dense(m: Net, h: Tensor) -> Tensor:
+    return m.act(m.wide_norm(torch.cat([h, m.conv(h)], 1)))
+
+
+def inception(m: Net, h: Tensor) -> Tensor:
+    return torch.cat([F.relu(m.branch(h)), conv_norm_act(m, h)], 1)
+
+
+def after_first(m: Net, h: Tensor) -> Tensor:
+    return conv_norm_act(m, F.relu(m.first(h)))
+
+
+def applied_twice(m: Net, h: Tensor) -> Tensor:
+    return conv_norm_act(m, F.relu(m.conv(h)))
+
+
+def in_two_views(m: Net, h: Tensor) -> Tensor:
+    return conv_norm_act(m, torch.cat([h, h.flip(3)]))
+
+
+def squeezed_and_excited(m: Net, h: Tensor) -> Tensor:
+    z = m.norm(m.conv(h))
+    return m.act(z * m.gate(z.mean((2, 3)))[..., None, None])
+
+
+def local_sum(z: Tensor) -> Tensor:
+    return z + z.roll(1, 3)
+
+
+def with_first_channel_set(z: Tensor) -> Tensor:
+    z[:, 0] = 0.5
+    return F.relu(z, inplace=True)
+
+
+def attention(a: Tensor) -> Tensor:
+    return (a.flatten(2) * a.mean(1).flatten(1).softmax(1)[:, None]).sum(2)
+
+
+def average_and_max(a: Tensor) -> Tensor:
+    return torch.cat([a.mean((2, 3)), a.amax((2, 3))], 1)
+
+
+class Sum(nn.ModuleList):
+    def forward(self, p: Tensor) -> Tensor:
+        return sum(module(p) for module in self)
+
+
+class Both(nn.ModuleList):
+    def forward(self, p: Tensor) -> tuple[Tensor, ...]:
+        return tuple(module(p) for module in self)
+
+
+class CosineLinear(nn.Linear):
+    def forward(self, p: Tensor) -> Tensor:
+        return 4 * F.linear(F.normalize(p), F.normalize(self.weight))
+
+
+class StandardizedConv(nn.Conv2d):
+    def forward(self, h: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(h, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def frozen(model: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def tied(model: Net) -> Net:
+    model.first.weight = model.conv.weight
+    return model
+
+
+def hooked(model: Net) -> Net:
+    model.conv.register_forward_hook(lambda module, args, z: 2 * z)
+    return model

@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_flatness import FlatnessMonitor, measure
+
+KEYS = {"flatness/relative", "flatness/trace", "flatness/confidence", "margin/mean"}
+FIELDS = {
+    "flatness/relative": "relative_flatness",
+    "flatness/trace": "hessian_trace",
+    "flatness/confidence": "confidence",
+}
+
+
+def images(n: int, seed: int, classes: int = 3) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2, 5, 5, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, torch.randint(classes, (n,), generator=generator))
+
+
+class Network(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 3, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(3)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(4)
+        self.act2 = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.3)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(4, 3)
+
+
+class Classifier(LightningModule):
+    """What a user writes; `step` says how validation treats a batch."""
+
+    def __init__(self, step: Callable[[Classifier, Any], Tensor] | None = None, loaders: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Network().double()
+        self.step = step
+        self.loaders = loaders
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+        loss = self.loss(batch) if self.step is None else self.step(self, batch)
+        self.log("val_loss", loss)
+        self.losses.append(float(loss))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(images(24, 1), batch_size=4, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        loaders = [DataLoader(images(10 + i, 2 + i), batch_size=4) for i in range(self.loaders)]
+        return loaders if self.loaders > 1 else loaders[0]
+
+
+def trainer(tmp_path: Any, *callbacks: Callback, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    if options.get("barebones"):
+        defaults, quiet = {"max_epochs": 2, "accelerator": "cpu"}, {}
+    return Trainer(**(defaults | quiet | options), callbacks=list(callbacks))
+
+
+def report_of(module: Classifier, loader: DataLoader, **options: Any) -> dict[str, float]:
+    report = measure(module, loader, **options)
+    return {key: getattr(report, field) for key, field in FIELDS.items()} | {"margin/mean": report.margins["mean"]}
+
+
+def values_of(run: Trainer, suffix: str = "") -> dict[str, float]:
+    return {key: float(run.callback_metrics[key + suffix]) for key in KEYS}
+
+
+def assert_same(first: dict[str, float], second: dict[str, float]) -> None:
+    assert first == pytest.approx(second, rel=1e-12)
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_fit_and_validate_log_what_measure_returns(tmp_path: Any, inference_mode: bool) -> None:
+    module, monitor = Classifier(), FlatnessMonitor(strict=True)
+    run = trainer(tmp_path, monitor, inference_mode=inference_mode)
+    run.validate(module, verbose=False)
+    assert_same(values_of(run), report_of(module, module.val_dataloader()))
+    run.fit(module)  # the same callback object, after inference mode
+    assert_same(values_of(run), report_of(module, module.val_dataloader()))
+    fitted = values_of(run)
+    run.validate(module, verbose=False)
+    assert_same(values_of(run), fitted)
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_iterable_dataset_in_inference_mode(tmp_path: Any, inference_mode: bool, workers: int) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(images(10, 2))
+
+    module, run = Classifier(), trainer(tmp_path, FlatnessMonitor(strict=True), inference_mode=inference_mode)
+    run.validate(module, DataLoader(Stream(), batch_size=4, num_workers=workers), verbose=False)
+    assert_same(values_of(run), report_of(module, module.val_dataloader()))
+
+
+def everything(module: Classifier, run: Trainer) -> list[Any]:
+    """All that a training leaves behind, to the last bit."""
+    return [
+        {name: value.tolist() for name, value in module.state_dict().items()},
+        {name: (p.grad is None, p.requires_grad) for name, p in module.named_parameters()},
+        str(run.optimizers[0].state_dict()),
+        [scheduler.scheduler.state_dict() for scheduler in run.lr_scheduler_configs],
+        [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()],
+        module.losses,
+        hooks(module),
+        torch.is_grad_enabled(),
+    ]
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def given_batches() -> list[Any]:
+    return list(DataLoader(images(6, 9), batch_size=3))
+
+
+NEUTRAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "validation batches": ({}, {}),
+    "training batches": ({"data": "train"}, {}),
+    "given batches": ({"data": given_batches()}, {}),
+    "some samples": ({"max_samples": 5, "every_n_validations": 2}, {}),
+    "validation amid accumulated gradients": ({}, {"accumulate_grad_batches": 4, "val_check_interval": 3}),
+}
+
+
+@pytest.mark.parametrize(("options", "flags"), NEUTRAL.values(), ids=NEUTRAL)
+def test_training_is_equal_to_the_last_bit(tmp_path: Any, options: dict[str, Any], flags: dict[str, Any]) -> None:
+    results = []
+    for callbacks in ([FlatnessMonitor(**options, strict=True)], []):
+        random.seed(3), np.random.seed(3)
+        module, run = Classifier(), trainer(tmp_path, *callbacks, max_epochs=3, **flags)
+        run.fit(module)
+        results.append(everything(module, run))
+        assert bool(callbacks) == any(key.startswith("flatness/") for key in run.callback_metrics)
+    assert results[0] == results[1]
+
+
+class Broken(Callback):
+    """Raises in one hook, once training has begun."""
+
+    def __init__(self, hook: str, error: BaseException) -> None:
+        def fail(run: Trainer, *_: Any, **__: Any) -> None:
+            if not run.sanity_checking:
+                raise error
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("hook", ["on_validation_batch_start", "on_validation_batch_end", "on_validation_epoch_end"])
+def test_nothing_is_left_after_an_error(tmp_path: Any, hook: str, error: BaseException) -> None:
+    module = Classifier()
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        trainer(tmp_path, FlatnessMonitor(), Broken(hook, error)).fit(module)
+    assert hooks(module) == 0
+    assert _get_current_dispatch_mode() is None
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("place", ["act2", "head"])
+def test_nothing_is_left_after_an_error_within_the_tail(tmp_path: Any, place: str) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mine")
+
+    module = Classifier()
+    handle = getattr(module.net, place).register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer(tmp_path, FlatnessMonitor()).validate(module, verbose=False)
+    handle.remove()
+    assert hooks(module) == 0
+    assert _get_current_dispatch_mode() is None
+
+
+def test_each_loader_has_its_keys(tmp_path: Any) -> None:
+    module, run = Classifier(loaders=2), trainer(tmp_path, FlatnessMonitor(strict=True))
+    run.fit(module)
+    for index, loader in enumerate(module.val_dataloader()):
+        assert_same(values_of(run, f"/dataloader_idx_{index}"), report_of(module, loader))
+
+
+class Watch(Callback):
+    """Notes in every validation which keys are new, and their values."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, bool, float | None]] = []
+
+    def on_validation_end(self, run: Trainer, module: LightningModule) -> None:
+        value = run.callback_metrics.get("flatness/trace")
+        self.seen.append((run.global_step, run.sanity_checking, None if value is None else float(value)))
+
+
+def test_every_second_validation_and_always_the_first(tmp_path: Any) -> None:
+    watch, module = Watch(), Classifier()
+    trainer(tmp_path, FlatnessMonitor(every_n_validations=2), watch, max_epochs=4).fit(module)
+    sanity, *values = [value for _, _, value in watch.seen]
+    assert sanity is not None
+    assert values[0] == values[1] != values[2] == values[3]
+
+
+def test_max_samples_cuts_in_the_middle_of_a_batch(tmp_path: Any) -> None:
+    module, run = Classifier(), trainer(tmp_path, FlatnessMonitor(max_samples=6, strict=True))
+    run.validate(module, verbose=False)
+    assert_same(values_of(run), report_of(module, module.val_dataloader(), max_samples=6))
+
+
+FLAGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "fast_dev_run": ({"fast_dev_run": True}, True),
+    "limit_val_batches": ({"limit_val_batches": 1}, True),
+    "half of the batches": ({"limit_val_batches": 0.5}, True),
+    "no validation": ({"limit_val_batches": 0}, False),
+    "twice an epoch": ({"val_check_interval": 0.5}, True),
+    "by step": ({"val_check_interval": 5, "check_val_every_n_epoch": None}, True),
+    "no sanity check": ({"num_sanity_val_steps": 0}, True),
+    "barebones": ({"barebones": True}, False),
+}
+
+
+@pytest.mark.parametrize(("flags", "logged"), FLAGS.values(), ids=FLAGS)
+def test_flags_of_the_trainer(tmp_path: Any, flags: dict[str, Any], logged: bool) -> None:
+    run = trainer(tmp_path, FlatnessMonitor(strict=True), **flags)
+    run.fit(Classifier())
+    assert logged == (set(run.callback_metrics) >= KEYS)
+
+
+def test_other_callbacks_and_schedulers_can_use_the_keys(tmp_path: Any) -> None:
+    class Plateau(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "flatness/relative"}}
+
+    module = Plateau()
+    checkpoint = ModelCheckpoint(tmp_path, monitor="flatness/relative", save_top_k=1, mode="min")
+    stopping = EarlyStopping("flatness/trace", patience=2, min_delta=1e9, mode="min")
+    run = trainer(tmp_path, stopping, FlatnessMonitor(), checkpoint, max_epochs=9, enable_checkpointing=True)
+    run.fit(module)
+    assert run.current_epoch == 3  # stopped
+    assert checkpoint.best_model_score is not None
+    assert run.optimizers[0].param_groups[0]["lr"] < 0.1
+
+
+def silent(module: Classifier, batch: Any) -> Tensor:
+    return torch.zeros(())
+
+
+BAD: dict[str, tuple[str, Callable[[], Classifier], Callable[[TensorDataset], Any]]] = {
+    "no targets": ("got list of length 1", lambda: Classifier(silent), lambda d: TensorDataset(d.tensors[0])),
+    "targets out of range": (
+        r"Targets must lie in \[0, 3\) .* got values from 0 to 7",
+        lambda: Classifier(lambda m, b: m(b[0]).sum()),
+        lambda d: TensorDataset(d.tensors[0], d.tensors[1].index_fill(0, torch.tensor(1), 7).clamp_min(0)),
+    ),
+    "float targets": (
+        "got torch.float64 of shape",
+        lambda: Classifier(lambda m, b: m(b[0]).sum()),
+        lambda d: TensorDataset(d.tensors[0], d.tensors[1].double()),
+    ),
+    "NaN in the images": (
+        "is NaN in 1 of 4",
+        Classifier,
+        lambda d: TensorDataset(with_nan(d.tensors[0]), d.tensors[1]),
+    ),
+    "network never called": (
+        "must run a convolution on a map larger than 1 x 1",
+        lambda: Classifier(silent),
+        lambda d: d,
+    ),
+    "classifier never called": (
+        "A linear classifier must run after|must use the output",
+        lambda: Classifier(lambda m, b: nn.Sequential(*list(m.net)[:-3])(b[0]).mean()),
+        lambda d: d,
+    ),
+    "temperature in the loss": (
+        "after `net.head` it is changed",
+        lambda: Classifier(lambda m, b: F.cross_entropy(m(b[0]) / 2, b[1])),
+        lambda d: d,
+    ),
+}
+
+
+def with_nan(x: Tensor) -> Tensor:
+    return x.clone().index_fill_(0, torch.tensor(2), torch.nan)
+
+
+@pytest.mark.parametrize(("message", "build", "change"), BAD.values(), ids=BAD)
+def test_what_cannot_be_measured_is_one_warning(
+    tmp_path: Any, message: str, build: Callable[[], Classifier], change: Callable[[TensorDataset], Any]
+) -> None:
+    loader = DataLoader(change(images(10, 2)), batch_size=4)
+    module, run = build(), trainer(tmp_path, FlatnessMonitor(), num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match=message) as caught:
+        run.fit(module, val_dataloaders=loader)
+    assert sum("FlatnessMonitor" in str(warning.message) for warning in caught) == 1
+    assert run.current_epoch == 2
+    assert not KEYS & set(run.callback_metrics)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, FlatnessMonitor(strict=True)).validate(build(), loader, verbose=False)
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "data": ({"data": "test"}, "got 'test'"),
+    "max_samples": ({"max_samples": 0}, "got 0"),
+    "every_n_validations": ({"every_n_validations": -1}, "got -1"),
+    "layer": ({"layer": "net.conv9"}, r"net.conv1', 'net.conv2'\]; got 'net.conv9'"),
+    "classifier": ({"classifier": "net"}, "got 'net'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_bad_arguments_stop_before_the_first_batch(tmp_path: Any, arguments: dict[str, Any], message: str) -> None:
+    module = Classifier()
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, FlatnessMonitor(**arguments)).fit(module)
+    assert not module.losses
+
+
+@pytest.mark.parametrize("data", ["train", given_batches()], ids=["train", "given"])
+def test_own_batches(tmp_path: Any, data: Any) -> None:
+    module = Classifier()
+    monitor = FlatnessMonitor(data=data, max_samples=5, strict=True)
+    run = trainer(
+        tmp_path, FlatnessMonitor(strict=True), monitor, FlatnessMonitor(data=data, name="again", max_samples=5)
+    )
+    run.fit(module)
+    if data == "train":
+        chosen = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:5].sort().values
+        data = [images(24, 1)[chosen]]
+        assert_same(values_of(run, "/train"), report_of(module, data))
+    else:
+        assert monitor.name == ""
+    assert_same(values_of(run, "/again"), report_of(module, data, max_samples=5))
+
+
+def test_training_data_is_not_there_in_validate(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match="got NoneType. Give the monitor its batches"):
+        trainer(tmp_path, FlatnessMonitor(data="train")).validate(Classifier(), verbose=False)
+
+
+def test_target_says_where_the_classes_are(tmp_path: Any) -> None:
+    class Triples(Classifier):
+        def val_dataloader(self) -> Any:
+            x, y = images(10, 2).tensors
+            return DataLoader(TensorDataset(x, torch.arange(10), y), batch_size=4)
+
+        def loss(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[-1])
+
+    module, run = Triples(), trainer(tmp_path, FlatnessMonitor(target=lambda batch: batch[-1], strict=True))
+    run.fit(module)
+    assert_same(values_of(run), report_of(module, Classifier.val_dataloader(module)))
+
+
+def test_works_under_the_other_namespace(tmp_path: Any) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Module(other.LightningModule):
+        loss, forward = Classifier.loss, Classifier.forward
+        training_step, validation_step = Classifier.training_step, Classifier.validation_step
+        train_dataloader, val_dataloader = Classifier.train_dataloader, Classifier.val_dataloader
+        configure_optimizers = Classifier.configure_optimizers
+        step, loaders = None, 1
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.losses = Network().double(), []
+
+    run = other.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[FlatnessMonitor(strict=True)],
+    )
+    run.fit(Module())
+    assert set(run.callback_metrics) >= KEYS

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import io
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_flatness.figures import flatness_curves
+
+HISTORY = {
+    "epoch": [0, 1, 2, 3],
+    "val_accuracy": [0.40, 0.83, 0.95, 0.993],
+    "flatness/relative": [27.0, 410.0, 790.0, 850.0],
+    "flatness/trace": [0.9, 12.0, 25.0, 28.0],
+    "margin/mean": torch.tensor([-0.5, 3.0, 5.0, 5.9]).unbind(),
+    "my_own": [3, 1, 2, 0],
+}
+
+
+def test_each_curve_is_the_series_it_was_given() -> None:
+    figure = flatness_curves(HISTORY)
+    for axes, key in zip(figure.axes, list(HISTORY)[1:], strict=True):
+        curve = axes.lines[0]
+        np.testing.assert_array_equal(curve.get_xdata(), HISTORY["epoch"])
+        np.testing.assert_array_equal(curve.get_ydata(), [float(value) for value in HISTORY[key]])
+
+
+def test_panels_say_what_they_show_and_which_way_is_good() -> None:
+    figure = flatness_curves(HISTORY)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [
+        "Validation accuracy",
+        "Relative flatness",
+        "Hessian trace",
+        "Mean output margin",
+        "my_own",
+    ]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "log", "linear", "linear"]
+    notes = [axes.texts[0].get_text() for axes in figure.axes]
+    assert [note.split(";")[0] for note in notes] == [
+        "higher is better",
+        "lower is flatter",
+        "lower is flatter",
+        "higher is safer",
+        "",
+    ]
+    lasts = [axes.texts[1].get_text() for axes in figure.axes]
+    assert lasts == ["99.3%", "850", "28.0", "5.90", "0.00"]
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "last"),
+    [
+        ([27.0, math.nan, 850.0, math.inf], "log", "850"),
+        ([27.0, 30.0, 0.0, 1.0], "linear", "1.00"),
+        ([-1.0, 30.0, 2.0, 1e6], "linear", "1.00e+06"),
+        ([math.nan] * 4, "linear", None),
+    ],
+)
+def test_values_that_no_logarithm_takes(values: list[float], scale: str, last: str | None) -> None:
+    figure = flatness_curves({"step": [0, 10, 20, 30], "flatness/relative": values}, x="step")
+    (axes,) = figure.axes
+    assert axes.get_yscale() == scale
+    assert axes.texts[0].get_text().endswith("log scale") == (scale == "log")
+    assert [text.get_text() for text in axes.texts[1:]] == ([last] if last else [])
+    assert axes.get_xlabel() == "step"
+    figure.savefig(io.BytesIO())
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_short_runs_can_be_drawn(length: int) -> None:
+    flatness_curves({key: series[:length] for key, series in HISTORY.items()}).savefig(io.BytesIO())
+
+
+def test_pyplot_has_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    picture = io.BytesIO()
+    flatness_curves(HISTORY).savefig(picture)
+    assert picture.getvalue().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ({"flatness/relative": [1.0]}, r"must hold 'epoch'.*got keys \['flatness/relative'\]"),
+        ({"epoch": [0]}, r"at least one curve: got keys \['epoch'\]"),
+        ({"epoch": [0, 1], "margin/mean": [1.0]}, "2 in all: got 1 for 'margin/mean'"),
+    ],
+)
+def test_wrong_history(history: dict[str, list[float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flatness_curves(history)
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install lightning-flatness\[plots\]"):
+        flatness_curves(HISTORY)

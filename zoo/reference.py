@@ -1,0 +1,123 @@
+"""Hessian trace and relative flatness of one sample by differentiating the whole network, for any architecture.
+
+Nothing is shared with the package, and nothing is assumed about the network. With the logits `phi(W)`,
+`S = softmax(phi)` and the label's one-hot vector `y`, the Hessian of the cross-entropy in the weight `W` is
+
+    H = J^T (diag(S) - S S^T) J + sum_c (S - y)_c d2 phi_c / dW2.
+
+`J` is the Jacobian of all logits in the weight. The second derivatives are those in the convolution's output
+`z`, one Hessian-vector product for each of its entries, carried to the weight, in which `z` is linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vjp, vmap
+
+_ROWS = 256
+
+
+class Flatness(NamedTuple):
+    """The two numbers of a convolution; per sample of shape (n,)."""
+
+    trace: Tensor
+    relative: Tensor
+
+
+def flatness(model: nn.Module, layer: str, images: Tensor, labels: Tensor) -> Flatness:
+    """Return both numbers for every image, each passed through the network by itself."""
+    samples = [_sample(model, layer, image[None], int(label)) for image, label in zip(images, labels, strict=True)]
+    return Flatness(*map(torch.stack, zip(*samples, strict=True)))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in what a network of any of the libraries returns."""
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _sample(model: nn.Module, layer: str, image: Tensor, label: int) -> Flatness:
+    weight = model.get_submodule(layer).weight.detach()
+
+    def logits(free: Tensor) -> Tensor:
+        return logits_of(functional_call(model, {f"{layer}.weight": free}, (image,)))[0]
+
+    phi = logits(weight).detach()
+    softmax = phi.softmax(0)
+    curvature = softmax.diag() - softmax[:, None] * softmax
+    jacobian = jacrev(logits)(weight).flatten(2)
+    aligned = weight.flatten(1).T @ jacobian  # (c, d, d): sum_k W_ki J_ckj
+    slope = softmax - nn.functional.one_hot(torch.tensor(label), len(phi))
+    trace, relative = _second_order(model, model.get_submodule(layer), image, slope)
+    return Flatness(
+        trace + (curvature * torch.einsum("akd,bkd->ab", jacobian, jacobian)).sum(),
+        relative + (curvature * torch.einsum("aij,bij->ab", aligned, aligned)).sum(),
+    )
+
+
+def _second_order(model: nn.Module, conv: nn.Module, image: Tensor, slope: Tensor) -> Flatness:
+    """Return what `sum_c slope_c d2 phi_c / dW2` adds to both numbers."""
+    inputs, z = _call_of(model, conv, image)
+
+    def weighted_logits(free: Tensor) -> Tensor:
+        with _Hook(conv, lambda module, args, output: free.clone()):
+            return slope @ logits_of(model(image))[0]
+
+    pull: Callable[[Tensor], tuple[Tensor]] = vjp(grad(weighted_logits), z)[1]
+    if not pull(torch.rand_like(z))[0].any():  # a Hessian that sends a random vector to 0 is 0
+        return Flatness(z.new_zeros(()), z.new_zeros(()))
+    filters, groups = conv.out_channels, conv.groups
+    patches = _patches(conv, inputs)
+    overlaps = torch.einsum("gds,hdt->gsht", patches, patches)  # <P_s, P_t> of the patches of two groups
+    weight = conv.weight.detach().flatten(1)
+    group = torch.arange(filters) // (filters // groups)
+    trace = relative = z.new_zeros(())
+    for entries in torch.arange(z.numel()).split(_ROWS):
+        k, s = entries // z[0, 0].numel(), entries % z[0, 0].numel()
+        basis = nn.functional.one_hot(entries, z.numel()).to(z).reshape(-1, *z.shape)
+        rows = vmap(pull)(basis)[0].reshape(len(entries), filters, -1)
+        blocks = (rows * overlaps[group[k], s][:, group]).sum(2)  # row of entry (k, s), summed over t: (rows, k')
+        trace = trace + blocks[torch.arange(len(k)), k].sum()
+        relative = relative + (blocks * (weight[k] @ weight.T)).sum()
+    return Flatness(trace, relative)
+
+
+def _patches(conv: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the input that each output position sees, shape (groups, d, s): a convolution with unit kernels."""
+    offsets = prod(conv.kernel_size)
+    units = torch.eye(offsets).to(inputs).reshape(offsets, 1, *conv.kernel_size)
+    padded = nn.functional.pad(inputs, conv._reversed_padding_repeated_twice)
+    convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(conv.kernel_size) - 1]
+    seen = convolve(padded.transpose(0, 1), units, stride=conv.stride, dilation=conv.dilation)
+    return seen.reshape(conv.groups, -1, seen[0, 0].numel())
+
+
+def _call_of(model: nn.Module, conv: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return input and output of the one call of a convolution."""
+    calls = []
+    with (
+        torch.no_grad(),
+        _Hook(conv, lambda module, args, output: calls.append((args[0].clone(), output.clone()))),
+    ):
+        model(image)
+    ((inputs, output),) = calls
+    return inputs, output
+
+
+class _Hook:
+    """A forward hook for the length of a `with` statement."""
+
+    def __init__(self, module: nn.Module, hook: Callable) -> None:
+        self.module, self.hook = module, hook
+
+    def __enter__(self) -> None:
+        self.handle = self.module.register_forward_hook(self.hook)
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
