@@ -1,17 +1,28 @@
 """Exact flatness of convolutional networks, watched while they train."""
 
+from lightning_flatness.actions import Action, Notify, ReduceLR, StopTraining
+from lightning_flatness.alerts import Alert
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.factors import TailFactors
 from lightning_flatness.measure import FlatnessReport, measure
+from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
 from lightning_flatness.tap import Tap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Action",
+    "Alert",
+    "AllOf",
+    "AnyOf",
     "FlatnessMonitor",
     "FlatnessReport",
     "NonFiniteError",
+    "Notify",
+    "ReduceLR",
+    "Rule",
+    "StopTraining",
     "TailFactors",
     "Tap",
     "UnsupportedTailError",

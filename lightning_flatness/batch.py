@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lightning_flatness.functional as LF
+
 _INPUT_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs")
 _TARGET_KEYS = ("label", "labels", "target", "targets", "y", "class")
 
@@ -30,6 +32,11 @@ def batch_targets(batch: Any) -> Tensor:
     return _part(batch, 1, _TARGET_KEYS, "targets")
 
 
+def is_empty(target: Any) -> bool:
+    """Return whether a batch's targets say that it holds no sample: the last batch of some loaders does not."""
+    return isinstance(target, Tensor) and target.dim() > 0 and len(target) == 0
+
+
 def _part(batch: Any, index: int, keys: tuple[str, ...], what: str) -> Any:
     if isinstance(batch, Mapping):
         for key in keys:
@@ -47,29 +54,55 @@ def _part(batch: Any, index: int, keys: tuple[str, ...], what: str) -> Any:
     )
 
 
-def class_indices(target: Any, samples: int, classes: int, look: bool = True) -> Tensor:
-    """Return the targets as class indices, shape (n,), after checking them.
+def checked_targets(target: Any, samples: int, classes: int, loss: LF.Loss, look: bool = True) -> Tensor:
+    """Return the targets in the form that the loss reads, after checking them.
+
+    Cross-entropy reads class indices, shape (n,), or probabilities of the classes, floating, shape (n, c). Binary
+    cross-entropy reads labels in [0, 1] of shape (n, c), for one logit also of shape (n,).
 
     Args:
         target: what the batch holds as targets.
         samples: number of samples `n` that the network saw.
         classes: number of logits `c`.
-        look: also compare the values with `classes`; on an accelerator this waits for the device.
+        loss: of the training.
+        look: also compare the values with their range; on an accelerator this waits for the device.
 
     Raises:
-        ValueError: if they are not `n` integers in [0, c).
+        ValueError: if they are none of these or outside of their range, or the number of logits does not fit the loss.
     """
+    _check_weights(loss, classes)
     if not isinstance(target, Tensor):
-        raise ValueError(f"Targets must be a tensor of class indices, shape ({samples},); got {type(target).__name__}.")
-    if target.shape != (samples,) or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"Targets must be a tensor; got {type(target).__name__}. Say how to get it: `target=...`.")
+    binary = isinstance(loss, LF.BinaryCrossEntropy)
+    if binary and target.shape == (samples,) and classes == 1:
+        target = target.unsqueeze(1)
+    indices = not binary and not target.is_floating_point()
+    wanted = "labels in [0, 1]" if binary else "integer class indices" if indices else "probabilities of the classes"
+    shape = (samples,) if indices else (samples, classes)
+    if target.shape != shape or target.is_complex() or (indices and target.dtype == torch.bool):
         raise ValueError(
-            f"Targets must be integer class indices of shape ({samples},); got {target.dtype} of shape "
-            f"{tuple(target.shape)}. Say how to get them: `target=lambda batch: ...`."
+            f"Targets must be {wanted} of shape {shape}; got {target.dtype} of shape {tuple(target.shape)}. "
+            "Say how to get them: `target=lambda batch: ...`; for another loss than cross-entropy: `loss=...`."
         )
+    target = target.long() if indices else target if target.is_floating_point() else target.float()
     if look and samples:
-        low, high = (int(bound) for bound in torch.aminmax(target))
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"Targets must lie in [0, {classes}) for {classes} logits; got values from {low} to {high}."
-            )
-    return target.long()
+        _check_range(target, classes if indices else None)
+    return target
+
+
+def _check_weights(loss: LF.Loss, classes: int) -> None:
+    """Check that the loss is one for so many logits."""
+    if classes == 1 and not isinstance(loss, LF.BinaryCrossEntropy):
+        raise ValueError('Cross-entropy needs two logits or more; got one. Pass `loss="bce_with_logits"`.')
+    for name in ("weight", "pos_weight"):
+        weights = getattr(loss, name, None)
+        if weights is not None and weights.numel() not in (1, classes):
+            raise ValueError(f"`loss.{name}` must have one entry per logit, ({classes},); got {tuple(weights.shape)}.")
+
+
+def _check_range(target: Tensor, classes: int | None) -> None:
+    """Check that class indices lie in [0, c), anything else in [0, 1]."""
+    low, high = (bound.item() for bound in torch.aminmax(target))
+    if not (low >= 0 and (high <= 1 if classes is None else high < classes)):
+        span = "[0, 1]" if classes is None else f"[0, {classes}) for {classes} logits"
+        raise ValueError(f"Targets must lie in {span}; got values from {low} to {high}.")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torchmetrics import MetricCollection
+from torch import Tensor, nn
 
-from lightning_flatness.batch import batch_targets
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.alarm import Alarm
+from lightning_flatness.alerts import Alert
+from lightning_flatness.batch import batch_targets, is_empty
+from lightning_flatness.evaluation import KEYS, Evaluation
+from lightning_flatness.functional import Loss, as_loss
 from lightning_flatness.measure import batch_factors, undisturbed
-from lightning_flatness.metrics import Confidence, HessianTrace, OutputMargin, RelativeFlatness
-from lightning_flatness.probe import moved, network, training_probe
+from lightning_flatness.probe import moved, network, share_of, training_probe
+from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
 from lightning_flatness.tap import Tap
 
@@ -39,7 +42,10 @@ class FlatnessMonitor(Callback):
         max_samples: at most so many samples per evaluation and loader; None: all for `"val"` and for given
             batches, 1024 for `"train"`.
         every_n_validations: measure in the first validation and then in every n-th.
+        rules: what to watch for and what to do about it; `"default"`: the ready-made rules, which only notify.
         target: returns the class indices of a batch; None: `batch[1]`, or the usual keys of a dictionary.
+        loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
+            `nn.BCEWithLogitsLoss` that is used.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
 
@@ -57,7 +63,9 @@ class FlatnessMonitor(Callback):
         data: Literal["val", "train"] | Iterable[Any] = "val",
         max_samples: int | None = None,
         every_n_validations: int = 1,
+        rules: Sequence[Rule | AllOf | AnyOf] | Literal["default"] = (),
         target: Callable[[Any], Tensor] | None = None,
+        loss: str | nn.Module | Loss = "cross_entropy",
         name: str | None = None,
         strict: bool = False,
     ) -> None:
@@ -73,30 +81,45 @@ class FlatnessMonitor(Callback):
         self.max_samples = _TRAINING_SAMPLES if max_samples is None and data == "train" else max_samples
         self.every_n_validations = every_n_validations
         self.target = target
+        self.loss = as_loss(loss)
         self.name = name if name is not None else "train" if data == "train" else ""
         self.strict = strict
+        self._alarm = Alarm(rules, f"/{self.name}" if self.name else "")
         self._validations = 0
+        self._due = False  # whether this validation is to be measured
         self._tap: Tap | None = None
-        self._metrics: dict[int, MetricCollection] = {}
+        self._evaluations: list[Evaluation] = []  # of each validation loader
+        self._values: dict[str, float] = {}  # of this validation
         self._failed = False  # in this validation
         self._refused = False  # in this run: the tail is not one that can be measured
         self._warned: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget what an earlier run found out about another model."""
+        """Refuse a second monitor of the same keys; forget what an earlier run found out about a model."""
         self._refused = False
+        monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
+        if sum(monitor.name == self.name for monitor in monitors) > 1:
+            raise ValueError(
+                f"Monitors in one Trainer must have names of their own; got {[monitor.name for monitor in monitors]}. "
+                "Set `name=...`, which ends their keys."
+            )
+        self._alarm.require_keys([self._key(key) for key in KEYS])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch."""
-        Tap(pl_module, self.layer, self.classifier)
+        Tap(pl_module, self.layer, self.classifier, self.loss)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the tap if this validation is to be measured."""
-        self._metrics, self._failed = {}, False
+        self._failed = False
         due = trainer.sanity_checking or self._validations % self.every_n_validations == 0
         self._validations += not trainer.sanity_checking
-        if due and not self._refused:
-            self._tap = Tap(pl_module, self.layer, self.classifier)
+        self._due, self._values = due and not self._refused, {}
+        if self._due:
+            self._tap = Tap(pl_module, self.layer, self.classifier, self.loss)
+            loaders = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+            count = len(loaders) if self.data == "val" else 1
+            self._evaluations = [Evaluation(pl_module.device) for _ in range(count)]
             if self.data == "val":
                 self._tap.__enter__()
 
@@ -129,28 +152,63 @@ class FlatnessMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure the batch that has just passed through the network."""
-        left = self._samples_left(trainer, dataloader_idx)
-        if self._tap is not None and self.data == "val" and left != 0:
-            target = self.target or batch_targets
-            self._attempt(
-                lambda tap: self._add(tap.factors(target(batch)).select(slice(left)), pl_module, dataloader_idx)
-            )
+        if self._tap is None or self.data != "val":
+            return
+        if (left := self._samples_left(trainer, dataloader_idx)) != 0:
+            self._attempt(lambda tap: self._measure_batch(tap, batch, dataloader_idx, left))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the tap, and log the means over all samples of all processes."""
-        measured = self._tap is not None
         self._close()
-        if not measured or trainer.strategy.reduce_boolean_decision(self._failed, all=False):
+        if not self._due:
             return
-        loaders = len(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
-        for index, metrics in sorted(self._metrics.items()):
-            suffix = f"/dataloader_idx_{index}" if self.data == "val" and loaders > 1 else ""
-            name = f"/{self.name}" if self.name else ""
-            values = {f"{key}{name}{suffix}": value for key, value in metrics.compute().items()}
-            if broken := [key for key, value in values.items() if not value.isfinite()]:
-                self._report(NonFiniteError(f"Values must be finite; these are not: {broken}."))
-            # Already synchronised: the same on every process.
-            pl_module.log_dict(values, sync_dist=False, rank_zero_only=False, add_dataloader_idx=False)
+        # On all processes alike, or the others would wait for ever in the exchange of the sums.
+        self._refused = trainer.strategy.reduce_boolean_decision(self._refused, all=False)
+        if trainer.strategy.reduce_boolean_decision(self._failed, all=False):
+            return
+        for index, evaluation in enumerate(self._evaluations):
+            samples = trainer.strategy.reduce(torch.tensor(float(evaluation.samples)), reduce_op="sum")
+            if samples:
+                loader = f"/dataloader_idx_{index}" * (len(self._evaluations) > 1)
+                self._log(pl_module, {self._key(key) + loader: value for key, value in evaluation.compute().items()})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the rules judge the fresh values of a training."""
+        if self._values and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._alarm.observe(self._values, trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, in plain Python types."""
+        return {"validations": self._validations, **self._alarm.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._validations = state_dict["validations"]
+        self._alarm.load_state_dict(state_dict)
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint."""
+        return self._generate_state_key(name=self.name, layer=self.layer)
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """All alerts so far, oldest first."""
+        return self._alarm.alerts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what Lightning and a run have attached: it would drag the model along."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")} | {"_tap": None}
+
+    def _key(self, key: str) -> str:
+        return f"{key}/{self.name}" if self.name else key
+
+    def _log(self, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+        if broken := [key for key, value in values.items() if not value.isfinite()]:
+            self._report(NonFiniteError(f"Values must be finite; these are not: {broken}."))
+        # Already synchronised: the same on every process.
+        self._values.update({key: float(value) for key, value in values.items()})
+        pl_module.log_dict(values, sync_dist=False, rank_zero_only=False, add_dataloader_idx=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -167,13 +225,12 @@ class FlatnessMonitor(Callback):
 
     def _samples_left(self, trainer: Trainer, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""
-        if self.max_samples is None:
-            return None
-        share = self.max_samples // trainer.world_size + (trainer.global_rank < self.max_samples % trainer.world_size)
-        return max(
-            0,
-            share - (int(self._metrics[loader]["flatness/trace"].samples) if loader in self._metrics else 0),
-        )
+        limits = [share_of(trainer, loader)]
+        if self.max_samples is not None:
+            rest = self.max_samples % trainer.world_size
+            limits.append(self.max_samples // trainer.world_size + (trainer.global_rank < rest))
+        known = [limit for limit in limits if limit is not None]
+        return max(0, min(known) - self._evaluations[loader].samples) if known else None
 
     def _attempt(self, measurement: Callable[[Tap], None]) -> None:
         """Make a measurement; one that fails ends this validation's, never the training, unless `strict`."""
@@ -193,17 +250,10 @@ class FlatnessMonitor(Callback):
             self._warned.add(str(error))
             rank_zero_warn(f"FlatnessMonitor did not measure: {error}", category=UserWarning)
 
-    def _add(self, factors: TailFactors, pl_module: LightningModule, loader: int = 0) -> None:
-        if loader not in self._metrics:
-            metrics = {
-                "flatness/relative": RelativeFlatness(),
-                "flatness/trace": HessianTrace(),
-                "flatness/confidence": Confidence(),
-                "margin/mean": OutputMargin(),
-            }
-            # Compute groups would join metrics whose first values happen to be equal.
-            self._metrics[loader] = MetricCollection(metrics, compute_groups=False).to(pl_module.device)
-        self._metrics[loader].update(factors)
+    def _measure_batch(self, tap: Tap, batch: Any, loader: int, left: int | None) -> None:
+        targets = (self.target or batch_targets)(batch)
+        if not is_empty(targets):
+            self._evaluations[loader].update(tap.factors(targets).select(slice(left)))
 
     def _measure_own(self, tap: Tap, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = self.data
@@ -213,4 +263,4 @@ class FlatnessMonitor(Callback):
             for factors in batch_factors(
                 tap, network(pl_module), moved(batches, trainer, pl_module), self.max_samples, self.target
             ):
-                self._add(factors, pl_module)
+                self._evaluations[0].update(factors)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.functional import ConvGeometry, patches
-from lightning_flatness.tail import NonFiniteError, Recording, bias_of, refusal
-from lightning_flatness.tape import Operation, TapeError, is_low_precision, raised
+from lightning_flatness.operation import Operation, TapeError, is_low_precision, raised
+from lightning_flatness.tail import NonFiniteError, Recording, refusal
 
 _PIECEWISE_LINEAR = frozenset(
-    "relu leaky_relu hardtanh relu6 clamp clamp_min clamp_max threshold prelu _prelu_kernel abs "
+    "relu leaky_relu rrelu rrelu_with_noise hardtanh hardsigmoid relu6 clamp clamp_min clamp_max threshold "
+    "prelu _prelu_kernel abs "
     "add sub rsub neg mean sum amax amin cat stack "
     "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "
@@ -29,7 +30,7 @@ _PIECEWISE_LINEAR = frozenset(
 
 # Curved, but what they connect does not depend on the values.
 _POINTWISE = frozenset(
-    "silu gelu hardswish hardsigmoid sigmoid tanh mish elu celu selu softplus softsign log_sigmoid_forward "
+    "silu gelu hardswish sigmoid tanh mish elu celu selu softplus softsign log_sigmoid_forward "
     "exp expm1 log log1p sqrt rsqrt pow square reciprocal sin cos erf softshrink hardshrink".split()
 )
 # Piecewise linear as long as one of their factors alone belongs to the tail.
@@ -43,7 +44,7 @@ class Certificate:
     signature: tuple[Any, ...]
     root: int  # which call of the convolution
     channels: Tensor  # (k,)
-    silent: Tensor | None  # filters that reach no feature, (k,); None if there are none
+    silent: Tensor | None  # filters that reached no feature at that point, (k,); None if there were none
     curved: bool
     fixed: bool  # whether what depends on what is the same for all values; if not, certify every batch
 
@@ -88,7 +89,11 @@ def _certified(recording: Recording, generator: torch.Generator, generic: bool) 
     curved = not all(map(_is_piecewise_linear, operations))
     if curved and not _acts_by_position(features, point, generator):
         raise refusal(recording, "a curved activation acts on several positions of a map at once")
-    fixed = all(_is_piecewise_linear(step) or step.name.rstrip("_") in _POINTWISE for step in operations)
+    # With two branches, one may be saturated at this point and hide what the other does elsewhere.
+    fixed = all(
+        len(step.slots) == 1 and (_is_piecewise_linear(step) or step.name.rstrip("_") in _POINTWISE)
+        for step in operations
+    )
     return Certificate(recording.signature, used[0], channels, silent if silent.any() else None, curved, fixed)
 
 
@@ -97,7 +102,8 @@ def replayed_features(recording: Recording, points: dict[int, Tensor]) -> Tensor
     call = recording.classifier
     slot = recording.tape.slot(call.inputs)
     if slot is None:
-        raise TapeError(recording.tape.failure or "the classifier's input does not depend on the convolution")
+        reason = recording.tape.doubt(call.end)
+        raise TapeError(reason or "the classifier's input does not depend on the convolution")
     if len(call.inputs) != len(next(iter(points.values()))):
         raise TapeError("the batch is folded between the convolution and the classifier")
     features = recording.tape.replay(points, call.end)[slot]
@@ -113,10 +119,13 @@ def recorded_points(recording: Recording) -> dict[int, Tensor]:
 
 
 def _generic_point(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Return `value` shaken over three decades around its own spread, so that every activation is alive."""
-    spread = (value.flatten(2).std((0, 2)) if value[:, 0].numel() > 1 else value.abs().flatten()).mean()
-    sign, decade = torch.rand((2, *value.shape), generator=generator, dtype=torch.float64)
-    shake = ((sign - 0.5).sign() * 10 ** (3 * decade - 1)).to(value)
+    """Return `value` shaken up and down in turn by 0.1 to 10 times its spread, to wake every activation."""
+    flat = value.flatten(2)
+    spread = (flat.std((0, 2)) if flat[:, 0].numel() > 1 else flat.abs().flatten()).mean()
+    parity = torch.arange(flat[0, 0].numel()) + torch.arange(len(flat)).reshape(-1, 1, 1)
+    flip, decade = torch.rand((2, *flat.shape), generator=generator, dtype=torch.float64)
+    sign = (flip[:1, :, :1] - 0.5).sign() * (1 - 2 * (parity % 2))
+    shake = (sign * 10 ** (2 * decade - 1)).to(value).reshape(value.shape)
     return (value + torch.where(spread > 0, spread, 1.0) * shake).requires_grad_()
 
 
@@ -141,7 +150,8 @@ def _channel_map(output: Tensor, point: Tensor, generator: torch.Generator) -> t
         return gradient.flatten(2)
 
     ones = pulled_back(torch.ones_like(output))
-    silent = (ones == 0).all(2).all(0)
+    reach = ones.abs().amax((0, 2))
+    silent = reach <= torch.finfo(ones.dtype).eps * reach.max()
     numbers = torch.randperm(channels, generator=generator)
     coded = pulled_back((numbers + 1).to(output).reshape(1, -1, *dims))
     ratio = (coded * ones).sum((0, 2)) / ones.square().sum((0, 2)).clamp_min(torch.finfo(ones.dtype).tiny)
@@ -198,12 +208,11 @@ def _check_modules(recording: Recording) -> None:
     rows = patches(raised(tape.value(inputs)[:2]), geometry).to(recording.weight.dtype)
     filters = recording.weight.unflatten(0, (geometry.groups, -1))
     observed = tape.value(z)[:2].flatten(2)
-    computed = (filters @ rows.mT).flatten(1, 2) + bias_of(recording.convolution).unsqueeze(-1)
-    if not _same(computed, observed):
+    if not _same((filters @ rows.mT).flatten(1, 2) + recording.bias.unsqueeze(-1), observed):
         raise refusal(recording, f"`{recording.layer}` does more than convolve with its `weight`")
-    if recording.has_head:
+    if call.weights is not None:
         features = raised(call.inputs.detach()).flatten(1)
-        if not _same(features @ recording.head.mT + recording.head_bias, call.output):
+        if not _same(features @ call.weights[0].mT + call.weights[1], call.output):
             raise refusal(recording, f"`{call.name}` does more than multiply by its `weight`")
 
 

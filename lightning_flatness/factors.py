@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +18,13 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class LayerCurvature(NamedTuple):
-    """What one pass over the samples yields; every entry has shape (n,)."""
+    """What one pass over the samples yields; the first dimension of every entry is that of the samples."""
 
     hessian_trace: Tensor
     relative_flatness: Tensor
+    feature_energy: Tensor
+    scaled_flatness: Tensor
+    head_relative_flatness: Tensor
 
 
 @contextmanager
@@ -50,7 +53,9 @@ class TailFactors:
         head: `V`, the classifier's weight; the identity if the convolution is the classifier, shape (c, j).
         channels: `pi`, the feature that each filter feeds, shape (k,).
         geometry: of the convolution.
-        target: class indices, shape (n,); None if unknown.
+        target: what `batch.checked_targets` returns; None if unknown. Class indices, shape (n,), or probabilities
+            of the classes or labels, shape (n, c).
+        loss: of the training.
     """
 
     inputs: Float[Tensor, "n i ..."]
@@ -62,7 +67,8 @@ class TailFactors:
     head: Float[Tensor, "c j"]
     channels: Int[Tensor, " k"]
     geometry: LF.ConvGeometry
-    target: Int[Tensor, " n"] | None = None
+    target: Int[Tensor, " n"] | Float[Tensor, "n c"] | None = None
+    loss: LF.Loss = field(default_factory=LF.CrossEntropy)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -70,47 +76,96 @@ class TailFactors:
 
     def to(self, dtype: torch.dtype) -> TailFactors:
         """Return the same factors with every floating tensor in `dtype`."""
-        changes = {
-            field.name: value.to(dtype)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.is_floating_point()
+        changes: dict[str, Any] = {
+            entry.name: value.to(dtype)
+            for entry in fields(self)
+            if isinstance(value := getattr(self, entry.name), Tensor) and value.is_floating_point()
         }
         return replace(self, **changes)
 
     def select(self, samples: slice) -> TailFactors:
         """Return the factors of some of the samples."""
         per_sample = ("inputs", "jacobian", "bend", "features", "logits", "target")
-        changes = {name: value[samples] for name in per_sample if (value := getattr(self, name)) is not None}
+        changes: dict[str, Any] = {
+            name: value[samples] for name in per_sample if (value := getattr(self, name)) is not None
+        }
         return replace(self, **changes)
 
     @cached_property
     def hessian_trace(self) -> Float[Tensor, " n"]:
-        """Per-sample Hessian trace, see `functional.hessian_trace`."""
+        """Per-sample Hessian trace, see `functional.hessian_trace`, with what a curved activation adds."""
         return self._curvature.hessian_trace
 
     @cached_property
     def relative_flatness(self) -> Float[Tensor, " n"]:
-        """Per-sample relative flatness, see `functional.relative_flatness`."""
+        """Per-sample relative flatness, see `functional.relative_flatness`, with what a curved activation adds."""
         return self._curvature.relative_flatness
 
     @cached_property
+    def feature_energy(self) -> Float[Tensor, " n"]:
+        """Per-sample `Tr R`, the squared norm of the features' gradients in the filters."""
+        return self._curvature.feature_energy
+
+    @cached_property
+    def scaled_flatness(self) -> Float[Tensor, "n t"]:
+        """Per-sample relative flatness of the predictors `phi / tau` for every `tau` in `functional.TEMPERATURES`."""
+        return self._curvature.scaled_flatness
+
+    @cached_property
+    def logit_energy(self) -> Float[Tensor, " n"]:
+        """Per-sample mean square of the logits about their mean, see `functional.CrossEntropy.logit_energy`."""
+        return self.loss.logit_energy(self.logits)
+
+    @cached_property
     def confidence(self) -> Float[Tensor, " n"]:
-        """Per-sample `1 - |S|^2`, see `functional.confidence`."""
-        return LF.confidence(self.logits)
+        """Per-sample trace of the loss's curvature in the logits; `1 - |S|^2`, see `functional.confidence`."""
+        return self.loss.curvature_trace(self.logits, self.target)
+
+    @cached_property
+    def affine_hessian_trace(self) -> Float[Tensor, " n"]:
+        """Per-sample Hessian trace of the affine classifier on its own input, see `functional.affine_hessian_trace`."""
+        return LF.affine_energy(self.features) * self.confidence
+
+    @cached_property
+    def head_relative_flatness(self) -> Float[Tensor, " n"]:
+        """Per-sample relative flatness of the classifier, see `functional.head_relative_flatness`."""
+        return self._curvature.head_relative_flatness
 
     @cached_property
     def output_margin(self) -> Float[Tensor, " n"]:
         """Per-sample signed output margin, see `functional.output_margin`."""
-        if self.target is None:
-            raise ValueError("A margin needs the true classes: got no target. Pass `target`.")
-        return LF.output_margin(self.logits, self.target)
+        return self.loss.output_margin(self.logits, self.target)
+
+    @cached_property
+    def softmax_margin(self) -> Float[Tensor, " n"]:
+        """Per-sample signed softmax margin, see `functional.softmax_margin`."""
+        return self.loss.softmax_margin(self.logits, self.target)
+
+    @cached_property
+    def margin_bound(self) -> Float[Tensor, " n"]:
+        """Per-sample bound of `affine_hessian_trace` by the margin, see `functional.margin_bound`."""
+        return LF.affine_energy(self.features) * self.loss.trace_bound(self.logits, self.target)
+
+    @cached_property
+    def head_energy(self) -> Float[Tensor, ""]:
+        """`|V|_F^2` of the columns that the filters feed."""
+        return self.head[:, self.channels].square().sum()
+
+    @cached_property
+    def kernel_energy(self) -> Float[Tensor, ""]:
+        """`|W|_F^2`."""
+        return self.weight.square().sum()
 
     @cached_property
     def _curvature(self) -> LayerCurvature:
         """Everything that needs the (k, k) matrices, in chunks of samples that stay under `CHUNK_BYTES`."""
+        if not len(self):
+            nothing = self.logits.new_zeros(0)
+            return LayerCurvature(nothing, nothing, nothing, nothing.new_zeros(0, len(LF.TEMPERATURES)), nothing)
         filters, positions = self.jacobian.shape[1:]
         classes, unfolded = len(self.head), positions * self.geometry.groups * self.weight.shape[1]
-        numbers = 3 * filters**2 + 2 * classes * filters + unfolded + 2 * positions**2
+        numbers = 3 * filters**2 + 2 * self.head.numel() + 2 * classes * filters + unfolded + 2 * positions**2
+        numbers += 3 * classes**2 + 3 * classes * len(LF.TEMPERATURES)
         step = max(1, CHUNK_BYTES // (numbers * self.jacobian.element_size()))
         with full_precision(self.logits.device):
             parts = [self.select(slice(start, start + step))._chunk_curvature() for start in range(0, len(self), step)]
@@ -118,20 +173,31 @@ class TailFactors:
 
     def _chunk_curvature(self) -> LayerCurvature:
         head = self.head[:, self.channels]
-        kernel_gram = self.weight @ self.weight.mT
-        root = LF.curvature_root(self.logits, head)
-        curvature = root.mT @ root
         gram = LF.filter_gram(self.inputs, self.jacobian, self.geometry)
-        label_term = None if self.bend is None else self._label_term(head)
+        class_gram = self.loss.class_gram(self.logits, head, (self.weight @ self.weight.mT) * gram)
+        taus = torch.cat([LF.TEMPERATURES.new_ones(1), LF.TEMPERATURES]).to(self.logits)
+        scaled = self.logits.unsqueeze(1) / taus.unsqueeze(1)
+        flatness = self.loss.relative_flatness(scaled, class_gram, self.target) / taus.square()
+        root = self.loss.curvature_root(self.logits, self.head, self.target)
+        trace = LF.hessian_trace(gram, root[:, :, self.channels])
+        if self.bend is not None:
+            added = self._activation_curvature(self.bend)
+            flatness = flatness + self._label_term(scaled, added * self.weight.square().sum(1)) / taus
+            trace = trace + self._label_term(scaled[:, :1], added).squeeze(1)
         return LayerCurvature(
-            LF.hessian_trace(gram, curvature, label_term),
-            LF.relative_flatness(kernel_gram, gram, curvature, label_term),
+            trace,
+            flatness[:, 0],
+            gram.diagonal(dim1=1, dim2=2).sum(-1),
+            flatness[:, 1:],
+            self.features.square().sum(-1) * root.square().sum((1, 2)),
         )
 
-    def _label_term(self, head: Float[Tensor, "c k"]) -> Float[Tensor, "n k"]:
-        """Return `t_k`, what the curvature of the activation adds to the diagonal blocks."""
-        if self.target is None:
-            raise ValueError("A tail with a curved activation needs the true classes: got no target. Pass `target`.")
-        bend = self.bend.reshape(len(self), self.geometry.groups, -1, self.bend.shape[-1])
+    def _activation_curvature(self, bend: Float[Tensor, "n k s"]) -> Float[Tensor, "n k"]:
+        """Return `sum_s (d2 p_k / d z_ks^2) |P_s|^2`, the trace of feature k's own Hessian in its filter."""
+        grouped = bend.reshape(len(self), self.geometry.groups, -1, bend.shape[-1])
         energy = LF.patch_energy(self.inputs, self.geometry).unsqueeze(2)
-        return (bend * energy).sum(-1).flatten(1) * LF.label_slope(self.logits, head, self.target)
+        return (grouped * energy).sum(-1).flatten(1)
+
+    def _label_term(self, logits: Float[Tensor, "n t c"], added: Float[Tensor, "n k"]) -> Float[Tensor, "n t"]:
+        """Return `sum_k t_k`, what the curvature of the activation adds through the slope of the loss."""
+        return self.loss.label_slope(logits, added @ self.head[:, self.channels].mT, self.target)

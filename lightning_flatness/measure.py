@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any
 
 import torch
@@ -12,12 +13,23 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_flatness.batch import batch_inputs, batch_targets
+from lightning_flatness.batch import batch_inputs, batch_targets, is_empty
+from lightning_flatness.evaluation import Evaluation
 from lightning_flatness.factors import TailFactors
+from lightning_flatness.functional import Loss, as_loss
 from lightning_flatness.tail import NonFiniteError
 from lightning_flatness.tap import Tap
 
-_QUANTITIES = ("relative_flatness", "hessian_trace", "confidence", "output_margin")
+_QUANTITIES = (
+    "relative_flatness",
+    "hessian_trace",
+    "confidence",
+    "affine_hessian_trace",
+    "head_relative_flatness",
+    "output_margin",
+    "softmax_margin",
+    "margin_bound",
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class FlatnessReport:
         n_samples: number of samples.
         relative_flatness: mean over samples, see `functional.relative_flatness`.
         hessian_trace: mean over samples, see `functional.hessian_trace`.
+        scale_free_flatness: relative flatness of the predictor with its logits divided by their spread.
         confidence: mean of `1 - |S|^2`, see `functional.confidence`.
         margins: statistics of the signed output margins.
         samples: per-sample values by name, shape (n,), if they were asked for.
@@ -42,6 +55,7 @@ class FlatnessReport:
     n_samples: int
     relative_flatness: float
     hessian_trace: float
+    scale_free_flatness: float
     confidence: float
     margins: dict[str, float]
     samples: dict[str, Tensor] | None = None
@@ -50,7 +64,7 @@ class FlatnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python types, without the per-sample values."""
-        return {key: value for key, value in asdict(self).items() if key != "samples"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "samples"}
 
     def __str__(self) -> str:
         """Return the report as a table."""
@@ -60,6 +74,7 @@ class FlatnessReport:
             ("samples", f"{self.n_samples}"),
             ("relative flatness", f"{self.relative_flatness:.6g}  (lower is flatter)"),
             ("Hessian trace", f"{self.hessian_trace:.6g}  (lower is flatter)"),
+            ("scale-free flatness", f"{self.scale_free_flatness:.6g}  (lower is flatter)"),
             ("confidence 1 - |S|^2", f"{self.confidence:.6g}  (lower is more confident)"),
             *((f"margin {name}", f"{value:.6g}") for name, value in self.margins.items()),
         ]
@@ -73,6 +88,7 @@ def measure(
     classifier: str | None = None,
     max_samples: int | None = None,
     per_sample: bool = False,
+    loss: str | nn.Module | Loss = "cross_entropy",
 ) -> FlatnessReport:
     """Measure the exact Hessian trace and relative flatness of a convolution under global pooling.
 
@@ -85,6 +101,8 @@ def measure(
         classifier: name of the linear classifier; None: found.
         max_samples: stop after so many samples; None: all.
         per_sample: also keep the values of every sample.
+        loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
+            `nn.BCEWithLogitsLoss` that is used.
 
     Returns:
         The report; `print` it, or read its attributes.
@@ -100,26 +118,37 @@ def measure(
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be at least 1 or None; got {max_samples}.")
-    tap = Tap(model, layer, classifier)
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"`batches` must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+    tap = Tap(model, layer, classifier, as_loss(loss))
+    evaluation = Evaluation(device_of(model))
     parts: list[dict[str, Tensor]] = []
     with undisturbed(model):
         for factors in batch_factors(tap, model, batches, max_samples):
-            parts.append({name: getattr(factors, name).double() for name in _QUANTITIES})
-    if not parts:
+            evaluation.update(factors)
+            if per_sample:
+                parts.append({name: getattr(factors, name) for name in _QUANTITIES})
+    if evaluation.samples == 0:
         raise ValueError("`batches` must yield at least one sample; got none.")
-    samples = {name: torch.cat([part[name] for part in parts]) for name in _QUANTITIES}
-    for name, values in samples.items():
-        if broken := int((~values.isfinite()).sum()):
-            raise NonFiniteError(f"`{name}` must be finite; it is not in {broken} of {len(values)} samples.")
-    means = {name: float(values.mean()) for name, values in samples.items()}
+    values = {key: float(value) for key, value in evaluation.compute().items()}
+    if broken := [key for key, value in values.items() if not isfinite(value)]:
+        raise NonFiniteError(f"Values must be finite; these are not: {broken}.")
     return FlatnessReport(
         layer=str(tap.layer),
         classifier=str(tap.classifier),
-        n_samples=len(samples["confidence"]),
-        margins={"mean": means.pop("output_margin")},
-        samples=samples if per_sample else None,
-        **means,
+        n_samples=evaluation.samples,
+        relative_flatness=values["flatness/relative"],
+        hessian_trace=values["flatness/trace"],
+        scale_free_flatness=values["flatness/scale_free"],
+        confidence=values["flatness/confidence"],
+        margins={key.removeprefix("margin/"): value for key, value in values.items() if key.startswith("margin/")},
+        samples={name: torch.cat([part[name] for part in parts]) for name in _QUANTITIES} if per_sample else None,
     )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def batch_factors(
@@ -131,12 +160,14 @@ def batch_factors(
 ) -> Iterator[TailFactors]:
     """Run the model on each batch and yield its factors, of no more than `max_samples` samples in all."""
     left = max_samples
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with tap:
         for batch in batches:
             batch = move_data_to_device(batch, device)
             targets = (target or batch_targets)(batch)
-            with torch.no_grad():
+            if is_empty(targets):
+                continue
+            with torch.no_grad(), tap.alone():
                 model(batch_inputs(batch))
             factors = tap.factors(targets)
             yield factors if left is None else factors.select(slice(left))

@@ -1,4 +1,4 @@
-"""A fixed sample of the training set, to measure flatness where the loss is minimised."""
+"""Whose samples are measured: a fixed sample of the training set, and each process's share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
 _SEED = 0
 
@@ -39,6 +39,20 @@ def training_probe(trainer: Trainer, samples: int) -> DataLoader[Any]:
         batch_size=loader.batch_size or 32,
         collate_fn=loader.collate_fn,
     )
+
+
+def share_of(trainer: Trainer, loader: int) -> int | None:
+    """Return how many samples of a validation loader are this process's own; None: all that it gets.
+
+    A `DistributedSampler` fills up the shares with samples that another process has too. Unshuffled, sample `i` of
+    process `r` of `w` is number `r + i w` of the data set, so the padding is known by its position.
+    """
+    loaders = trainer.val_dataloaders
+    chosen = loaders[loader] if isinstance(loaders, (list, tuple)) else loaders
+    sampler = getattr(chosen, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.shuffle or sampler.drop_last:
+        return None
+    return len(range(sampler.rank, len(cast(Sized, sampler.dataset)), sampler.num_replicas))
 
 
 def moved(batches: Any, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_flatness.rules import Alert
+from lightning_flatness.alerts import Alert
 
 _TITLE_LENGTH = 63  # W&B asks for less than 64 characters
 
@@ -28,9 +27,9 @@ class Sinks:
         self._failed: set[str] = set()
 
     def alert(self, trainer: Trainer, alert: Alert, done: str = "") -> None:
-        """Show an alert: in TensorBoard a text and a dot at the value, on W&B an alert of the run.
+        """Show an alert: on W&B as an alert of the run, in TensorBoard as a text and as a mark at the value.
 
-        Both stand under `alert/<key>`, at the step at which Lightning logs the metrics of the same validation.
+        In TensorBoard both are called `alert/<key>` and stand at the step of the validation's logged metrics.
 
         Args:
             trainer: The Trainer whose loggers are to show it.
@@ -43,8 +42,7 @@ class Sinks:
         def show(experiment: Any) -> None:
             if hasattr(experiment, "add_text") and hasattr(experiment, "add_scalar"):
                 experiment.add_text(tag, text, step)
-                # TensorBoard draws no value that is not finite.
-                experiment.add_scalar(tag, alert.value if math.isfinite(alert.value) else 0.0, step)
+                experiment.add_scalar(tag, alert.value, step)
             elif hasattr(experiment, "alert") and hasattr(experiment, "define_metric"):
                 # W&B drops an alert whose title it has seen within `wait_duration` seconds; 0 means a minute.
                 title = f"{alert.key} at step {alert.step}"[:_TITLE_LENGTH]

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.tape import Tape, raised
+from lightning_flatness.operation import raised
+from lightning_flatness.tape import Tape
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CLASSIFIERS = (nn.Linear, *CONVOLUTIONS)
@@ -28,9 +29,9 @@ class Call(NamedTuple):
     """One call of a module after the monitored convolution."""
 
     name: str
-    module: nn.Module
     inputs: Tensor
     output: Tensor  # a copy, flattened to (n, features)
+    weights: tuple[Tensor, Tensor] | None  # a linear module's `V` and its bias; None for another
     slot: int | None  # of the output on the tape
     end: int  # operations on the tape when it returned
 
@@ -42,7 +43,8 @@ class Recording:
     tape: Tape
     layer: str
     convolution: nn.Module
-    weight: Tensor
+    weight: Tensor  # W, shape (k, d)
+    bias: Tensor  # shape (k,)
     roots: tuple[tuple[int, int, int], ...]  # (slot of z, constant of z, constant of A) of each call
     classifier: Call
 
@@ -58,31 +60,16 @@ class Recording:
         names = tuple(operation.name for operation in self.tape.operations[: self.classifier.end])
         return names, self.classifier.name, tuple(self.classifier.inputs.shape[1:]), len(self.roots)
 
-    @property
-    def has_head(self) -> bool:
-        """Return whether a linear classifier follows; if not, the convolution itself is the classifier."""
-        return isinstance(self.classifier.module, CLASSIFIERS)
 
-    @property
-    def head(self) -> Tensor:
-        """Return the classifier's weight `V`, shape (c, j)."""
-        return weight_of(self.classifier.module)
+def weights_of(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return copies of a linear module's or a convolution's weight, one row per output, and of its bias, if only zeros.
 
-    @property
-    def head_bias(self) -> Tensor:
-        """Return the classifier's bias, zero where it has none, shape (c,)."""
-        return bias_of(self.classifier.module)
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight of a linear module or a convolution, one row per output."""
-    return raised(cast(Tensor, module.weight).detach().flatten(1))
-
-
-def bias_of(module: nn.Module) -> Tensor:
-    """Return the bias of a linear module or a convolution, zero where it has none."""
-    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-    return raised((weight.new_zeros(len(weight)) if bias is None else bias).detach())
+    The copies are made while the module runs: a moving average may swap the weights around the pass.
+    """
+    weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
+    with torch.inference_mode(False):
+        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
+        return raised(weight.flatten(1).clone()), raised(bias)
 
 
 def refusal(recording: Recording, reason: str) -> UnsupportedTailError:
@@ -110,20 +97,42 @@ def choose_classifier(tape: Tape, layer: str, calls: list[Call], outputs: list[C
     outermost = _outermost(outputs)
     candidates = calls or outermost[:1]  # no linear module: the convolution itself is the classifier
     if not candidates:
-        because = f" ({tape.failure})" if tape.failure else ""
         raise UnsupportedTailError(
-            f"A linear classifier must run after `{layer}`, on what that computed; none did{because}. "
+            f"A linear classifier must run after `{layer}`, on what that computed; none did{_because(tape)}. "
             "Name them: `layer=...`, `classifier=...`."
         )
     returned = [call for out in outermost for call in candidates if _same_prediction(call.output, out.output)]
     chosen = returned[0] if returned else candidates[-1]
     around = any(chosen.name.startswith(f"{out.name}." if out.name else "") for out in outermost)
     if (around and not returned) or not _ends_tail(tape, chosen):
+        what = f"`{chosen.name}`" if chosen.weights else "the network"
+        path = " > ".join([layer, *(operation.name for operation in tape.operations)])
+        remedy = f" If the loss is that of this very output, say so: `classifier={chosen.name!r}`." * bool(chosen.weights)
         raise UnsupportedTailError(
-            f"The network and the loss must use the output of the classifier as it is; after `{chosen.name}` it is "
-            f"changed. If the loss is the cross-entropy of that output, say so: `classifier={chosen.name!r}`."
+            f"The network and the loss must use the logits as they leave the classifier; after {what} they are "
+            f"changed.{remedy}\n  path: {path}"
         )
     return chosen
+
+
+def named_classifier(tape: Tape, layer: str, name: str, calls: list[Call], outputs: list[Call]) -> Call:
+    """Return the call of the classifier that the user named, or that an earlier pass settled on.
+
+    Raises:
+        UnsupportedTailError: if it did not run after the convolution.
+    """
+    for call in (*calls, *outputs):
+        if call.name == name:
+            return call
+    raise UnsupportedTailError(
+        f"The classifier `{name}` must run after `{layer}`, on what that computed; it did not{_because(tape)}. "
+        f"Linear modules that did: {sorted({call.name for call in calls})}."
+    )
+
+
+def _because(tape: Tape) -> str:
+    doubt = tape.doubt(len(tape.operations) + 1)
+    return f" ({doubt})" if doubt else ""
 
 
 def _outermost(outputs: list[Call]) -> list[Call]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lightning_flatness.batch import class_indices
+from lightning_flatness.batch import checked_targets
 from lightning_flatness.certificate import Certificate, certify, recorded_points, replayed_features
 from lightning_flatness.factors import TailFactors
-from lightning_flatness.functional import ConvGeometry
+from lightning_flatness.functional import ConvGeometry, CrossEntropy, Loss
+from lightning_flatness.operation import is_low_precision, raised, tensors
 from lightning_flatness.tail import (
     CLASSIFIERS,
     CONVOLUTIONS,
@@ -20,12 +21,13 @@ from lightning_flatness.tail import (
     Recording,
     UnsupportedTailError,
     choose_classifier,
+    named_classifier,
     refusal,
-    weight_of,
+    weights_of,
 )
-from lightning_flatness.tape import Tape, is_low_precision, raised, tensors
+from lightning_flatness.tape import Tape, unrecorded
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class Tap:
@@ -40,6 +42,7 @@ class Tap:
         model: any module whose forward pass will run.
         layer: name of the monitored convolution; None: the last one that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
+        loss: the training loss of the logits.
 
     Raises:
         ValueError: if a named module does not exist or is of the wrong kind; lists the candidates.
@@ -50,8 +53,17 @@ class Tap:
         ...     factors = tap.factors(labels)
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None, classifier: str | None = None) -> None:
+    _alone: ClassVar[Tap | None] = None  # the only one that listens at present
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | None = None,
+        classifier: str | None = None,
+        loss: Loss | None = None,
+    ) -> None:
         """Check the names against the model."""
+        self._loss = loss or CrossEntropy()
         self._modules = {_plain_name(name): module for name, module in model.named_modules()}
         self._require(layer, "layer", CONVOLUTIONS)
         self._require(classifier, "classifier", CLASSIFIERS)
@@ -59,7 +71,7 @@ class Tap:
         self.classifier = classifier
         self._settled = False  # whether the modules that matter are known
         self._handles: list[Any] = []
-        self._entered: list[Tape] = []
+        self._tape: Tape | None = None
         self._certificate: Certificate | None = None
         self.clear()
 
@@ -77,15 +89,28 @@ class Tap:
 
     def clear(self) -> None:
         """Forget what was recorded."""
+        self._restart()
+        self._ran: set[str] = set()  # convolutions that ran in this pass
+        self._complete = False  # the first complete pass is measured, later ones run untouched
+        self._failure: Exception | None = None
+
+    def _restart(self) -> None:
         self._close()
-        self._tape: Tape | None = None
+        self._tape = None
         self._running: str | None = None  # name of the convolution that the tape follows
-        self._weight: Tensor | None = None
+        self._weights: tuple[Tensor, Tensor] | None = None
         self._roots: list[tuple[int, int, int]] = []
         self._calls: list[Call] = []
         self._outputs: list[Call] = []
-        self._complete = False  # the first complete pass is measured, later ones run untouched
-        self._failure: Exception | None = None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hide the forward passes within from every other tap."""
+        before, Tap._alone = Tap._alone, self
+        try:
+            yield
+        finally:
+            Tap._alone = before
 
     def skip(self) -> None:
         """Let forward passes go unrecorded until the next `clear` or `factors`."""
@@ -96,7 +121,7 @@ class Tap:
         """Return the factors of the first complete forward pass since the last call, and forget it.
 
         Args:
-            target: class indices of the batch, shape (n,).
+            target: class indices of the batch, shape (n,), or what else the loss reads.
 
         Raises:
             UnsupportedTailError: if the closed form is not exact for this network, or the convolution or the
@@ -105,7 +130,7 @@ class Tap:
         """
         self._close()
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with unrecorded(), torch.inference_mode(False), torch.enable_grad():
                 recording = self._recording()
                 with torch.autocast(recording.weight.device.type, enabled=False):
                     return self._factors(recording, target)
@@ -117,8 +142,6 @@ class Tap:
         unproven = certificate is None or certificate.signature != recording.signature
         if certificate is None or unproven:
             certificate = self._certificate = certify(recording)
-        if not certificate.fixed:
-            certificate = certify(recording, generic=False)
         tape, call = recording.tape, recording.classifier
         points = recorded_points(recording)
         slot, _, inputs = recording.roots[certificate.root]
@@ -127,13 +150,14 @@ class Tap:
         bend = None
         if certificate.curved and slope.requires_grad:
             (bend,) = torch.autograd.grad(slope.sum(), points[slot], materialize_grads=True)
-        if certificate.silent is not None and slope[:, certificate.silent].any():
-            raise refusal(recording, "a filter that reached no feature when the tail was certified reaches one now")
+        woken = certificate.silent is not None and slope[:, certificate.silent].any()
+        if woken or not certificate.fixed:  # what holds for these very values
+            certificate = certify(recording, generic=False)
         features, slope = features.detach(), slope.detach()
-        head = recording.head if recording.has_head else torch.eye(features.shape[1]).to(features)
+        head = torch.eye(features.shape[1]).to(features) if call.weights is None else call.weights[0]
         logits = raised(call.output)
-        if recording.has_head and is_low_precision(call.output):
-            logits = features @ head.mT + recording.head_bias
+        if call.weights is not None and is_low_precision(call.output):
+            logits = features @ head.mT + call.weights[1]
         look = unproven or not logits.is_cuda  # later batches must not wait for the device
         return TailFactors(
             inputs=raised(tape.value(inputs)).to(slope.dtype),
@@ -145,14 +169,15 @@ class Tap:
             head=head.to(slope.dtype),
             channels=certificate.channels,
             geometry=ConvGeometry.of(recording.convolution),
-            target=None if target is None else class_indices(target, len(logits), logits.shape[1], look),
+            target=None if target is None else checked_targets(target, len(logits), logits.shape[1], self._loss, look),
+            loss=self._loss,
         )
 
     def _recording(self) -> Recording:
         """Return what was recorded, with the classifier chosen; from then on only these modules are hooked."""
         if self._failure is not None:
             raise UnsupportedTailError(f"Recording the forward pass failed: {self._failure!r}") from self._failure
-        if self._tape is None or self._running is None or self._weight is None:
+        if self._tape is None or self._running is None or self._weights is None:
             wanted = f"the convolution `{self.layer}`" if self.layer else "a convolution on a map larger than 1 x 1"
             raise UnsupportedTailError(
                 f"A forward pass must run {wanted}; none did. Convolutions of the model: {self._names(CONVOLUTIONS)}. "
@@ -161,23 +186,12 @@ class Tap:
         if self.classifier is None:
             call = choose_classifier(self._tape, self._running, self._calls, self._outputs)
         else:
-            call = self._named_call()
-        recording = Recording(
-            self._tape, self._running, self._modules[self._running], self._weight, tuple(self._roots), call
-        )
+            call = named_classifier(self._tape, self._running, self.classifier, self._calls, self._outputs)
+        module = self._modules[self._running]
+        recording = Recording(self._tape, self._running, module, *self._weights, tuple(self._roots), call)
         if not self._settled:
             self._settle(recording)
         return recording
-
-    def _named_call(self) -> Call:
-        for call in (*self._calls, *self._outputs):
-            if call.name == self.classifier:
-                return call
-        because = f" ({self._tape.failure})" if self._tape is not None and self._tape.failure else ""
-        raise UnsupportedTailError(
-            f"The classifier `{self.classifier}` must run after `{self._running}`, on what that computed; "
-            f"it did not{because}. Linear modules that did: {sorted({call.name for call in self._calls})}."
-        )
 
     def _settle(self, recording: Recording) -> None:
         shared = sum(
@@ -210,9 +224,10 @@ class Tap:
         """Return a forward hook in which nothing can stop the user's forward pass."""
 
         def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._failure is None and not self._complete:
+            if self._failure is None and not self._complete and Tap._alone in (None, self):
                 try:
-                    hook(name, module, next(tensors([args, kwargs])), output)
+                    with unrecorded():
+                        hook(name, module, next(tensors([args, kwargs]), None), output)
                 except Exception as error:
                     self._failure = error
                     self._close()
@@ -222,40 +237,44 @@ class Tap:
     def _on_convolution(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         if self.layer is None and output.shape[2:].numel() == 1:
             return
-        if self._tape is None or name != self._running:
-            self.clear()
+        if self._tape is None or name not in self._ran:  # the last one to run for the first time is followed
+            self._restart()
             self._tape, self._running = Tape(), name
-            self._weight = weight_of(module).clone()
-            self._entered.append(self._tape)
-            self._tape.__enter__()
-        slot, z = self._tape.add_root(output)
-        self._roots.append((slot, z, self._tape.keep(inputs)))
+            self._weights = weights_of(module)
+            self._tape.forbid(cast(Tensor, module.weight))
+            self._tape.start()
+        self._ran.add(name)
+        if name == self._running:
+            slot, z = self._tape.add_root(output)
+            self._roots.append((slot, z, self._tape.keep(inputs)))
 
     def _on_classifier(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        self._note(self._calls, Call(name, module, inputs, output, None, 0))
+        self._note(self._calls, name, inputs, output, module)
 
-    def _on_network(self, name: str, module: nn.Module, inputs: Tensor, output: Any) -> None:
-        parts = output if isinstance(output, (Tensor, list, tuple, dict)) else vars(output)
+    def _on_network(self, name: str, module: nn.Module, inputs: Tensor | None, output: Any) -> None:
+        parts = output if isinstance(output, (Tensor, list, tuple, dict)) else getattr(output, "__dict__", ())
         for tensor in tensors(parts):
-            if self._complete:
-                return
-            self._note(self._outputs, Call(name, module, tensor, tensor, None, 0))
+            if not self._complete:
+                self._note(self._outputs, name, tensor, tensor)
 
-    def _note(self, calls: list[Call], call: Call) -> None:
-        """Note a module's call if it depends on the convolution and can be the end of the tail."""
-        if self._tape is None or self._tape.slot(call.inputs) is None:
+    def _note(
+        self, calls: list[Call], name: str, inputs: Tensor, output: Tensor, linear: nn.Module | None = None
+    ) -> None:
+        """Note what a module returned if it depends on the convolution and can be the end of the tail."""
+        tape = self._tape
+        if tape is None or tape.slot(inputs) is None or output.dim() < 2 or output.shape[2:].numel() != 1:
             return
-        if call.output.dim() >= 2 and call.output.shape[2:].numel() == 1:
-            slot, end = self._tape.slot(call.output), len(self._tape.operations)
-            calls.append(call._replace(output=call.output.detach().clone().flatten(1), slot=slot, end=end))
-            if self._settled:
-                self._complete = True
-                self._close()
+        end, weights = len(tape.operations), None if linear is None else weights_of(linear)
+        copy = output.detach().flatten(1).clone()
+        calls.append(Call(name, inputs, copy, weights, tape.slot(output), end))
+        if self._settled:
+            self._complete = True
+            self._close()
 
     def _close(self) -> None:
         """Stop recording."""
-        while self._entered and _get_current_dispatch_mode() is self._entered[-1]:
-            self._entered.pop().__exit__(None, None, None)
+        if self._tape is not None:
+            self._tape.stop()
 
     def _names(self, kinds: tuple[type[nn.Module], ...]) -> list[str]:
         return [name for name, module in self._modules.items() if isinstance(module, kinds)]
@@ -270,6 +289,4 @@ class Tap:
 
 def _plain_name(name: str) -> str:
     """Return a module's name without what compilers and wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

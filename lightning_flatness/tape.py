@@ -2,103 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
+from lightning_flatness.operation import LOW_PRECISION, Constant, Operation, Slot, TapeError, raised, tensors, transform
 
-
-class _Slot(NamedTuple):
-    """Stands for a tensor that depends on a root."""
-
-    number: int
-
-
-class _Constant(NamedTuple):
-    """Stands for a tensor that does not."""
-
-    number: int
-
-
-class Operation(NamedTuple):
-    """One recorded operation; tensors in its arguments are replaced by `_Slot` and `_Constant`."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    results: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """Return the operation's plain name, such as `relu_`."""
-        return self.function.overloadpacket.__name__
-
-    @property
-    def slots(self) -> list[_Slot]:
-        """Return the arguments that depend on a root."""
-        found: list[_Slot] = []
-        _transform((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, _Slot) else None)
-        return found
-
-    @property
-    def depends_on_first_alone(self) -> bool:
-        """Return whether the first argument, and no other, depends on a root."""
-        return len(self.slots) == 1 and isinstance(self.args[0], _Slot)
-
-    def require_repeatable(self) -> None:
-        """Refuse an operation that draws random numbers or updates running statistics."""
-        schema = self.function._schema.arguments
-        named = {argument.name: value for argument, value in zip(schema, self.args, strict=False)} | self.kwargs
-        training = named.get("train", named.get("training"))
-        if "batch_norm" in self.name and training:
-            raise TapeError(f"`{self.name}` runs in training mode: it mixes samples. Put the model in eval mode")
-        if torch.Tag.nondeterministic_seeded in self.function.tags and training is not False:
-            raise TapeError(f"`{self.name}` draws random numbers. Put the model in eval mode")
-
-
-class TapeError(RuntimeError):
-    """The recorded computation cannot be repeated faithfully."""
-
-
-def is_low_precision(tensor: Tensor) -> bool:
-    """Return whether the tensor is in half precision."""
-    return tensor.dtype in _LOW_PRECISION
-
-
-def raised(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32 if it is in half precision, else as it is."""
-    return tensor.float() if is_low_precision(tensor) else tensor
-
-
-def _transform(tree: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, (list, tuple)) and not isinstance(tree, (_Slot, _Constant)):
-        return tuple(_transform(item, change) for item in tree)
-    if isinstance(tree, dict):
-        return {key: _transform(item, change) for key, item in tree.items()}
-    return change(tree)
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and dictionaries."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors(item)
-    elif isinstance(tree, dict):
-        yield from tensors(list(tree.values()))
+_SMALL = 2**14  # numbers; the parameters of a normalisation are fewer
+_READS_A_NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class Tape(TorchDispatchMode):
-    """While active, records every operation that depends on a root; the computation itself is untouched.
+class _Kept(NamedTuple):
+    """A value that an operation used and that does not depend on a root."""
+
+    original: Tensor
+    value: Tensor  # a copy, or the original itself while its version stays
+    version: int | None
+    overwritten: bool  # the network changes it in place, and so must every replay
+
+
+class Tape:
+    """Between `start` and `stop`, records every operation that depends on a root; nothing else is touched.
 
     The record works below autograd, autocast and inference mode: nothing that the user's code computes,
     returns or can observe changes. Gradients are taken later, on a `replay`.
@@ -106,17 +38,27 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         """Start with no root."""
-        super().__init__()
         self.operations: list[Operation] = []
-        self.failure: str | None = None  # why nothing was recorded from the last operation on
+        self._doubts: list[tuple[int, str]] = []  # from which operation on, and why, the record is not the whole story
         self._slots: dict[int, int] = {}  # id of a live tensor -> slot
         self._alive: list[Tensor] = []  # keeps ids from being given to other tensors
         self._dependent_storages: set[int] = set()
-        self._constants: list[Tensor] = []
-        self._constant_ids: dict[int, int] = {}
-        self._versions: list[int | None] = []
-        self._overwritten: set[int] = set()
+        self._forbidden_storages: set[int] = set()
+        self._kept: list[_Kept] = []
+        self._kept_ids: dict[int, int] = {}  # id of a kept tensor -> constant that has its present value
         self._roots: dict[int, int] = {}  # slot -> constant
+
+    def start(self) -> None:
+        """Record from now on.
+
+        Raises:
+            TapeError: if a dispatch mode of somebody else is active; its end would be taken for ours.
+        """
+        _RECORDER.listen(self)
+
+    def stop(self) -> None:
+        """Record no more."""
+        _RECORDER.leave(self)
 
     def add_root(self, tensor: Tensor) -> tuple[int, int]:
         """Follow `tensor` from now on; return its slot and the constant that keeps its present value."""
@@ -126,23 +68,31 @@ class Tape(TorchDispatchMode):
         return slot, constant
 
     def keep(self, tensor: Tensor) -> int:
-        """Keep the present value of `tensor`, also if the network later changes it in place."""
-        index = self._constant_ids.get(id(tensor))
-        if index is None or self._constants[index] is not tensor:
-            index = len(self._constants)
-            self._constants.append(tensor)
-            self._constant_ids[id(tensor)] = index
-            self._versions.append(None if tensor.is_inference() else tensor._version)
+        """Keep the present value of `tensor`, also if it is later changed in place; return its constant."""
+        index = self._kept_ids.get(id(tensor))
+        if index is None:
+            index = self._kept_ids[id(tensor)] = len(self._kept)
+            # Weights may be swapped after the pass without a trace, and inference tensors leave none.
+            copied = tensor.is_inference() or tensor.numel() <= _SMALL
+            with torch.inference_mode(False):
+                value = tensor.clone() if copied else tensor
+            self._kept.append(_Kept(tensor, value.detach(), None if copied else tensor._version, False))
         return index
+
+    def forbid(self, tensor: Tensor) -> None:
+        """Doubt the record from the moment on when the network reads this memory."""
+        self._forbidden_storages.add(_storage(tensor))
+
+    def doubt(self, end: int) -> str | None:
+        """Return why the first `end` operations are not all that the network did with the roots; None if they are."""
+        return next((reason for start, reason in self._doubts if start < end), None)
 
     def value(self, constant: int) -> Tensor:
         """Return a kept value, fit for autograd and free to be overwritten where the network did so."""
-        tensor, version = self._constants[constant], self._versions[constant]
-        if version is not None and tensor._version != version:
+        kept = self._kept[constant]
+        if kept.version is not None and kept.original._version != kept.version:
             raise TapeError("a tensor that the network's tail uses was changed in place after the forward pass")
-        with torch.inference_mode(False):
-            copied = tensor.is_inference() or constant in self._overwritten
-            return tensor.clone() if copied else tensor.detach()
+        return kept.value.clone() if kept.overwritten else kept.value
 
     def replay(self, roots: dict[int, Tensor], end: int) -> dict[int, Tensor]:
         """Repeat the first `end` operations with other values for the roots, under autograd.
@@ -157,27 +107,30 @@ class Tape(TorchDispatchMode):
             Every tensor that depends on a root, by slot, with its graph back to the roots.
 
         Raises:
-            TapeError: if an operation cannot be repeated faithfully (it is random, or it updates statistics).
+            TapeError: if an operation cannot be repeated faithfully (it is random, or it updates statistics), or
+                what depends on a root was also used in ways that are not recorded.
         """
+        if reason := self.doubt(end):
+            raise TapeError(reason)
         constants: dict[int, Tensor] = {}
 
         def decode(item: Any) -> Any:
-            if isinstance(item, _Slot):
+            if isinstance(item, Slot):
                 return known[item.number]
-            if isinstance(item, _Constant):
+            if isinstance(item, Constant):
                 if item.number not in constants:
                     constants[item.number] = raised(self.value(item.number))
                 return constants[item.number]
-            return torch.float32 if isinstance(item, torch.dtype) and item in _LOW_PRECISION else item
+            return torch.float32 if isinstance(item, torch.dtype) and item in LOW_PRECISION else item
 
         with torch.inference_mode(False), torch.enable_grad():
             known = {
-                slot: value.clone() if self._roots[slot] in self._overwritten else value
+                slot: value.clone() if self._kept[self._roots[slot]].overwritten else value
                 for slot, value in roots.items()
             }
             for operation in self.operations[:end]:
                 operation.require_repeatable()
-                args, kwargs = _transform(operation.args, decode), _transform(operation.kwargs, decode)
+                args, kwargs = transform(operation.args, decode), transform(operation.kwargs, decode)
                 # To autograd, detach is the end; to the loss as a function, it is the identity.
                 result = args[0] if operation.name == "detach" else operation.function(*args, **kwargs)
                 known.update(zip(operation.results, tensors(result), strict=True))
@@ -198,33 +151,33 @@ class Tape(TorchDispatchMode):
 
     def tensor(self, argument: Any) -> Tensor:
         """Return the live tensor that a recorded argument stands for."""
-        return self._alive[argument.number] if isinstance(argument, _Slot) else self._constants[argument.number]
+        return self._alive[argument.number] if isinstance(argument, Slot) else self._kept[argument.number].value
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation as it is and note it if it depends on a root."""
-        kwargs = kwargs or {}
-        recorded = None
-        if self.failure is None:
-            try:
-                recorded = self._before(func, args, kwargs)
-            except Exception as error:  # the user's forward pass must go on
-                self.failure = f"recording `{func}` failed: {error!r}"
-        result = func(*args, **kwargs)
-        if recorded is not None:
+    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Return the encoded arguments of an operation that depends on a root; keep what it will overwrite."""
+        try:
+            return self._before(func, args, kwargs)
+        except Exception as error:  # the user's forward pass must go on
+            self._note(f"recording `{func}` failed: {error!r}")
+            return None
+
+    def after(self, func: Any, encoded: tuple[Any, Any] | None, result: Any) -> None:
+        """Note an operation that `before` returned the arguments of."""
+        if encoded is not None:
             slots = tuple(self._bind(item) for item in tensors(result))
-            self.operations.append(Operation(func, *recorded, slots))
-        return result
+            self.operations.append(Operation(func, *encoded, slots))
 
     def _before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        dependent = any(id(tensor) in self._slots for tensor in tensors((args, kwargs)))
         recorded = None
-        if dependent:
-            if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
-                self.failure = "a number was read out of the tail with `.item()` and may be used in it"
-                return None
-            recorded = (_transform(args, self._encode), _transform(kwargs, self._encode))
-        elif any(_storage(tensor) in self._dependent_storages for tensor in tensors((args, kwargs))):
-            self._note_alias(func)
+        read = list(tensors((args, kwargs)))
+        if any(id(tensor) in self._slots for tensor in read):
+            if func in _READS_A_NUMBER and args[0].is_floating_point():
+                self._note("a number was read out of the tail with `.item()` and may be used in it")
+            recorded = (transform(args, self._encode), transform(kwargs, self._encode))
+        elif any(_storage(tensor) in self._dependent_storages for tensor in read):
+            self._note(f"`{func}` reads memory of the tail through a tensor that was made outside it")
+        if any(_storage(tensor) in self._forbidden_storages for tensor in read):
+            self._note(f"`{func}` uses the weight of the convolution once more")
         if func._schema.is_mutable:
             self._preserve(func, args, kwargs)
         return recorded
@@ -233,13 +186,13 @@ class Tape(TorchDispatchMode):
         if not isinstance(item, Tensor):
             return item
         if id(item) in self._slots:
-            return _Slot(self._slots[id(item)])
+            return Slot(self._slots[id(item)])
         if _storage(item) in self._dependent_storages:
-            self._note_alias("the tail")
-        return _Constant(self.keep(item))
+            self._note("the tail reads its own memory through a tensor that was made outside it")
+        return Constant(self.keep(item))
 
-    def _note_alias(self, where: Any) -> None:
-        self.failure = f"`{where}` reads memory of the tail through a tensor that was made outside it"
+    def _note(self, doubt: str) -> None:
+        self._doubts.append((len(self.operations), doubt))
 
     def _preserve(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Copy kept values that `func` is about to overwrite."""
@@ -247,12 +200,12 @@ class Tape(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = kwargs.get(argument.name, args[position] if position < len(args) else None)
-            for target in tensors(value):
-                for index, kept in enumerate(self._constants):
-                    if _storage(kept) == _storage(target):
-                        self._constants[index] = copy = kept.clone()
-                        self._versions[index] = None if copy.is_inference() else copy._version
-                        self._overwritten.add(index)
+            for storage in map(_storage, tensors(value)):
+                for index, kept in enumerate(self._kept):
+                    if _storage(kept.original) == storage:
+                        own = kept.value if kept.version is None else kept.value.clone()
+                        self._kept[index] = _Kept(kept.original, own, None, True)
+                        self._kept_ids.pop(id(kept.original), None)
 
     def _bind(self, tensor: Tensor) -> int:
         slot = self._slots.setdefault(id(tensor), len(self._alive))
@@ -261,3 +214,57 @@ class Tape(TorchDispatchMode):
             if tensor.numel():
                 self._dependent_storages.add(_storage(tensor))
         return slot
+
+
+class _Recorder(TorchDispatchMode):
+    """The one mode through which every active tape listens, so that tapes may start and stop in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tapes: list[Tape] = []
+        self.deaf = False
+        self._entered = False
+
+    def listen(self, tape: Tape) -> None:
+        self._take_off()
+        if (other := _get_current_dispatch_mode()) not in (None, self):
+            raise TapeError(f"another dispatch mode is active: {type(other).__name__}")
+        self.tapes.append(tape)
+        if not self._entered:
+            self._entered = True
+            self.__enter__()
+
+    def leave(self, tape: Tape) -> None:
+        if tape in self.tapes:
+            self.tapes.remove(tape)
+        self._take_off()
+
+    def _take_off(self) -> None:
+        """Leave the stack once nobody listens; below a mode that the user entered since, wait for its end."""
+        if self._entered and not self.tapes and _get_current_dispatch_mode() is self:
+            self._entered = False
+            self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        running_backward = torch._C._current_graph_task_id() != -1
+        if self.deaf or running_backward or not self.tapes:
+            return func(*args, **kwargs)
+        encoded = [tape.before(func, args, kwargs) for tape in self.tapes]
+        result = func(*args, **kwargs)
+        for tape, arguments in zip(self.tapes, encoded, strict=True):
+            tape.after(func, arguments, result)
+        return result
+
+
+_RECORDER = _Recorder()
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Hide what is computed within, which is not the user's, from every tape."""
+    before, _RECORDER.deaf = _RECORDER.deaf, True
+    try:
+        yield
+    finally:
+        _RECORDER.deaf = before

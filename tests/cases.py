@@ -228,7 +228,7 @@ UNSUPPORTED_TAILS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "average pool before silu": ("positions", lambda: Net(act=nn.Sequential(nn.AvgPool2d(2), nn.SiLU()))),
     "local sum before gelu": ("positions", lambda: Net(act=lambda z: F.gelu(local_sum(z)))),
     "two views of a sample": (
-        "`head` it is changed",
+        "`head` they are",
         lambda: Net(tail=in_two_views, output=lambda phi, p: phi.unflatten(0, (2, -1)).mean(0)),
     ),
     # Pooling.
@@ -249,21 +249,21 @@ UNSUPPORTED_TAILS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     # From the features to the logits.
     "hidden layer": ("addmm", lambda: Net(head=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)))),
     "cosine classifier": ("`head` does more", lambda: Net(head=CosineLinear(4, 3))),
-    "temperature": ("`head` it is changed", lambda: Net(output=lambda phi, p: phi / 2)),
-    "soft cap": ("`head` it is changed", lambda: Net(output=lambda phi, p: 3 * torch.tanh(phi / 3))),
-    "relu of the logits": ("`head` it is changed", lambda: Net(output=lambda phi, p: F.relu(phi))),
-    "softmax": ("`head` it is changed", lambda: Net(output=lambda phi, p: phi.softmax(1))),
+    "temperature": ("`head` they are", lambda: Net(output=lambda phi, p: phi / 2)),
+    "soft cap": ("`head` they are", lambda: Net(output=lambda phi, p: 3 * torch.tanh(phi / 3))),
+    "relu of the logits": ("`head` they are", lambda: Net(output=lambda phi, p: F.relu(phi))),
+    "softmax": ("`head` they are", lambda: Net(output=lambda phi, p: phi.softmax(1))),
     "some of the logits": (
-        "`head` it is changed",
+        "`head` they are",
         lambda: Net(head=nn.Linear(4, 5), output=lambda phi, p: phi[:, :3]),
     ),
     "prior added to the logits": (
-        "`head` it is changed",
+        "`head` they are",
         lambda: Net(output=lambda phi, p: phi + torch.tensor([1.0, 0, -1])),
     ),
-    "around the classifier": ("`head` it is changed", lambda: Net(conv2d(3), output=lambda phi, p: phi + p)),
+    "around the classifier": ("`head` they are", lambda: Net(conv2d(3), output=lambda phi, p: phi + p)),
     "sum of two classifiers": (
-        "it is changed",
+        "they are",
         lambda: Net(head=Sum([nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))])),
     ),
     "segmentation": ("none did", lambda: Net(head=nn.Conv2d(4, 3, 1), pool=nn.Identity())),

@@ -302,12 +302,12 @@ BAD: dict[str, tuple[str, Callable[[], Classifier], Callable[[TensorDataset], An
         lambda d: d,
     ),
     "classifier never called": (
-        "A linear classifier must run after|must use the output",
+        "A linear classifier must run after|must use the logits",
         lambda: Classifier(lambda m, b: nn.Sequential(*list(m.net)[:-3])(b[0]).mean()),
         lambda d: d,
     ),
     "temperature in the loss": (
-        "after `net.head` it is changed",
+        "after `net.head` they are changed",
         lambda: Classifier(lambda m, b: F.cross_entropy(m(b[0]) / 2, b[1])),
         lambda d: d,
     ),
@@ -335,6 +335,7 @@ def test_what_cannot_be_measured_is_one_warning(
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"data": "test"}, "got 'test'"),
+    "name": ({"name": "twin", "layer": "net.conv1"}, r"got \['twin', 'twin'\]. Set `name"),
     "max_samples": ({"max_samples": 0}, "got 0"),
     "every_n_validations": ({"every_n_validations": -1}, "got -1"),
     "layer": ({"layer": "net.conv9"}, r"net.conv1', 'net.conv2'\]; got 'net.conv9'"),
@@ -346,25 +347,31 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_arguments_stop_before_the_first_batch(tmp_path: Any, arguments: dict[str, Any], message: str) -> None:
     module = Classifier()
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, FlatnessMonitor(**arguments)).fit(module)
+        trainer(tmp_path, FlatnessMonitor(**arguments), FlatnessMonitor(name="twin")).fit(module)
     assert not module.losses
 
 
 @pytest.mark.parametrize("data", ["train", given_batches()], ids=["train", "given"])
 def test_own_batches(tmp_path: Any, data: Any) -> None:
     module = Classifier()
-    monitor = FlatnessMonitor(data=data, max_samples=5, strict=True)
-    run = trainer(
-        tmp_path, FlatnessMonitor(strict=True), monitor, FlatnessMonitor(data=data, name="again", max_samples=5)
-    )
+    own = [FlatnessMonitor(data=data, name=name, max_samples=5, strict=True) for name in ("one", "two")]
+    run = trainer(tmp_path, own[0], FlatnessMonitor(strict=True), own[1])
     run.fit(module)
     if data == "train":
         chosen = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:5].sort().values
         data = [images(24, 1)[chosen]]
-        assert_same(values_of(run, "/train"), report_of(module, data))
-    else:
-        assert monitor.name == ""
-    assert_same(values_of(run, "/again"), report_of(module, data, max_samples=5))
+    for suffix in ("/one", "/two"):
+        assert_same(values_of(run, suffix), report_of(module, data, max_samples=5))
+    assert_same(values_of(run), report_of(module, module.val_dataloader()))  # undisturbed by the others
+
+
+def test_two_monitors_ride_on_the_same_pass(tmp_path: Any) -> None:
+    module = Classifier()
+    late = FlatnessMonitor(layer="net.conv2", name="late", strict=True)
+    run = trainer(tmp_path, FlatnessMonitor(strict=True), late)
+    run.fit(module)
+    assert_same(values_of(run), report_of(module, module.val_dataloader()))
+    assert_same(values_of(run, "/late"), values_of(run))
 
 
 def test_training_data_is_not_there_in_validate(tmp_path: Any) -> None:

@@ -1,4 +1,4 @@
-"""The small tensors of one batch: precision in float32."""
+"""The small tensors of one batch: precision in float32, every loss against the oracle, empty batches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case
+from cases import SUPPORTED, Case
 from networks import Net, conv2d, residual
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lightning_flatness import oracle
 from lightning_flatness.factors import TailFactors
+from lightning_flatness.functional import as_loss
 from lightning_flatness.tap import Tap
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -49,3 +52,75 @@ def test_float32_keeps_its_precision_for_confident_predictions(name: str, scale:
     assert_precise(factors.confidence, exact.confidence)
     assert_precise(factors.hessian_trace, exact.hessian_trace)
     assert_precise(factors.relative_flatness, exact.relative_flatness)
+    assert_precise(factors.affine_hessian_trace, exact.affine_hessian_trace)
+    assert_precise(factors.head_relative_flatness, exact.head_relative_flatness)
+    assert_precise(factors.margin_bound, exact.margin_bound)
+
+
+def smoothed(phi: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(phi, y, label_smoothing=0.3)
+
+
+def weighted(phi: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(phi, y, torch.tensor([0.2, 1.0, 3.0]).to(phi), reduction="sum")
+
+
+def binary(phi: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(phi, y, reduction="sum")
+
+
+def binary_weighted(phi: Tensor, y: Tensor) -> Tensor:
+    weights = torch.tensor([0.2, 1.0, 3.0]).to(phi)
+    return F.binary_cross_entropy_with_logits(phi, y, weights, pos_weight=weights.flip(0), reduction="sum")
+
+
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
+SOFT = torch.tensor([[0.1, 0.7, 0.2], [1.0, 0.0, 0.0], [0.3, 0.3, 0.4], [0.0, 1.0, 0.0], [0.0, 0.5, 0.5]])
+# What is given, the same as a function of logits and targets, targets in place of class indices.
+LOSSES: dict[str, tuple[object, Callable[[Tensor, Tensor], Tensor], Tensor | None]] = {
+    "cross-entropy": ("cross_entropy", F.cross_entropy, None),
+    "label smoothing": (nn.CrossEntropyLoss(label_smoothing=0.3), smoothed, None),
+    "class weights": (nn.CrossEntropyLoss(WEIGHTS), weighted, None),
+    "soft targets": ("cross_entropy", F.cross_entropy, SOFT),
+    "labels": ("bce_with_logits", binary, SOFT.round()),
+    "weighted labels": (nn.BCEWithLogitsLoss(WEIGHTS, pos_weight=WEIGHTS.flip(0)), binary_weighted, SOFT),
+}
+
+
+@pytest.mark.parametrize("name", ["relu", "silu without norm", "channel shuffle", "conv is classifier silu"])
+@pytest.mark.parametrize(("given", "function", "target"), LOSSES.values(), ids=LOSSES)
+def test_every_loss_equals_the_oracle(
+    name: str, given: object, function: Callable[[Tensor, Tensor], Tensor], target: Tensor | None
+) -> None:
+    case = {case.name: case for case in SUPPORTED}[name]
+    model, (x, y) = case.model().eval(), case.data()
+    y = y if target is None else target.double()
+    with torch.no_grad(), Tap(model, loss=as_loss(given)) as tap:
+        model(x)
+        factors = tap.factors(y)
+    args = (model, "conv", x, y, function)
+    torch.testing.assert_close(factors.hessian_trace, oracle.hessian_trace(*args), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(factors.relative_flatness, oracle.relative_flatness(*args), rtol=1e-9, atol=1e-12)
+    assert (factors.affine_hessian_trace <= factors.margin_bound * (1 + 1e-12)).all()
+    if case.name == "relu":
+        head = oracle.relative_flatness(model, "head", x, y, function)
+        torch.testing.assert_close(factors.head_relative_flatness, head, rtol=1e-9, atol=1e-12)
+        # The bias sees the constant input 1.
+        trace = oracle.hessian_trace(model, "head", x, y, function) + factors.confidence
+        torch.testing.assert_close(factors.affine_hessian_trace, trace, rtol=1e-9, atol=1e-12)
+
+
+def test_an_empty_batch_has_no_values() -> None:
+    empty = tapped("silu", 1.0).select(slice(0))
+    for name in ("hessian_trace", "relative_flatness", "confidence", "output_margin", "margin_bound"):
+        assert getattr(empty, name).shape == (0,)
+    assert empty.scaled_flatness.shape[0] == 0
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tapped("silu", 1.0).to(torch.float64)
+    expected = [*whole._curvature]
+    monkeypatch.setattr("lightning_flatness.factors.CHUNK_BYTES", 1)
+    again = whole.select(slice(None))
+    for value, reference in zip(again._curvature, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-12, atol=0)

@@ -102,7 +102,7 @@ def test_refuses_what_is_not_exact(case: Case) -> None:
 
 def test_a_refusal_prints_the_path_to_the_classifier() -> None:
     case = next(case for case in UNSUPPORTED if case.name == "layer norm")
-    with pytest.raises(UnsupportedTailError, match="path: conv > .*native_layer_norm > .*head"):
+    with pytest.raises(UnsupportedTailError, match=r"path: conv > .*native_layer_norm > .*head"):
         measure(case.model(), [case.data()])
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import timm
 import torch
 import transformers
+from reference import logits_of
 from torch import nn
 from torchvision.models import get_model
 
@@ -40,12 +41,13 @@ efficientvit_b0 mobilevit_xxs mobilevitv2_050 edgenext_xx_small poolformer_s12 c
 coatnet_pico_rw_224 levit_conv_128s swiftformer_xs vit_tiny_patch16_224 mixer_s32_224
 """.split()
 TIMM_SHAPES = {
-    "inception_v4": (3, 96, 96),
+    "inception_v4": (3, 128, 128),
+    "selecsls42": (3, 128, 128),
+    "botnet26t_256": (3, 256, 256),
     "coatnet_pico_rw_224": (3, 224, 224),
     "levit_conv_128s": (3, 224, 224),
     "vit_tiny_patch16_224": (3, 224, 224),
     "mixer_s32_224": (3, 224, 224),
-    "resnetv2_50x1_bit": (3, 64, 64),
 }
 TORCHVISION = {
     **dict.fromkeys(
@@ -55,13 +57,12 @@ TORCHVISION = {
         SQUARE,
     ),
     "googlenet": SQUARE,
-    "inception_v3": (3, 96, 96),
+    "inception_v3": (3, 128, 128),
     "maxvit_t": (3, 224, 224),
     "vit_b_32": (3, 224, 224),
     "r3d_18": (3, 4, 32, 32),
     "mc3_18": (3, 4, 32, 32),
     "r2plus1d_18": (3, 4, 32, 32),
-    "s3d": (3, 16, 64, 64),
 }
 SMALL = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}
 TRANSFORMERS = {
@@ -69,16 +70,16 @@ TRANSFORMERS = {
     "RegNet": {"embedding_size": 16, "groups_width": 8, **SMALL},
     "MobileNetV1": {"depth_multiplier": 0.25},
     "MobileNetV2": {"depth_multiplier": 0.35},
-    "EfficientNet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 320},
-    "Bit": {"embedding_size": 32, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1]},
+    "EfficientNet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
+    "Bit": {"embedding_size": 32, "hidden_sizes": [128, 128, 128, 128], "depths": [1, 1, 1, 1]},
     "ConvNext": SMALL,
     "ConvNextV2": SMALL,
     "HGNetV2": {},
     "PPLCNet": {},
     "MobileViT": {"image_size": 64},
     "MobileViTV2": {"image_size": 64, "width_multiplier": 0.5},
-    "PoolFormer": {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]},
-    "PvtV2": {"image_size": 64, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
+    "PoolFormer": SMALL,
+    "PvtV2": {"image_size": 64, **SMALL, "num_attention_heads": [1, 1, 1, 1]},
     "FocalNet": {"image_size": 64, "embed_dim": 24, "depths": [1, 1, 1, 1]},
     "SwiftFormer": {"image_size": 64},
     "TextNet": {},
@@ -100,10 +101,7 @@ def _transformers(name: str, options: dict) -> nn.Module:
 
 ARCHITECTURES = [
     *(Architecture("timm", name, partial(_timm, name), TIMM_SHAPES.get(name, SQUARE)) for name in TIMM),
-    *(
-        Architecture("torchvision", name, partial(_torchvision, name), shape)
-        for name, shape in TORCHVISION.items()
-    ),
+    *(Architecture("torchvision", name, partial(_torchvision, name), shape) for name, shape in TORCHVISION.items()),
     *(
         Architecture("transformers", name, partial(_transformers, name, options))
         for name, options in TRANSFORMERS.items()
@@ -112,12 +110,14 @@ ARCHITECTURES = [
 
 
 def generic(architecture: Architecture) -> nn.Module:
-    """Build the network in eval mode and make it generic: no scale at 0 or 1, no statistics at their defaults.
+    """Build the network in eval mode and make it generic: batch norms that do something, logits of a few units.
 
-    As built, batch norms do nothing and the last one of many residual branches is switched off by a zero.
+    As built, batch norms are the identity, the last one of many residual branches is switched off by a zero, and
+    logits are all but equal or, behind many layers without norm, beyond what a softmax tells apart.
     """
     torch.manual_seed(sum(map(ord, architecture.name)))
     model = architecture.build().eval()
+    images = torch.randn(8, *architecture.shape)
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     for norm in norms:
         if norm.affine:
@@ -126,9 +126,16 @@ def generic(architecture: Architecture) -> nn.Module:
         norm.train()
         norm.momentum = 1.0
     with torch.no_grad():
-        model(torch.randn(8, *architecture.shape))
+        model(images)
         for norm in norms:
             norm.eval()
             norm.running_mean.add_(0.3 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean))
-            norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.6, 1.6)).add_(1e-3)
+            noise = torch.empty_like(norm.running_var).uniform_(0.6, 1.6)
+            norm.running_var.mul_(noise).add_(0.1 * norm.running_var.mean())  # a dead channel is not blown up
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and len(m.weight) == CLASSES]
+        for head in heads:
+            nn.init.normal_(head.weight)
+        spread = logits_of(model(images)).std(1).mean()
+        for head in heads:
+            head.weight.mul_(2 / spread)
     return model

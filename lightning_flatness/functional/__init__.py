@@ -1,20 +1,55 @@
 """Pure functions of tensors: one value per sample, no state, no model."""
 
-from lightning_flatness.functional.curvature import confidence, curvature_root, label_slope
-from lightning_flatness.functional.flatness import hessian_trace, relative_flatness
-from lightning_flatness.functional.margin import output_margin
+from lightning_flatness.functional.curvature import class_distances, confidence, curvature_root
+from lightning_flatness.functional.flatness import (
+    affine_hessian_trace,
+    attribution,
+    head_relative_flatness,
+    hessian_trace,
+    relative_flatness,
+)
+from lightning_flatness.functional.loss import BinaryCrossEntropy, CrossEntropy, Loss, as_loss
+from lightning_flatness.functional.margin import (
+    affine_energy,
+    binary_margin,
+    margin_bound,
+    margin_gap,
+    output_margin,
+    softmax_margin,
+)
 from lightning_flatness.functional.patches import ConvGeometry, filter_gram, patch_energy, patch_gram, patches
+from lightning_flatness.functional.rank import head_rank_bound, rank_bound
+from lightning_flatness.functional.statistics import distribution, pearson
+from lightning_flatness.functional.temperature import TEMPERATURES, at_temperature
 
 __all__ = [
+    "TEMPERATURES",
+    "BinaryCrossEntropy",
     "ConvGeometry",
+    "CrossEntropy",
+    "Loss",
+    "affine_energy",
+    "affine_hessian_trace",
+    "as_loss",
+    "at_temperature",
+    "attribution",
+    "binary_margin",
+    "class_distances",
     "confidence",
     "curvature_root",
+    "distribution",
     "filter_gram",
+    "head_rank_bound",
+    "head_relative_flatness",
     "hessian_trace",
-    "label_slope",
+    "margin_bound",
+    "margin_gap",
     "output_margin",
     "patch_energy",
     "patch_gram",
     "patches",
+    "pearson",
+    "rank_bound",
     "relative_flatness",
+    "softmax_margin",
 ]

@@ -1,9 +1,9 @@
-"""Curvature of the loss in the logits, and its pull-back through the classifier."""
+"""Curvature of the cross-entropy in the logits, and its pull-back through the classifier."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -19,7 +19,7 @@ def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
         logits: unnormalised scores, shape (n, c).
 
     Returns:
-        Values in [0, 1 - 1/c), shape (n,); no unit; lower is more confident, and flatter.
+        Values in [0, 1 - 1/c], shape (n,); no unit; lower is more confident, and flatter.
 
     Example:
         >>> import torch
@@ -54,19 +54,24 @@ def curvature_root(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> 
     return probabilities.sqrt().unsqueeze(-1) * (centred - mean.unsqueeze(1))
 
 
-def label_slope(
-    logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"], target: Int[Tensor, " n"]
-) -> Float[Tensor, "n k"]:
-    r"""Return `V^T (S - onehot(y))`, the gradient of the cross-entropy in the classifier's input.
+def class_distances(
+    logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"], metric: Float[Tensor, "n k k"]
+) -> Float[Tensor, "n c c"]:
+    r"""Return `D_cc' = (V_c - V_c')^T G (V_c - V_c')`, squared distances between the classifier's rows.
 
-    Computed as `sum_c S_c (V_c - V_y)`, so that it keeps its relative precision when `S_y` is near 1.
+    What the softmax curvature `B = diag(S) - S S^T` needs to know of `V G V^T`: for every `S`,
+    `Tr(B V G V^T) = 1/2 sum_cc' S_c S_c' D_cc'`, a sum without cancellation. Distances from the predicted class
+    keep their relative precision, because `V` is centred on it.
 
     Args:
-        logits: unnormalised scores, shape (n, c).
+        logits: unnormalised scores; they only say which class is predicted, shape (n, c).
         head: weight `V` of the classifier, shape (c, k).
-        target: class indices, shape (n,).
+        metric: symmetric matrices `G`, shape (n, k, k).
 
     Returns:
-        The gradient, shape (n, k).
+        Squared distances with zeros on the diagonal, shape (n, c, c).
     """
-    return torch.einsum("nc,nck->nk", logits.softmax(-1), head - head[target].unsqueeze(1))
+    rows = head - head[logits.argmax(-1)].unsqueeze(1)
+    gram = rows @ metric @ rows.mT
+    squares = gram.diagonal(dim1=1, dim2=2)
+    return squares.unsqueeze(2) + squares.unsqueeze(1) - gram - gram.mT

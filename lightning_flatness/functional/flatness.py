@@ -1,53 +1,127 @@
-"""Hessian trace and relative flatness of one convolution, per sample, in closed form."""
+"""Hessian trace and relative flatness, per sample, in closed form; and what they are made of."""
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_flatness.functional.curvature import confidence
+from lightning_flatness.functional.margin import affine_energy
 
-def hessian_trace(
-    filter_gram: Float[Tensor, "n k k"],
-    curvature: Float[Tensor, "n k k"],
-    label_term: Float[Tensor, "n k"] | None = None,
-) -> Float[Tensor, " n"]:
-    r"""Return `Tr H = sum_k (R_kk Q_kk + t_k)`, the trace of the loss's Hessian in the filters.
+
+def hessian_trace(filter_gram: Float[Tensor, "n k k"], root: Float[Tensor, "n c k"]) -> Float[Tensor, " n"]:
+    r"""Return `Tr H = sum_k R_kk Q_kk`, the trace of the loss's Hessian in the filters.
+
+    A curved activation adds `sum_k t_k`, which is linear in the label, see `TailFactors`.
 
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 
     Args:
         filter_gram: `R`, see `patches.filter_gram`, shape (n, k, k).
-        curvature: `Q = V^T (diag(S) - S S^T) V`, shape (n, k, k).
-        label_term: `t`, the part that a curved activation adds; None where it is piecewise linear, shape (n, k).
+        root: `X` with `X^T X = Q = V^T B V`, see `curvature_root`, shape (n, c, k).
 
     Returns:
         The trace per sample, shape (n,); loss per squared weight; lower is flatter.
     """
-    trace = (filter_gram.diagonal(dim1=1, dim2=2) * curvature.diagonal(dim1=1, dim2=2)).sum(-1)
-    return trace if label_term is None else trace + label_term.sum(-1)
+    return (filter_gram.diagonal(dim1=1, dim2=2) * root.square().sum(1)).sum(-1)
 
 
-def relative_flatness(
-    kernel_gram: Float[Tensor, "k k"],
-    filter_gram: Float[Tensor, "n k k"],
-    curvature: Float[Tensor, "n k k"],
-    label_term: Float[Tensor, "n k"] | None = None,
-) -> Float[Tensor, " n"]:
+def relative_flatness(logits: Float[Tensor, "n *t c"], distances: Float[Tensor, "n c c"]) -> Float[Tensor, "n *t"]:
     r"""Return `kappa = sum_{k,k'} <W_k, W_k'> Tr H_{kk'}`, relative flatness of the filters.
 
-    With `Tr H_{kk'} = R_kk' Q_kk'` plus `t_k` on the diagonal. Unlike the trace it does not change when a
+    With `Tr H_{kk'} = R_kk' Q_kk'` it is `Tr(B V G V^T)`, `G = (W W^T) * R` entry by entry, and for the
+    softmax curvature half the mean squared distance, under the metric `G`, between the classifier's rows of two
+    classes drawn from `S`: `kappa = 1/2 sum_cc' S_c S_c' D_cc'`. Unlike the trace it does not change when a
     filter is rescaled and the next layer undoes it.
 
     Source: Petzka et al., NeurIPS 2021; for convolutions under global average pooling arXiv 2603.09016.
 
     Args:
-        kernel_gram: `W W^T`, shape (k, k).
-        filter_gram: `R`, see `patches.filter_gram`, shape (n, k, k).
-        curvature: `Q = V^T (diag(S) - S S^T) V`, shape (n, k, k).
-        label_term: `t`, see `hessian_trace`, shape (n, k).
+        logits: unnormalised scores, for each sample once or at several temperatures, shape (n, *t, c).
+        distances: `D` under the metric `G`, see `class_distances`, shape (n, c, c).
+
+    Returns:
+        Relative flatness per sample, shape (n, *t); unit of the loss; lower is flatter.
+    """
+    probabilities = logits.softmax(-1)
+    rows = probabilities.flatten(1, -2) if logits.dim() > 2 else probabilities.unsqueeze(1)
+    return ((rows @ distances) * rows).sum(-1).reshape(logits.shape[:-1]) / 2
+
+
+def affine_hessian_trace(features: Float[Tensor, "n j"], logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    r"""Return `(|x|^2 + 1) (1 - |S|^2)`, the Hessian trace of an affine classifier under cross-entropy (ACEHT).
+
+    The trace over weight and bias; the 1 belongs to the bias. In a network `x` is the classifier's own input.
+
+    Source: "On flat minima, large margins and generalizability".
+
+    Args:
+        features: `x`, the input of the classifier, shape (n, j).
+        logits: its output, shape (n, c).
+
+    Returns:
+        The trace per sample, shape (n,); loss per squared weight; lower is flatter.
+
+    Example:
+        >>> import torch
+        >>> affine_hessian_trace(torch.tensor([[2.0]]), torch.tensor([[1.0, 1.0]]))
+        tensor([2.5000])
+    """
+    return affine_energy(features) * confidence(logits)
+
+
+def head_relative_flatness(
+    features: Float[Tensor, "n j"], logits: Float[Tensor, "n c"], weight: Float[Tensor, "c j"]
+) -> Float[Tensor, " n"]:
+    r"""Return `|x|^2 (sum_c S_c |V_c|^2 - |V^T S|^2)`, relative flatness of the linear classifier.
+
+    Its bias has no part in it. Computed from the distances between the rows of `V`, without cancellation.
+
+    Source: Petzka et al., NeurIPS 2021; "On flat minima, large margins and generalizability".
+
+    Args:
+        features: `x`, the input of the classifier, shape (n, j).
+        logits: its output, shape (n, c).
+        weight: `V`, shape (c, j).
 
     Returns:
         Relative flatness per sample, shape (n,); unit of the loss; lower is flatter.
+
+    Example:
+        >>> import torch
+        >>> head_relative_flatness(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+        tensor([4.5000])
     """
-    value = (filter_gram * curvature * kernel_gram).flatten(1).sum(-1)
-    return value if label_term is None else value + label_term @ kernel_gram.diagonal()
+    distances = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return features.square().sum(-1) * relative_flatness(logits, distances.expand(len(logits), -1, -1))
+
+
+def attribution(
+    relative: Tensor, confidence: Tensor, head: Tensor, kernel: Tensor, features: Tensor
+) -> dict[str, Tensor]:
+    r"""Return the five factors of relative flatness, `kappa = c v w r g`: their product is `kappa`.
+
+    The change of `log kappa` since a reference is the sum of the changes of the five logarithms. Where a curved
+    activation adds its label term, it is in `kappa` and so in `g`, which may then be negative: it has no
+    logarithm there, and the product holds all the same.
+
+    Args:
+        relative: mean relative flatness `kappa`.
+        confidence: `c`, mean trace of the loss's curvature in the logits.
+        head: `v = |V|_F^2`.
+        kernel: `w = |W|_F^2`.
+        features: `r`, mean of `Tr R`.
+
+    Returns:
+        The four given factors and `alignment`, `g = kappa / (c v w r)`; 0 where one of the others is 0.
+    """
+    size = confidence * head * kernel * features
+    alignment = torch.where(size == 0, 0.0, relative / size)
+    return {
+        "confidence": confidence,
+        "head": head,
+        "kernel": kernel,
+        "features": features,
+        "alignment": alignment,
+    }

@@ -1,6 +1,25 @@
 """Torchmetrics that add up per-sample values over batches and processes."""
 
-from lightning_flatness.metrics.flatness import Confidence, HessianTrace, RelativeFlatness
-from lightning_flatness.metrics.margin import OutputMargin
+from lightning_flatness.metrics.correlation import FlatnessMarginCorrelation
+from lightning_flatness.metrics.flatness import (
+    AffineHessianTrace,
+    Confidence,
+    FlatnessFactors,
+    HessianTrace,
+    RelativeFlatness,
+    ScaleFreeFlatness,
+)
+from lightning_flatness.metrics.margin import MarginBound, MarginStatistics, SoftmaxMargin
 
-__all__ = ["Confidence", "HessianTrace", "OutputMargin", "RelativeFlatness"]
+__all__ = [
+    "AffineHessianTrace",
+    "Confidence",
+    "FlatnessFactors",
+    "FlatnessMarginCorrelation",
+    "HessianTrace",
+    "MarginBound",
+    "MarginStatistics",
+    "RelativeFlatness",
+    "ScaleFreeFlatness",
+    "SoftmaxMargin",
+]

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from lightning_flatness.metrics.flatness import SampleMean
+from typing import Any
+
+from torch import Tensor
+
+import lightning_flatness.functional as LF
+from lightning_flatness.factors import TailFactors
+from lightning_flatness.metrics.flatness import FactorsMetric, SampleMean
 
 
-class OutputMargin(SampleMean):
-    """Mean signed output margin, see `functional.output_margin`; higher is better."""
+class MarginStatistics(FactorsMetric):
+    """Statistics of the signed output margins, see `functional.output_margin` and `functional.distribution`.
+
+    Keeps one number per sample, so that the quantiles are exact; higher margins are better.
+    """
+
+    margins: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Start with no samples."""
+        super().__init__(**kwargs)
+        self._add_values("margins")
+
+    def update(self, factors: TailFactors) -> None:
+        """Add the samples of one batch."""
+        self.margins.append(factors.output_margin.double())
+        self.samples += len(factors)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return mean, std, skewness, min, quantiles and the share of negative margins of all samples so far."""
+        return LF.distribution(self._values("margins"))
+
+
+class SoftmaxMargin(SampleMean):
+    """Mean signed softmax margin, see `functional.softmax_margin`; higher is better."""
 
     higher_is_better = True
-    quantity = "output_margin"
+    quantity = "softmax_margin"
+
+
+class MarginBound(SampleMean):
+    """Mean bound of `AffineHessianTrace` by the margin, see `functional.margin_bound`; lower is flatter."""
+
+    quantity = "margin_bound"

@@ -1,0 +1,223 @@
+"""The training losses whose curvature in the logits is known in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_flatness.functional.curvature import class_distances, confidence, curvature_root
+from lightning_flatness.functional.flatness import relative_flatness
+from lightning_flatness.functional.margin import binary_margin, margin_gap, output_margin, softmax_margin
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy:
+    r"""Cross-entropy `sum_c a_c (-log S_c)` with `a_c = w_c q_c`: `w` class weights, `q` the label's distribution.
+
+    `q` is a one-hot vector or given as probabilities, smoothed to `(1 - e) q + e / C`. For every such label the
+    curvature in the logits is `B = |a|_1 (diag(S) - S S^T)` and the slope `|a|_1 S - a`. With several samples
+    the mean is over samples, not divided by the mean class weight.
+
+    Attributes:
+        weight: of each class, shape (c,); None: 1.
+        label_smoothing: `e`, in [0, 1].
+    """
+
+    weight: Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def mass(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return `|a|_1`, shape (n,); it is 1 where neither class weights nor given probabilities change it."""
+        if self.weight is None and (target is None or target.dim() == 1):
+            return logits.new_ones(len(logits))
+        return self._shares(logits, _known(target)).sum(-1)
+
+    def curvature_trace(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return `Tr B`, shape (n,)."""
+        return self.mass(logits, target) * confidence(logits)
+
+    def curvature_root(self, logits: Tensor, head: Tensor, target: Tensor | None) -> Tensor:
+        """Return `X` with `X^T X = V^T B V`, shape (n, c, k)."""
+        return self.mass(logits, target).sqrt()[:, None, None] * curvature_root(logits, head)
+
+    def class_gram(self, logits: Tensor, head: Tensor, metric: Tensor) -> Tensor:
+        """Return what `relative_flatness` needs of `V G V^T` at every temperature, shape (n, c, c)."""
+        return class_distances(logits, head, metric)
+
+    def relative_flatness(self, logits: Tensor, gram: Tensor, target: Tensor | None) -> Tensor:
+        """Return `Tr(B V G V^T)` for logits of shape (n, t, c) and the gram of `class_gram`, shape (n, t)."""
+        return self.mass(logits[:, 0], target).unsqueeze(1) * relative_flatness(logits, gram)
+
+    def label_slope(self, logits: Tensor, values: Tensor, target: Tensor | None) -> Tensor:
+        """Return `sum_c (|a|_1 S - a)_c u_c` for logits (n, t, c) and values `u` of shape (n, c), shape (n, t).
+
+        The values are taken relative to the likeliest class of the label: no cancellation when it is sure.
+        """
+        shares = self._shares(logits[:, 0], _known(target))
+        values = values - values.gather(-1, shares.argmax(-1, keepdim=True))
+        expected = torch.einsum("ntc,nc->nt", logits.softmax(-1), values)
+        return shares.sum(-1, keepdim=True) * expected - (shares * values).sum(-1, keepdim=True)
+
+    def logit_energy(self, logits: Tensor) -> Tensor:
+        """Return the mean square of the logits about the mean of their sample, shape (n,).
+
+        Masked classes (logits of minus infinity) do not count.
+        """
+        seen = logits.isfinite()
+        count = seen.sum(-1).clamp_min(1)
+        centred = logits - logits.where(seen, 0.0).sum(-1, keepdim=True) / count.unsqueeze(-1)
+        return centred.where(seen, 0.0).square().sum(-1) / count
+
+    def output_margin(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return the signed margin of the true class in the logits, shape (n,)."""
+        return output_margin(logits, self._class(target))
+
+    def softmax_margin(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return the signed margin of the true class in the softmax, shape (n,)."""
+        return softmax_margin(logits, self._class(target))
+
+    def trace_bound(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return `|a|_1 (1 - gamma^2) >= Tr B`, shape (n,)."""
+        return self.mass(logits, target) * margin_gap(logits, self._class(target))
+
+    def _class(self, target: Tensor | None) -> Tensor:
+        target = _known(target)
+        return target if target.dim() == 1 else target.argmax(-1)
+
+    def _shares(self, logits: Tensor, target: Tensor) -> Tensor:
+        classes = logits.shape[-1]
+        shares = (F.one_hot(target, classes) if target.dim() == 1 else target).to(logits)
+        shares = (1 - self.label_smoothing) * shares + self.label_smoothing / classes
+        return shares if self.weight is None else shares * self.weight.to(logits)
+
+
+@dataclass(frozen=True, eq=False)
+class BinaryCrossEntropy:
+    r"""Binary cross-entropy with logits, `sum_c -w_c [p_c y_c log s_c + (1 - y_c) log(1 - s_c)]`, `s = sigmoid(phi)`.
+
+    Its curvature is `B = diag(m s (1 - s))` with `m_c = w_c (p_c y_c + 1 - y_c)`. The loss of a sample is the sum over
+    its labels: `nn.BCEWithLogitsLoss` with its default reduction divides it, and all its curvature, by their number.
+
+    Attributes:
+        weight: `w` of each label, shape (c,); None: 1.
+        pos_weight: `p`, of each label's positive samples, shape (c,); None: 1.
+    """
+
+    weight: Tensor | None = None
+    pos_weight: Tensor | None = None
+
+    def mass(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return `m`, shape (n, c); it depends on the labels only through `pos_weight`."""
+        mass = torch.ones_like(logits)
+        if self.pos_weight is not None:
+            mass = mass + (self.pos_weight.to(logits) - 1) * _known(target).to(logits)
+        return mass if self.weight is None else mass * self.weight.to(logits)
+
+    def curvature_trace(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return `Tr B`, shape (n,)."""
+        return (self.mass(logits, target) * _variance(logits)).sum(-1)
+
+    def curvature_root(self, logits: Tensor, head: Tensor, target: Tensor | None) -> Tensor:
+        """Return `X` with `X^T X = V^T B V`, shape (n, c, k)."""
+        return (self.mass(logits, target) * _variance(logits)).sqrt().unsqueeze(-1) * head
+
+    def class_gram(self, logits: Tensor, head: Tensor, metric: Tensor) -> Tensor:
+        """Return what `relative_flatness` needs of `V G V^T` at every temperature: its diagonal, shape (n, c)."""
+        return ((head @ metric) * head).sum(-1)
+
+    def relative_flatness(self, logits: Tensor, gram: Tensor, target: Tensor | None) -> Tensor:
+        """Return `Tr(B V G V^T)` for logits of shape (n, t, c) and the gram of `class_gram`, shape (n, t)."""
+        return torch.einsum("ntc,nc->nt", _variance(logits), self.mass(logits[:, 0], target) * gram)
+
+    def label_slope(self, logits: Tensor, values: Tensor, target: Tensor | None) -> Tensor:
+        """Return `sum_c (d loss / d phi_c) u_c` for logits (n, t, c) and values `u` of shape (n, c), shape (n, t)."""
+        labels = _known(target).to(logits)
+        positive = labels if self.pos_weight is None else self.pos_weight.to(logits) * labels
+        values = values if self.weight is None else values * self.weight.to(logits)
+        rising = torch.einsum("ntc,nc->nt", logits.sigmoid(), (1 - labels) * values)
+        return rising - torch.einsum("ntc,nc->nt", (-logits).sigmoid(), positive * values)
+
+    def logit_energy(self, logits: Tensor) -> Tensor:
+        """Return the mean square of the logits, shape (n,); masked labels (infinite logits) do not count."""
+        seen = logits.isfinite()
+        return logits.where(seen, 0.0).square().sum(-1) / seen.sum(-1).clamp_min(1)
+
+    def output_margin(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return the smallest signed margin of the labels, see `functional.binary_margin`, shape (n,)."""
+        return binary_margin(logits, _known(target).to(logits))
+
+    def softmax_margin(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return the same in probabilities, `min_c (2 y_c - 1)(2 s_c - 1)`, shape (n,)."""
+        return (self.output_margin(logits, target) / 2).tanh()
+
+    def trace_bound(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """Return `|m|_1 / 4 (1 - gamma^2) >= Tr B` with the least sure label's `gamma = |2 s - 1|`, shape (n,)."""
+        return self.mass(logits, target).sum(-1) * _variance(logits.abs().amin(-1))
+
+
+Loss = CrossEntropy | BinaryCrossEntropy
+_NAMES: dict[str, Loss] = {"cross_entropy": CrossEntropy(), "bce_with_logits": BinaryCrossEntropy()}
+
+
+def as_loss(loss: str | nn.Module | Loss) -> Loss:
+    """Return the loss that a name or a torch module stands for.
+
+    Args:
+        loss: `"cross_entropy"`, `"bce_with_logits"`, an `nn.CrossEntropyLoss` (its `weight` and `label_smoothing` are
+            read) or an `nn.BCEWithLogitsLoss` (its `weight` and `pos_weight`, per label). Their `reduction` is
+            not read: what is measured is a mean over samples.
+
+    Returns:
+        The loss as a value.
+
+    Raises:
+        ValueError: if it is another one, or its `ignore_index` is a class, or a weight is not one number per class.
+
+    Example:
+        >>> as_loss(nn.CrossEntropyLoss(label_smoothing=0.1)).label_smoothing
+        0.1
+    """
+    if isinstance(loss, (CrossEntropy, BinaryCrossEntropy)):
+        return loss
+    if isinstance(loss, str) and loss in _NAMES:
+        return _NAMES[loss]
+    # A subclass may compute something else.
+    if type(loss) is nn.CrossEntropyLoss:
+        if loss.ignore_index >= 0:
+            raise ValueError(
+                f"`loss` must count every class; got `ignore_index={loss.ignore_index}`. Leave these samples out of "
+                "the batches that are measured."
+            )
+        return CrossEntropy(_class_weights("weight", loss.weight), loss.label_smoothing)
+    if type(loss) is nn.BCEWithLogitsLoss:
+        weights = (_class_weights(name, getattr(loss, name)) for name in ("weight", "pos_weight"))
+        return BinaryCrossEntropy(*weights)
+    raise ValueError(
+        f"`loss` must be one of {list(_NAMES)}, an `nn.CrossEntropyLoss` or an `nn.BCEWithLogitsLoss`, whose "
+        f"curvature is known in closed form; got {loss!r}."
+    )
+
+
+def _class_weights(name: str, weights: Tensor | None) -> Tensor | None:
+    if weights is None:
+        return None
+    if weights.dim() > 1 or not bool((weights >= 0).all()):
+        raise ValueError(
+            f"`loss.{name}` must hold one non-negative number per class, shape (c,); got shape {tuple(weights.shape)}"
+            f" from {float(weights.min()):g} to {float(weights.max()):g}."
+        )
+    return weights.detach()
+
+
+def _variance(logits: Tensor) -> Tensor:
+    """Return `s (1 - s)` without the rounding of `1 - s`."""
+    return logits.sigmoid() * (-logits).sigmoid()
+
+
+def _known(target: Tensor | None) -> Tensor:
+    if target is None:
+        raise ValueError("This quantity needs the true classes: got no target. Pass `target`.")
+    return target

@@ -1,0 +1,95 @@
+"""One recorded operation, and the trees of tensors that are its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class Slot(NamedTuple):
+    """Stands for a tensor that depends on a root."""
+
+    number: int
+
+
+class Constant(NamedTuple):
+    """Stands for a tensor that does not."""
+
+    number: int
+
+
+class Operation(NamedTuple):
+    """One recorded operation; tensors in its arguments are replaced by `Slot` and `Constant`."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Return the operation's plain name, such as `relu_`."""
+        return self.function.overloadpacket.__name__
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Return the arguments that depend on a root."""
+        found: list[Slot] = []
+        transform((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, Slot) else None)
+        return found
+
+    @property
+    def depends_on_first_alone(self) -> bool:
+        """Return whether the first argument, and no other, depends on a root."""
+        return len(self.slots) == 1 and isinstance(self.args[0], Slot)
+
+    def require_repeatable(self) -> None:
+        """Refuse an operation that draws random numbers or updates running statistics."""
+        schema = self.function._schema.arguments
+        named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+        named.update({argument.name: value for argument, value in zip(schema, self.args, strict=False)} | self.kwargs)
+        training = named.get("train", named.get("training"))
+        drawn = training is not False and named.get("dropout_p") != 0
+        if "batch_norm" in self.name and training:
+            raise TapeError(f"`{self.name}` runs in training mode: it mixes samples. Put the model in eval mode")
+        if torch.Tag.nondeterministic_seeded in self.function.tags and drawn:
+            raise TapeError(f"`{self.name}` draws random numbers. Put the model in eval mode")
+
+
+class TapeError(RuntimeError):
+    """The recorded computation cannot be repeated faithfully."""
+
+
+def is_low_precision(tensor: Tensor) -> bool:
+    """Return whether the tensor is in half precision."""
+    return tensor.dtype in LOW_PRECISION
+
+
+def raised(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 if it is in half precision, else as it is."""
+    return tensor.float() if is_low_precision(tensor) else tensor
+
+
+def transform(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Return nested lists, tuples and dictionaries with every leaf changed; lists become tuples."""
+    if isinstance(tree, (list, tuple)) and not isinstance(tree, (Slot, Constant)):
+        return tuple(transform(item, change) for item in tree)
+    if isinstance(tree, dict):
+        return {key: transform(item, change) for key, item in tree.items()}
+    return change(tree)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors(item)
+    elif isinstance(tree, dict):
+        yield from tensors(list(tree.values()))

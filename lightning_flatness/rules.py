@@ -1,0 +1,291 @@
+"""Rules: when a monitored value calls for action. Standard library only; the acting is in `actions`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lightning_flatness import conditions
+from lightning_flatness.alerts import Alert, context_keys
+from lightning_flatness.watch import Breach, State, Watch
+
+__all__ = ["Alert", "AllOf", "AnyOf", "Rule", "default", "divergence", "label_noise", "memorisation"]
+
+_CONDITIONS = ("rise", "above", "below", "shift_up", "shift_down")
+
+
+@dataclass(frozen=True)
+class Rule(Watch):
+    """A condition on one monitored value, and what to do when it holds.
+
+    Exactly one of `rise`, `above`, `below`, `shift_up` and `shift_down` is given. Directions are given, never
+    guessed from a key's name. With `patience=1` and `warmup=0` the first breach fires.
+
+    `shift_up` and `shift_down` look for a lasting change: a cumulative sum (CUSUM) of how far the log of the value (the
+    value itself where it is not positive) is from its median in a trailing window of 8 validations, in units of the
+    run's own noise. A steady trend is no shift, and no single validation is one. They begin when the window is full,
+    and anew after each alert.
+
+    The rule remembers what it saw: give each monitor its own rule objects (`dataclasses.replace(rule)` copies the
+    rule without its memory).
+
+    Args:
+        monitor: key of the value.
+        rise: fires above the reference by more than this fraction of it; 0.5: more than half as much again.
+        above: fires above this value.
+        below: fires below this value.
+        shift_up: fires when the value has shifted up by this many standard deviations of its noise, cumulated.
+        shift_down: the same, downwards.
+        reference: of `rise`. `"settled"`: the lowest level at which the value has settled, the median of 8 validations
+            in a row in which the growth at the start of every training was over; `"best"`: the lowest so far; `"ema"`:
+            an exponential moving average (0.9); `"previous"`: the value before.
+        patience: validations in a row in which the condition must hold.
+        warmup: validations at the start that are left out altogether, of the reference too.
+        cooldown: validations after an alert in which the rule does not fire.
+        action: what to do: one action of `actions`, or a list that escalates from alert to alert; None: nothing but
+            to record the alert.
+        on_nonfinite: `"alert"`: a NaN or infinite value fires at once, in the warm-up too; `"ignore"`: it is passed
+            over.
+
+    Raises:
+        ValueError: if there is not exactly one condition, or a value is not what it must be.
+
+    Example:
+        >>> rule = Rule("flatness/relative", rise=0.5, reference="previous")
+        >>> rule.observe({"flatness/relative": 2.0}, step=100)
+        >>> rule.observe({"flatness/relative": 4.6}, step=200).reason
+        'flatness/relative rose x 2.3 since step 100 (2 -> 4.6, against the value before).'
+    """
+
+    monitor: str = "flatness/relative"
+    rise: float | None = None
+    above: float | None = None
+    below: float | None = None
+    shift_up: float | None = None
+    shift_down: float | None = None
+    reference: Literal["settled", "best", "ema", "previous"] = "settled"
+    patience: int = 1
+    warmup: int = 0
+    cooldown: int = 0
+    action: Any = None
+    on_nonfinite: Literal["alert", "ignore"] = "alert"
+    _state: State = field(default_factory=State, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check what was given, in one sentence where it is wrong."""
+        given = [name for name in _CONDITIONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"A rule must have exactly one of {', '.join(_CONDITIONS)}; got {' and '.join(given) or 'none'}."
+            )
+        (name,) = given
+        limit = getattr(self, name)
+        if not math.isfinite(limit) or (limit <= 0 and name not in ("above", "below")):
+            raise ValueError(f"`{name}` must be {'finite' if name in ('above', 'below') else 'above 0'}; got {limit}.")
+        for option, choices in (("reference", tuple(conditions.REFERENCES)), ("on_nonfinite", ("alert", "ignore"))):
+            if getattr(self, option) not in choices:
+                raise ValueError(f"`{option}` must be one of {', '.join(choices)}; got {getattr(self, option)!r}.")
+        self.check()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key that the rule reads."""
+        return (self.monitor,)
+
+    def sees(self, values: Mapping[str, float]) -> bool:
+        """Return whether the value is there, and is not one to pass over."""
+        value = values.get(self.monitor)
+        return value is not None and (self.on_nonfinite == "alert" or math.isfinite(value))
+
+    def restart(self) -> None:
+        """Start over after an alert: a shift begins with a new window."""
+        super().restart()
+        if self._condition in ("shift_up", "shift_down"):
+            self._state.total = 0.0
+            self._state.window.clear()
+
+    def _judge(self, values: Mapping[str, float], step: int, warming_up: bool) -> Breach | None:
+        value = float(values[self.monitor])
+        if not math.isfinite(value):
+            return Breach(self.monitor, value, math.nan, f"{self.monitor} is {value}: not finite.", urgent=True)
+        if warming_up:
+            return None
+        known = {key: float(values[key]) for key in (self.monitor, *context_keys(self.monitor)) if key in values}
+        now = (step, {key: number for key, number in known.items() if math.isfinite(number)})
+        limit = getattr(self, self._condition)
+        if self._condition == "rise":
+            return conditions.risen(self._state, now, self.monitor, limit, self.reference)
+        if self._condition in ("above", "below"):
+            return conditions.past_limit(self._state, now, self.monitor, limit, above=self._condition == "above")
+        return conditions.shifted(self._state, now, self.monitor, limit, up=self._condition == "shift_up")
+
+    @property
+    def _condition(self) -> str:
+        return next(name for name in _CONDITIONS if getattr(self, name) is not None)
+
+
+@dataclass(frozen=True)
+class _Joined(Watch):
+    """Several conditions and one action.
+
+    The patience and the warm-up of each condition are its own; those given here count validations in which the
+    joined condition holds.
+    """
+
+    rules: Sequence[Rule]
+    patience: int = 1
+    warmup: int = 0
+    cooldown: int = 0
+    action: Any = None
+    _state: State = field(default_factory=State, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check what was given; the conditions are copied, so that no two joined rules share one."""
+        if len(self.rules) < 2:
+            raise ValueError(f"`rules` must hold at least two rules to join; got {len(self.rules)}.")
+        for rule in self.rules:
+            if rule.action is not None or rule.cooldown:
+                raise ValueError(
+                    f"A joined rule must have neither `action` nor `cooldown`; the one on {rule.monitor} has. "
+                    f"Give them to {type(self).__name__}."
+                )
+        object.__setattr__(self, "rules", tuple(replace(rule) for rule in self.rules))
+        self.check()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that the conditions read."""
+        return tuple(dict.fromkeys(rule.monitor for rule in self.rules))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule and its conditions remember, in plain Python types."""
+        return {**super().state_dict(), "rules": [rule.state_dict() for rule in self.rules]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        super().load_state_dict(state)
+        for rule, own in zip(self.rules, state["rules"], strict=True):
+            rule.load_state_dict(own)
+
+    def sees(self, values: Mapping[str, float]) -> bool:
+        """Return whether there is anything to judge for one of the conditions."""
+        return any(rule.sees(values) for rule in self.rules)
+
+    def restart(self) -> None:
+        """Start over after an alert, with every condition."""
+        super().restart()
+        for rule in self.rules:
+            rule.restart()
+
+    def _judge(self, values: Mapping[str, float], step: int, warming_up: bool) -> Breach | None:
+        breaches = [breach for rule in self.rules if (breach := rule.holding(values, step))]
+        urgent = any(breach.urgent for breach in breaches)
+        if not urgent and (warming_up or len(breaches) < self._needed()):
+            return None
+        reason = " And: ".join(breach.reason for breach in breaches)
+        return breaches[0]._replace(reason=reason, urgent=urgent)
+
+    def _needed(self) -> int:
+        raise NotImplementedError
+
+
+class AllOf(_Joined):
+    """Fires when all of several conditions hold in the same validation.
+
+    Args:
+        rules: the conditions, rules without `action` and `cooldown`.
+        patience: validations in a row in which all must hold.
+        warmup: validations at the start in which it does not fire.
+        cooldown: validations after an alert in which it does not fire.
+        action: as that of a `Rule`.
+
+    Raises:
+        ValueError: if fewer than two rules are given, or one has an action or a cooldown of its own.
+
+    Example:
+        >>> rule = AllOf([Rule("flatness/relative", above=100.0), Rule("margin/mean", below=1.0)])
+        >>> rule.observe({"flatness/relative": 120.0, "margin/mean": 2.0}, step=10)
+        >>> rule.observe({"flatness/relative": 130.0, "margin/mean": 0.5}, step=20).value
+        130.0
+    """
+
+    def _needed(self) -> int:
+        return len(self.rules)
+
+
+class AnyOf(_Joined):
+    """Fires when at least one of several conditions holds.
+
+    The arguments are those of `AllOf`.
+
+    Example:
+        >>> rule = AnyOf([Rule("flatness/relative", above=100.0), Rule("margin/mean", below=1.0)])
+        >>> rule.observe({"flatness/relative": 90.0, "margin/mean": 0.5}, step=20).key
+        'margin/mean'
+    """
+
+    def _needed(self) -> int:
+        return 1
+
+
+def label_noise(action: Any = None, suffix: str = "") -> AllOf:
+    """Return the rule for labels that have become wrong in the middle of a training.
+
+    The predictions become unsure, and the same confidence now takes a sharper minimum: `flatness/confidence` and
+    `flatness/scale_free` shift up together. After a learning rate that is too large scale-free flatness falls.
+
+    Args:
+        action: what to do; None: nothing but to record the alert.
+        suffix: of the keys, as in `"/train"` for a monitor with `name="train"`.
+    """
+    return AllOf(
+        [Rule(f"flatness/confidence{suffix}", shift_up=8.0), Rule(f"flatness/scale_free{suffix}", shift_up=8.0)],
+        action=action,
+    )
+
+
+def divergence(action: Any = None, suffix: str = "") -> Rule:
+    """Return the rule for a training that has been thrown out of what it had learned, as by a learning rate too large.
+
+    The features shrink within an epoch or two and stay small, whatever the margins do later: `flatness/features` shifts
+    down. Labels that have become wrong do the same; then `label_noise` fires beside it.
+
+    Args:
+        action: what to do; None: nothing but to record the alert.
+        suffix: of the keys.
+    """
+    return Rule(f"flatness/features{suffix}", shift_down=10.0, action=action)
+
+
+def memorisation(action: Any = None, suffix: str = "") -> AllOf:
+    """Return the rule for a network that learns its training labels by heart.
+
+    `flatness/scale_free` is 1.6 times the lowest level at which it had settled, and the predictions are still unsure:
+    `flatness/confidence` is above 0.4, in three validations in a row. In a healthy training they are sure by then.
+
+    Args:
+        action: what to do; None: nothing but to record the alert.
+        suffix: of the keys.
+    """
+    return AllOf(
+        [Rule(f"flatness/scale_free{suffix}", rise=0.6), Rule(f"flatness/confidence{suffix}", above=0.4)],
+        patience=3,
+        cooldown=10,
+        action=action,
+    )
+
+
+def default(action: Any = None, suffix: str = "") -> tuple[Rule | AllOf, ...]:
+    """Return all ready-made rules, new objects in each call.
+
+    Args:
+        action: what each of them does; None: nothing but to record the alert.
+        suffix: of the keys.
+
+    Example:
+        >>> [rule.keys[0] for rule in default(suffix="/train")]
+        ['flatness/confidence/train', 'flatness/features/train', 'flatness/scale_free/train']
+    """
+    return label_noise(action, suffix), divergence(action, suffix), memorisation(action, suffix)

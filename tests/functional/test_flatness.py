@@ -1,0 +1,77 @@
+"""The affine classifier against its brute-force Hessian; attribution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness import oracle
+from lightning_flatness.functional import (
+    affine_hessian_trace,
+    attribution,
+    class_distances,
+    head_relative_flatness,
+    relative_flatness,
+)
+
+
+def affine(classes: int, scale: float) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A classifier, inputs with the 1 that its bias sees, and labels."""
+    linear = nn.Linear(4, classes, bias=False).double()
+    nn.init.normal_(linear.weight, 0, scale)
+    x = torch.cat([torch.randn(7, 3, dtype=torch.float64), torch.ones(7, 1, dtype=torch.float64)], 1)
+    return linear, x, torch.randint(classes, (7,))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_affine_classifier_equals_the_oracle(classes: int, scale: float) -> None:
+    linear, x, y = affine(classes, scale)
+    logits, weight = linear(x).detach(), linear.weight.detach()
+    trace = oracle.hessian_trace(linear, "", x, y)
+    torch.testing.assert_close(affine_hessian_trace(x[:, :-1], logits), trace, rtol=1e-12, atol=1e-14)
+    kappa = oracle.relative_flatness(linear, "", x, y)
+    # The full Hessian itself has rounding of the size of its entries.
+    torch.testing.assert_close(head_relative_flatness(x, logits, weight), kappa, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_float32_at_a_confidence_of_one_minus_1e_12(classes: int) -> None:
+    """The exact value by the decimal expansion of the remaining probability."""
+    rest = 1e-12 / (classes - 1)
+    logits = torch.full((1, classes), math.log(rest / (1 - 1e-12)), dtype=torch.float64)
+    logits[0, classes // 2] = 0
+    x = torch.tensor([[3.0, -1.0]])
+    exact = 11 * (1e-12 * (2 - 1e-12) - (classes - 1) * rest**2)
+    assert affine_hessian_trace(x, logits.float()).item() == pytest.approx(exact, rel=1e-5)
+    weight = torch.randn(classes, 2)
+    expected = head_relative_flatness(x.double(), logits.float().double(), weight.double())
+    assert head_relative_flatness(x, logits.float(), weight).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_relative_flatness_at_several_temperatures() -> None:
+    logits, metric = torch.randn(4, 3), torch.eye(2).expand(4, -1, -1)
+    distances = class_distances(logits, torch.randn(3, 2), metric)
+    temperatures = torch.tensor([0.5, 1.0, 4.0])
+    together = relative_flatness(logits.unsqueeze(1) / temperatures.unsqueeze(1), distances)
+    apart = [relative_flatness(logits / temperature, distances) for temperature in temperatures]
+    torch.testing.assert_close(together, torch.stack(apart, 1))
+
+
+@pytest.mark.parametrize(
+    ("factors", "alignment"),
+    [
+        ((6.0, 0.5, 2.0, 3.0, 4.0), 0.5),
+        ((-6.0, 0.5, 2.0, 3.0, 4.0), -0.5),  # the label term of a curved activation can outweigh the rest
+        ((0.0, 0.0, 2.0, 3.0, 4.0), 0.0),  # every prediction certain
+    ],
+    ids=str,
+)
+def test_attribution_multiplies_to_relative_flatness(factors: tuple[float, ...], alignment: float) -> None:
+    values = attribution(*map(torch.tensor, factors))
+    assert list(values) == ["confidence", "head", "kernel", "features", "alignment"]
+    assert values["alignment"] == alignment
+    assert math.prod(map(float, values.values())) == factors[0]

@@ -1,0 +1,160 @@
+"""Every loss that is offered, against torch's own loss differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_flatness.functional import Loss, as_loss
+
+CLASSES, SAMPLES = 4, 6
+
+
+def weights() -> Tensor:
+    return torch.tensor([0.3, 1.0, 2.5, 0.0], dtype=torch.float64)
+
+
+def classes() -> Tensor:
+    return torch.tensor([0, 1, 2, 3, 2, 1])
+
+
+def probabilities() -> Tensor:
+    return torch.randn(SAMPLES, CLASSES, dtype=torch.float64).softmax(1)
+
+
+def labels() -> Tensor:
+    return torch.randint(2, (SAMPLES, CLASSES)).double()
+
+
+@dataclass(frozen=True)
+class Case:
+    given: str | nn.Module
+    torchs: Callable[[Tensor, Tensor], Tensor]  # one sample's loss of logits (1, c) and target (1, ...)
+    target: Callable[[], Tensor]
+
+
+def cross_entropy(target: Callable[[], Tensor], **options: Tensor | float) -> Case:
+    given = nn.CrossEntropyLoss(**options)
+    return Case(given, lambda phi, y: F.cross_entropy(phi, y, **options, reduction="none").sum(), target)
+
+
+def binary(target: Callable[[], Tensor], **options: Tensor) -> Case:
+    given = nn.BCEWithLogitsLoss(**options)
+    return Case(given, lambda phi, y: F.binary_cross_entropy_with_logits(phi, y, **options, reduction="sum"), target)
+
+
+CASES = {
+    "cross_entropy": Case("cross_entropy", F.cross_entropy, classes),
+    "class weights": cross_entropy(classes, weight=weights()),
+    "label smoothing": cross_entropy(classes, label_smoothing=0.2),
+    "smoothing and weights": cross_entropy(classes, weight=weights(), label_smoothing=0.2),
+    "soft targets": cross_entropy(probabilities),
+    "soft targets, all": cross_entropy(probabilities, weight=weights(), label_smoothing=0.2),
+    "bce_with_logits": Case(
+        "bce_with_logits", lambda phi, y: F.binary_cross_entropy_with_logits(phi, y, reduction="sum"), labels
+    ),
+    "soft labels": binary(probabilities),
+    "label weights": binary(labels, weight=weights()),
+    "pos_weight": binary(labels, pos_weight=weights()),
+    "bce, all": binary(probabilities, weight=weights(), pos_weight=weights().flip(0)),
+}
+
+
+def derivatives(case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient (n, c) and Hessian (n, c, c) of each sample's loss in its logits."""
+    losses = [lambda phi, y=y: case.torchs(phi[None], y[None]) for y in target]
+    gradients = [torch.func.grad(loss)(phi) for loss, phi in zip(losses, logits, strict=True)]
+    return torch.stack(gradients), torch.stack(
+        [torch.func.hessian(loss)(phi) for loss, phi in zip(losses, logits, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_torchs_own_loss(case: Case) -> None:
+    loss, target = as_loss(case.given), case.target()
+    logits = 2 * torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
+    head, values = torch.randn(CLASSES, 3, dtype=torch.float64), torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
+    square = torch.randn(SAMPLES, 3, 3, dtype=torch.float64)
+    metric = square @ square.mT
+    slope, curvature = derivatives(case, logits, target)
+    root = loss.curvature_root(logits, head, target)
+    kappa = loss.relative_flatness(logits[:, None], loss.class_gram(logits, head, metric), target)[:, 0]
+    pulled_back = head.mT @ curvature @ head
+    pairs = {
+        "trace": (loss.curvature_trace(logits, target), torch.einsum("ncc->n", curvature)),
+        "root": (root.mT @ root, pulled_back),
+        "contraction": (kappa, (pulled_back * metric).sum((1, 2))),
+        "slope": (loss.label_slope(logits[:, None], values, target)[:, 0], (slope * values).sum(1)),
+    }
+    for value, expected in pairs.values():
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    bound = loss.trace_bound(logits, target)
+    assert (loss.curvature_trace(logits, target) <= bound * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize(("name", "target"), [("cross_entropy", classes), ("bce_with_logits", labels)])
+def test_slope_and_margins_of_confident_samples_keep_their_precision(name: str, target: Callable[[], Tensor]) -> None:
+    loss: Loss = as_loss(name)
+    y = target()
+    sign = 2 * (F.one_hot(y, CLASSES).double() if y.dim() == 1 else y) - 1
+    logits, values = 30 * sign + torch.randn(SAMPLES, CLASSES), torch.randn(SAMPLES, CLASSES)
+    logits = logits.float()
+    exact = loss.label_slope(logits.double()[:, None], values.double(), y)
+    assert (exact.abs() > 0).all()
+    assert (exact.abs() < 1e-11).all()
+    torch.testing.assert_close(loss.label_slope(logits[:, None], values, y).double(), exact, rtol=1e-4, atol=0)
+    bound, exact_bound = (loss.trace_bound(phi, y) for phi in (logits, logits.double()))
+    torch.testing.assert_close(bound.double(), exact_bound, rtol=1e-4, atol=0)
+
+
+def test_binary_margins_are_those_of_two_classes() -> None:
+    phi = torch.randn(SAMPLES, 1, dtype=torch.float64)
+    y = torch.tensor([0, 1, 0, 1, 1, 0])
+    two = torch.cat([torch.zeros_like(phi), phi], 1)
+    single, double = as_loss("bce_with_logits"), as_loss("cross_entropy")
+    for margin in ("output_margin", "softmax_margin"):
+        value = getattr(single, margin)(phi, y.double()[:, None])
+        torch.testing.assert_close(value, getattr(double, margin)(two, y))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "bce_with_logits"])
+def test_masked_classes_do_not_count(name: str) -> None:
+    loss, logits = as_loss(name), torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
+    masked = torch.cat([logits, torch.full((SAMPLES, 2), -torch.inf, dtype=torch.float64)], 1)
+    torch.testing.assert_close(loss.logit_energy(masked), loss.logit_energy(logits))
+    torch.testing.assert_close(loss.curvature_trace(masked, None), loss.curvature_trace(logits, None))
+    assert (loss.logit_energy(masked[:, -2:]) == 0).all()
+
+
+class FocalLoss(nn.CrossEntropyLoss):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("mse", r"cross_entropy.*bce_with_logits.*'mse'"),
+        (nn.MSELoss(), "MSELoss"),
+        (FocalLoss(), "FocalLoss"),
+        (nn.CrossEntropyLoss(ignore_index=2), "ignore_index=2"),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, -1.0])), "weight.* from -1 to 1"),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3, 4)), r"pos_weight.*\(3, 4\)"),
+    ],
+    ids=str,
+)
+def test_other_losses_are_refused(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_loss(given)
+
+
+@pytest.mark.parametrize("given", ["cross_entropy", nn.BCEWithLogitsLoss(pos_weight=torch.ones(CLASSES))])
+def test_missing_targets_are_named(given: str | nn.Module) -> None:
+    loss = as_loss(given)
+    assert as_loss(loss) is loss
+    with pytest.raises(ValueError, match="got no target"):
+        loss.trace_bound(torch.zeros(SAMPLES, CLASSES), None)

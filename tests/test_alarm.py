@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from test_callback import KEYS, Classifier, Watch, images, trainer
+from torch.utils.data import ConcatDataset, DataLoader
+
+from lightning_flatness import AllOf, AnyOf, FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
+
+ALWAYS: dict[str, Any] = {"monitor": "flatness/trace", "above": 0.0}
+
+
+def test_each_alert_is_recorded_and_escalates(tmp_path: Any) -> None:
+    seen: list[str] = []
+    rule = Rule(**ALWAYS, action=[Notify(lambda alert: seen.append(alert.reason)), ReduceLR(0.5), StopTraining()])
+    monitor, module = FlatnessMonitor(rules=[rule], strict=True), Classifier()
+    run = trainer(tmp_path, monitor, max_epochs=9)
+    run.fit(module)
+    assert [alert.step for alert in monitor.alerts] == [6, 12, 18]  # not in the sanity check
+    assert [alert.epoch for alert in monitor.alerts] == [0, 1, 2]
+    assert seen == [monitor.alerts[0].reason]
+    assert run.current_epoch == 3
+    assert rule.fired == 0  # the monitor has its own copy
+    watched = float(run.callback_metrics["flatness/trace"])
+    assert monitor.alerts[-1].value == pytest.approx(watched)
+
+
+def test_a_cut_learning_rate_stays_cut(tmp_path: Any) -> None:
+    class Rates(Watch):
+        def on_train_epoch_end(self, run: Any, module: Any) -> None:
+            self.seen.append(run.optimizers[0].param_groups[0]["lr"])
+
+    rates = []
+    for rules in ([Rule(**ALWAYS, warmup=1, cooldown=99, action=ReduceLR(0.1))], []):
+        watch = Rates()
+        trainer(tmp_path, FlatnessMonitor(rules=rules), watch, max_epochs=4).fit(Classifier())
+        rates.append([rate for rate in watch.seen if isinstance(rate, float)])
+    cut, full = rates
+    assert cut == pytest.approx([full[0], full[1] * 0.1, full[2] * 0.1, full[3] * 0.1])
+
+
+def test_min_epochs_is_respected(tmp_path: Any) -> None:
+    run = trainer(tmp_path, FlatnessMonitor(rules=[Rule(**ALWAYS, action=StopTraining())]), max_epochs=9, min_epochs=4)
+    run.fit(Classifier())
+    assert run.current_epoch == 4
+
+
+def test_validate_alone_is_not_judged(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(rules=[Rule(**ALWAYS)])
+    trainer(tmp_path, monitor).validate(Classifier(), verbose=False)
+    assert monitor.alerts == []
+
+
+def test_with_several_loaders_a_plain_key_is_that_of_the_first(tmp_path: Any) -> None:
+    rules = [Rule("flatness/trace", above=0.0), Rule("flatness/trace/dataloader_idx_1", above=0.0)]
+    monitor = FlatnessMonitor(rules=rules)
+    run = trainer(tmp_path, monitor, max_epochs=1)
+    run.fit(Classifier(loaders=2))
+    for index, alert in enumerate(monitor.alerts):
+        assert alert.value == pytest.approx(float(run.callback_metrics[f"flatness/trace/dataloader_idx_{index}"]))
+    assert len(monitor.alerts) == 2
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "unknown key": ([Rule("flatness/relativ", above=1.0)], "got `flatness/relativ`. Logged: .*flatness/relative"),
+    "key of another monitor": ([Rule("flatness/relative/train", above=1.0)], "got `flatness/relative/train`"),
+    "not a rule": ([{"monitor": "flatness/trace"}], "got .*monitor"),
+    "not a set": ("defaults", "got 'defaults'"),
+    "not an action": ([Rule(**ALWAYS, action="stop")], "got 'stop'"),
+    "one of several": ([AllOf([Rule(**ALWAYS), Rule(**ALWAYS)], action=[StopTraining(), 3])], "got 3"),
+}
+
+
+@pytest.mark.parametrize(("rules", "message"), BAD.values(), ids=BAD)
+def test_bad_rules_are_refused_before_the_first_batch(tmp_path: Any, rules: Any, message: str) -> None:
+    module = Classifier()
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, FlatnessMonitor(rules=rules)).fit(module)
+    assert not module.losses
+
+
+def test_the_ready_made_rules_watch_logged_keys(tmp_path: Any) -> None:
+    for name in (None, "mine"):
+        trainer(tmp_path, FlatnessMonitor(rules="default", name=name)).fit(Classifier())
+
+
+def summary(monitor: FlatnessMonitor) -> list[Any]:
+    return [(alert.step, alert.epoch, alert.key, alert.value, alert.reason) for alert in monitor.alerts]
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [({}, "epoch=1"), ({"val_check_interval": 3}, "epoch=1-step=8")],
+    ids=["end of an epoch", "middle of an epoch"],
+)
+def test_a_resumed_run_fires_the_same_alerts(tmp_path: Any, flags: dict[str, Any], where: str) -> None:
+    class Ordered(Classifier):
+        def train_dataloader(self) -> Any:
+            # In the middle of an epoch Lightning resumes with the epoch's first batch: let all be alike.
+            return DataLoader(ConcatDataset([images(4, 1)] * 6), batch_size=4)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            self.net.drop.p = 0.0
+            return super().training_step(batch, index)
+
+    def monitor() -> FlatnessMonitor:
+        rules = [
+            Rule("flatness/trace", rise=0.02, reference="previous", cooldown=1),
+            AnyOf([Rule("margin/mean", below=99.0), Rule("flatness/relative", above=1e-9)], patience=2, cooldown=2),
+        ]
+        return FlatnessMonitor(rules=rules, every_n_validations=1, strict=True)
+
+    unbroken = monitor()
+    checkpoint = ModelCheckpoint(
+        tmp_path, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=4 if flags else None
+    )
+    trainer(tmp_path, unbroken, checkpoint, max_epochs=8, enable_checkpointing=True, **flags).fit(Ordered())
+    saved = sorted(tmp_path.glob(f"{where}*.ckpt"))[0]
+    torch.load(saved, weights_only=True)  # plain types only
+    resumed = monitor()
+    trainer(tmp_path, resumed, max_epochs=8, **flags).fit(Ordered(), ckpt_path=saved)
+    missed = [(a, b) for a, b in zip(summary(unbroken), summary(resumed), strict=False) if a != b]
+    assert len(unbroken.alerts) > 2
+    assert summary(resumed) == summary(unbroken), missed
+
+
+def test_resuming_with_other_rules_starts_them_anew(tmp_path: Any) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="saved")
+    trainer(tmp_path, FlatnessMonitor(rules=[Rule(**ALWAYS)]), checkpoint, enable_checkpointing=True).fit(Classifier())
+    other = FlatnessMonitor(rules=[Rule(**ALWAYS), Rule(**ALWAYS)])
+    with pytest.warns(UserWarning, match="remembers 1 rules and the monitor has 2"):
+        trainer(tmp_path, other, max_epochs=3).fit(Classifier(), ckpt_path=tmp_path / "saved.ckpt")
+
+
+def others(tmp_path: Any) -> list[Any]:
+    return [
+        EarlyStopping("flatness/relative", patience=99),
+        ModelCheckpoint(tmp_path, monitor="flatness/relative"),
+        LearningRateMonitor(),
+        WeightAveraging(),
+    ]
+
+
+@pytest.mark.parametrize("index", range(4), ids=["EarlyStopping", "ModelCheckpoint", "LearningRateMonitor", "EMA"])
+def test_the_order_of_callbacks_does_not_matter(tmp_path: Any, index: int) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    results = []
+    for first in (True, False):
+        monitor = FlatnessMonitor(rules=[Rule(**ALWAYS, patience=2, action=ReduceLR(0.5))], strict=True)
+        other = others(tmp_path / str(first))[index]
+        callbacks = [monitor, other] if first else [other, monitor]
+        run = trainer(tmp_path, *callbacks, max_epochs=4, enable_checkpointing=True, logger=CSVLogger(tmp_path))
+        run.fit(Classifier())
+        values = {key: float(run.callback_metrics[key]) for key in KEYS}
+        results.append((values, summary(monitor), run.optimizers[0].param_groups[0]["lr"]))
+    assert results[0] == results[1]

@@ -1,0 +1,230 @@
+"""What is certified, where it stops, and that neither depends on luck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import SUPPORTED, UNSUPPORTED, Case
+from networks import Net, StandardizedConv, conv2d, dense, shuffled, squeezed_and_excited
+from torch import Tensor, nn
+
+from lightning_flatness import oracle
+from lightning_flatness.certificate import Certificate, certify
+from lightning_flatness.tail import NonFiniteError, Recording, UnsupportedTailError
+from lightning_flatness.tap import Tap
+
+CASES = {case.name: case for case in (*SUPPORTED, *UNSUPPORTED)}
+STRAIGHT = "relu,relu in place,relu6,leaky relu,hardtanh,identity,prelu,saturated relu6".split(",")
+CURVED = "hardswish,silu,gelu,gelu tanh,elu,mish,softplus,tanh,squared relu,written by hand".split(",")
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def recorded(model: nn.Module, x: Tensor) -> Recording:
+    with Tap(model) as tap:
+        with torch.no_grad():
+            model(x)
+        tap._close()
+        return tap._recording()
+
+
+def certified(case: Case, dtype: torch.dtype = torch.float64, n: int | None = None) -> Certificate:
+    return certify(recorded(case.model().to(dtype).eval(), case.data()[0][:n].to(dtype)))
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [1, None], ids=["one sample", "a batch"])
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("relu", [0, 1, 2, 3]),
+        ("silu", [0, 1, 2, 3]),
+        ("global max", [0, 1, 2, 3]),
+        ("inception", [2, 3, 4, 5]),
+        ("dense block", [3, 4, 5, 6]),
+        ("dense block silu", [3, 4, 5, 6]),
+        ("channel shuffle", [0, 2, 1, 3]),
+        ("channel shuffle and cat", [0, 2]),
+        ("conv is classifier", [0, 1, 2]),
+        ("depthwise", [0, 1, 2, 3]),
+    ],
+)
+def test_which_filter_feeds_which_feature(name: str, channels: list[int], n: int | None, dtype: torch.dtype) -> None:
+    certificate = certified(CASES[name], dtype, n)
+    assert certificate.channels.tolist() == channels
+    assert certificate.silent is None
+
+
+@pytest.mark.parametrize("name", [*STRAIGHT, *CURVED])
+def test_whether_the_tail_is_curved(name: str) -> None:
+    assert certified(CASES[name]).curved == (name in CURVED)
+
+
+def with_dead_channels(model: Net) -> Net:
+    """Channels that batch norm, activation or classifier ignore."""
+    with torch.no_grad():
+        model.norm.weight[0] = 0
+        model.norm.bias[1] = -100
+        model.head.weight[:, 2] = 0
+    return model
+
+
+@each_dtype
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.SiLU(), shuffled])
+def test_dead_channels(act: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    case = Case("dead", lambda: Net(act=act))
+    model, (x, y) = with_dead_channels(case.model()).to(dtype).eval(), case.data()
+    certificate = certify(recorded(model, x.to(dtype)))
+    assert certificate.silent.tolist() == [True, act is not shuffled, False, False]
+    with Tap(model) as tap, torch.no_grad():
+        model(x.to(dtype))
+        factors = tap.factors(y)
+    expected = oracle.hessian_trace(model.double(), "conv", x, y)
+    torch.testing.assert_close(
+        factors.hessian_trace.double(), expected, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-9
+    )
+
+
+def test_all_dead() -> None:
+    case = Case("all dead", lambda: Net(norm=False))
+    model, (x, y) = case.model().eval(), case.data()
+    nn.init.constant_(model.conv.bias, -1000)
+    with Tap(model) as tap, torch.no_grad():
+        model(x)
+        factors = tap.factors(y)
+    assert torch.equal(factors.hessian_trace, torch.zeros(5).double())
+    assert torch.equal(factors.relative_flatness, torch.zeros(5).double())
+
+
+GATE = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+STEPS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "gate": (r"`addmm`, mixes.*\(5, 4\)", lambda: Net(tail=squeezed_and_excited, gate=GATE)),
+    "weak gate": (
+        "`mean`, mixes|positions",
+        lambda: Net(act=lambda z: z * (1 + 1e-3 * z.mean((1, 2, 3), True).tanh())),
+    ),
+    "layer norm": (
+        "`native_layer_norm`, mixes",
+        lambda: Net(pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(4))),
+    ),
+    "hidden layer": ("`addmm`, mixes", lambda: Net(head=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)))),
+    "neighbouring channels": ("`add`, mixes", lambda: Net(act=lambda z: F.relu(z + z.roll(1, 1)))),
+    "residual of the map": (
+        "`mixes|mixes",
+        lambda: Net(tail=mixed, mix=conv2d(4, 1, 4)),
+    ),
+    "batch mean": ("`sub`, mixes", lambda: Net(act=lambda z: z - z.mean(0, keepdim=True))),
+    "flatten": ("`view`, mixes|80", lambda: Net(pool=nn.Identity(), head=nn.Linear(80, 3))),
+    "pool then curve": ("positions", lambda: Net(act=nn.Sequential(nn.AvgPool2d(2), nn.GELU()))),
+    "convolution": ("`conv` does more", lambda: Net(StandardizedConv(3, 4, 3))),
+    "classifier": ("`head` does more", lambda: Net(head=Scaled(4, 3))),
+    "dropout": ("random", lambda: Net(act=lambda z: F.dropout(z, 0.5))),
+    "no derivative": ("0 calls|grad", lambda: Net(act=lambda z: z.round().long().to(z.dtype))),
+}
+
+
+class Scaled(nn.Linear):
+    def forward(self, p: Tensor) -> Tensor:
+        return 1.01 * super().forward(p)
+
+
+def mixed(m: Net, h: Tensor) -> Tensor:
+    z = m.conv(h)
+    return F.relu(z + F.conv2d(z, m.mix.weight))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_names_the_step_that_breaks_the_claim(name: str) -> None:
+    message, build = STEPS[name]
+    case = Case(name, build, classifier=None)
+    for dtype in (torch.float64, torch.float32):
+        with pytest.raises(UnsupportedTailError, match=message) as caught:
+            certified(case, dtype)
+        assert "path: conv > " in str(caught.value)
+        assert "layer=" in str(caught.value)
+
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels mix where small": lambda p: p - p.amax(1, keepdim=True).clamp(max=0.3),
+    "norm clipped": lambda p: p / p.norm(dim=1, keepdim=True).clamp(min=2),
+    "gate shut": lambda p: p * p.mean(1, keepdim=True).clamp(0, 1),
+    "sorted": lambda p: p.sort(1).values,
+    "where": lambda p: torch.where(p.abs().amax(1, keepdim=True) < 0.5, p.flip(1) + p, p),
+}
+
+
+@pytest.mark.parametrize("sizes", [[4, 1], [1, 2, 2]], ids=str)
+@pytest.mark.parametrize("name", HIDDEN)
+def test_wiring_that_shows_only_at_some_values_is_never_wrong(name: str, sizes: list[int]) -> None:
+    """What a random point cannot show: exact where it is separate for these samples, else refused."""
+    for seed in range(3):
+        case = Case(f"{name} {seed}", lambda: Net(pool=lambda a: HIDDEN[name](a.mean((2, 3)))))
+        model, (x, y) = case.model().eval(), case.data()
+        expected = oracle.hessian_trace(model, "conv", x, y).split(sizes)
+        with Tap(model) as tap:
+            for images, targets, trace in zip(x.split(sizes), y.split(sizes), expected, strict=True):
+                with torch.no_grad():
+                    model(images)
+                try:
+                    value = tap.factors(targets).hessian_trace
+                except UnsupportedTailError:
+                    break
+                torch.testing.assert_close(value, trace, rtol=1e-9, atol=1e-12)
+
+
+def poisoned(where: str) -> tuple[nn.Module, Tensor]:
+    case = CASES["relu without norm"]
+    model, x = case.model().eval(), case.data()[0]
+    if where == "input":
+        x[2, 0, 0, 0] = torch.nan
+    else:
+        nn.init.constant_(model.get_submodule(where).bias, torch.nan)
+    return model, x
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("input", "output of `conv` is NaN in 1 of 5"),
+        ("conv", "NaN in 5 of 5"),
+        ("head", "the logits is NaN in 5 of 5"),
+    ],
+)
+def test_not_a_number(where: str, message: str) -> None:
+    with pytest.raises(NonFiniteError, match=message):
+        certify(recorded(*poisoned(where)))
+
+
+def test_is_the_same_every_time_and_draws_nothing() -> None:
+    case = CASES["channel shuffle"]
+    recording = recorded(case.model().eval(), case.data()[0])
+    state = torch.get_rng_state()
+    first, second = certify(recording), certify(recording)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (first.signature, first.root, first.curved) == (second.signature, second.root, second.curved)
+    assert torch.equal(first.channels, second.channels)
+
+
+def signature(act: Callable[[Tensor], Tensor], **options: Any) -> Any:
+    case = Case("signature", lambda: Net(act=act, **options))
+    return certified(case).signature
+
+
+def test_signature_tells_tails_apart() -> None:
+    assert signature(F.relu) == signature(nn.ReLU())
+    assert signature(F.relu) != signature(F.silu)
+    assert signature(F.relu) != signature(F.relu, norm=False)
+    assert signature(F.relu) != signature(lambda z: F.relu(shuffled(z)))
+
+
+def test_wide_layers_in_float32() -> None:
+    """Hundreds of channels over six decades of scale, behind a concatenation."""
+    torch.manual_seed(0)
+    model = Net(conv2d(256, 1), tail=dense, wide_norm=nn.BatchNorm2d(259), head=nn.Linear(259, 10)).eval()
+    nn.init.uniform_(model.wide_norm.weight, 0.5, 1).data.mul_(torch.logspace(-3, 3, 259))
+    certificate = certify(recorded(model, torch.randn(3, 2, 5, 4)))
+    assert certificate.channels.tolist() == list(range(3, 259))
+    assert certificate.silent is None

@@ -1,0 +1,105 @@
+"""Random tails and malformed input: the right number or a clear error, never anything else.
+
+The examples are the same every day; `make fuzz` draws 20,000 others.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from fuzz_inputs import AROUND, GOOD, Batches, batches
+from fuzz_tails import positions, tails
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_flatness import UnsupportedTailError, measure, oracle
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # random tails in all
+fuzz = settings(
+    max_examples=-(-(EXAMPLES or 510) // 3),
+    derandomize=not EXAMPLES,
+    database=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def in_batches(x: Tensor, y: Tensor, sizes: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+def assert_right(samples: dict[str, Tensor], model: nn.Module, layer: str, x: Tensor, y: Tensor) -> None:
+    """Both numbers against the full Hessian; errors are relative to what is summed up to them."""
+    model, rounding = copy.deepcopy(model).double(), ROUNDING[x.dtype]
+    target = y.double() if y.is_floating_point() else y.long()
+    hessian = oracle.layer_hessian(model, layer, x.double(), target)
+    weight = model.get_submodule(layer).weight.detach().flatten(1)
+    diagonal = torch.einsum("nkiki->nki", hessian)
+    blocks = torch.einsum("nkili->nkl", hessian) * (weight @ weight.T)
+    for name, terms in (("hessian_trace", diagonal), ("relative_flatness", blocks)):
+        error = (samples[name] - terms.sum((1, 2))).abs()
+        assert (error <= rounding * terms.abs().sum((1, 2)) + 1e-16).all(), (name, samples[name], terms.sum((1, 2)))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@fuzz
+@given(data=st.data())
+def test_random_tails(dims: int, data: st.DataObject) -> None:
+    tail = data.draw(tails(dims))
+    model, (x, y) = tail.model(), tail.data()
+    layer = "conv" if tail.named or positions(model, x) == 1 else None
+    try:
+        report = measure(model, in_batches(x, y, tail.batch_sizes), layer=layer, per_sample=True)
+    except UnsupportedTailError:
+        if tail.plain:
+            raise
+        event("refused")
+    else:
+        event("measured")
+        assert_right(report.samples, model, report.layer, x, y)
+
+
+def fails_by_itself(model: nn.Module, batch: Any) -> bool:
+    """Whether the network raises for a batch's inputs without being measured."""
+    try:
+        model.eval()(batch["image"] if isinstance(batch, dict) else batch[0])
+    except Exception:
+        return True
+    return False
+
+
+@fuzz
+@given(case=batches())
+def test_malformed_input(case: Batches) -> None:
+    """A `ValueError`, the network's own error, or the numbers of all the samples."""
+    model = case.model()
+    try:
+        report = measure(model, AROUND[case.around](case.nested()), per_sample=True)
+    except ValueError as error:
+        if case.good:
+            raise
+        event(type(error).__name__)
+        return
+    except Exception:
+        if case.around not in GOOD["around"] or not fails_by_itself(model, case.nested()[case.place]):
+            raise
+        event("the network's own error")
+        return
+    event("measured")
+    assert case.nesting in GOOD["nesting"]
+    assert case.around in GOOD["around"]
+    inputs, targets = zip(*((x, y) for x, y in case.parts() if len(x)), strict=True)
+    assert report.n_samples == sum(map(len, inputs))
+    at = 0
+    for x, y in zip(inputs, targets, strict=True):
+        assert len(y) == len(x)
+        samples = {name: values[at : at + len(x)] for name, values in report.samples.items()}
+        assert_right(samples, model, report.layer, x.detach(), y)
+        at += len(x)

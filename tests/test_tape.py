@@ -1,0 +1,367 @@
+"""The tape: nobody notices it, what it repeats is what was computed, and what it cannot repeat it says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from lightning_flatness.operation import TapeError, raised
+from lightning_flatness.tape import Tape, unrecorded
+
+SHAPE = (2, 4, 3, 3)
+OTHER = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+WEIGHT = torch.randn(3, 4, generator=torch.Generator().manual_seed(4))
+MEAN, VARIANCE = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.0, 2.0, 3.0])
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z * z.sigmoid()
+
+
+@torch.jit.script
+def scripted(z: Tensor) -> Tensor:
+    return z * z.sigmoid() + 1
+
+
+def into(make: Callable[[Tensor], Tensor], change: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """A function that writes into the tensor that `make` returns and returns that one."""
+
+    def function(z: Tensor) -> Tensor:
+        target = make(z)
+        change(target, z)
+        return F.relu(target)
+
+    return function
+
+
+def then(change: Callable[[Tensor], Any], use: Callable[[Tensor], Tensor] = torch.exp) -> Callable[[Tensor], Tensor]:
+    """A function that first changes its argument."""
+
+    def function(z: Tensor) -> Tensor:
+        change(z)
+        return use(z)
+
+    return function
+
+
+def strided(z: Tensor) -> Tensor:
+    return F.relu(z.to(memory_format=torch.channels_last)).flatten(2).mT
+
+
+def kept_then_overwritten(z: Tensor) -> Tensor:
+    skip = OTHER.to(z.dtype).clone()
+    first = z + skip
+    skip.mul_(5)
+    return first * skip
+
+
+def one_half_of_the_other(z: Tensor) -> Tensor:
+    first, second = z.chunk(2, 1)
+    return torch.cat([second, first.sigmoid() * second], 1)
+
+
+def inner_no_grad(z: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = z.abs().amax((2, 3), keepdim=True)
+    return z / scale
+
+
+FAITHFUL: dict[str, Callable[[Tensor], Tensor]] = {
+    "activation": F.silu,
+    "activation in place": then(torch.relu_),
+    "activation of a view in place": then(lambda z: z[:, :2].relu_()),
+    "scaled through a view": then(lambda z: z.view(2, -1).mul_(2)),
+    "detached, then in place": then(lambda z: z.detach().mul_(2)),
+    "data in place": then(lambda z: z.data.mul_(2)),
+    "channel assigned": then(lambda z: z.__setitem__((slice(None), 0), 0.5)),
+    "masked in place": into(torch.clone, lambda out, z: out.__setitem__(z < 0, 0)),
+    "detach": lambda z: z.detach() * z,
+    "no_grad inside": inner_no_grad,
+    "identity += z": into(lambda z: OTHER.to(z.dtype).clone(), lambda out, z: out.__iadd__(z)),
+    "identity.add_(z)": into(lambda z: OTHER.to(z.dtype).clone(), lambda out, z: out.add_(z, alpha=0.5)),
+    "buffer filled whole": into(torch.empty_like, lambda out, z: out.copy_(z)),
+    "buffer[:] = z": into(torch.empty_like, lambda out, z: out.__setitem__(slice(None), z)),
+    "constant overwritten later": kept_then_overwritten,
+    "written by hand": lambda z: torch.where(z > 0, z, z.exp() - 1),
+    "mask": lambda z: z * (z > 0),
+    "selected": lambda z: z[z > 0],
+    "branch on the data": lambda z: z * 2 if bool((z > 0).any()) else z,
+    "integers": lambda z: OTHER.flatten().to(z.dtype)[(z.abs() * 3).long().clamp(max=9)] * z,
+    "index read out": lambda z: z.flatten(1)[:, int(z[0].argmax())],
+    "topk": lambda z: z.flatten(2).topk(3).values,
+    "max and its place": lambda z: torch.add(*z.flatten(2).max(-1)),
+    "gathered": lambda z: z.flatten(2).gather(2, z.flatten(2).argsort(2)),
+    "cat of a list": lambda z: torch.cat([z, OTHER.to(z.dtype), z.neg()], 1),
+    "chunks": one_half_of_the_other,
+    "unbind and stack": lambda z: torch.stack([part.exp() for part in z.unbind(1)][::-1], 1),
+    "foreach": lambda z: torch._foreach_mul([z, z.neg()], 2.0)[1],
+    "einsum": lambda z: torch.einsum("nkhw,ck->nc", z, WEIGHT.to(z.dtype)),
+    "linear": lambda z: F.linear(z.mean((2, 3)), WEIGHT.to(z.dtype)),
+    "batch norm": lambda z: F.batch_norm(z, MEAN.to(z.dtype), VARIANCE.to(z.dtype)),
+    "dropout in eval": lambda z: F.dropout(z, 0.5, training=False),
+    "interpolated": lambda z: F.interpolate(z, scale_factor=2, mode="bilinear"),
+    "channels last": strided,
+    "complex": lambda z: torch.fft.rfft2(z.float()).abs(),
+    "autograd function": Swish.apply,
+    "scripted": scripted,
+    "vmap": torch.vmap(F.silu),
+}
+# `detach` and `no_grad` end autograd, but not the loss as a function: the same functions without them.
+WITH_GRAPH: dict[str, Callable[[Tensor], Tensor]] = {
+    "detach": lambda z: z * z,
+    "detached, then in place": lambda z: (2 * z).exp(),
+    "data in place": lambda z: (2 * z).exp(),
+    "no_grad inside": lambda z: z / z.abs().amax((2, 3), keepdim=True),
+    "autograd function": F.silu,
+}
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "enable_grad": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+def fresh(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@contextlib.contextmanager
+def recording(*roots: Tensor) -> Any:
+    tape = Tape()
+    tape.start()
+    try:
+        for root in roots:
+            tape.add_root(root)
+        yield tape
+    finally:
+        tape.stop()
+
+
+def replayed(tape: Tape, output: Tensor) -> Tensor:
+    """What `output` is again if the first root is what it was."""
+    return tape.replay({0: raised(tape.value(0))}, len(tape.operations))[tape.slot(output)]
+
+
+def facts(output: Tensor) -> tuple[Any, ...]:
+    return output.dtype, output.shape, output.stride(), output.requires_grad, output.is_inference(), output._is_view()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_unnoticed_and_repeated(name: str, mode: str) -> None:
+    with MODES[mode]():
+        plain, taped = fresh(), fresh()
+        expected = FAITHFUL[name](plain)
+        with recording(taped) as tape:
+            output = FAITHFUL[name](taped)
+    assert facts(output) == facts(expected)
+    assert torch.equal(output, expected)
+    assert torch.equal(taped, plain)
+    assert tape.doubt(len(tape.operations)) is None
+    again = replayed(tape, output)
+    rounding = 0.02 if mode == "autocast" else 1e-6
+    torch.testing.assert_close(again, output.to(again.dtype), rtol=rounding, atol=rounding)
+    assert _get_current_dispatch_mode() is None
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_its_gradient_is_that_of_the_function(name: str) -> None:
+    """In float64, from a record made in inference mode, where there is no graph."""
+    with torch.inference_mode(), recording(z := fresh(torch.float64)) as tape:
+        output = FAITHFUL[name](z)
+    point, twin = (fresh(torch.float64).requires_grad_() for _ in range(2))
+    again = tape.replay({0: point}, len(tape.operations))[tape.slot(output)]
+    expected = WITH_GRAPH.get(name, FAITHFUL[name])(twin.clone())
+    cotangent = torch.randn_like(expected)
+    (value,) = torch.autograd.grad(again, point, cotangent)
+    (reference,) = torch.autograd.grad(expected, twin, cotangent)
+    torch.testing.assert_close(value, reference, rtol=1e-6 if name == "complex" else 1e-12, atol=1e-12)
+
+
+def aliased(z: Tensor) -> Tensor:
+    buffer = torch.zeros(2, 8, 3, 3)
+    buffer[:, :4] = z
+    return F.relu(buffer)
+
+
+def written_through_an_old_view(z: Tensor) -> Tensor:
+    identity = OTHER.clone()
+    view = identity[:, 0]
+    identity += z
+    view.zero_()
+    return identity.exp()
+
+
+UNFOLLOWED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "number read out": ("item", lambda z: z / z.abs().max().item()),
+    "slice of a buffer": ("memory of the tail", aliased),
+    "old view": ("memory of the tail", written_through_an_old_view),
+    "through dlpack": ("memory of the tail", lambda z: torch.from_dlpack(z.detach()) * 2),
+    "no storage": ("SparseTensorImpl", lambda z: z * torch.mm(torch.eye(3).to_sparse(), torch.ones(3, 3))),
+}
+UNREPEATABLE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "dropout": ("random", lambda z: F.dropout(z, 0.5)),
+    "feature dropout": ("random", lambda z: F.dropout2d(z, 0.5)),
+    "bernoulli": ("random", lambda z: z * torch.bernoulli(z.sigmoid())),
+    "noise in place": ("random", lambda z: (z + 1).normal_()),
+    "rrelu": ("random", lambda z: F.rrelu(z, training=True)),
+    "batch statistics": ("mixes samples", lambda z: F.batch_norm(z, None, None, training=True)),
+    "running statistics": ("mixes samples", lambda z: F.batch_norm(z, MEAN.clone(), VARIANCE.clone(), training=True)),
+}
+MAIN_MODES = ["no_grad", "inference_mode", "enable_grad"]
+
+
+@pytest.mark.parametrize("mode", MAIN_MODES)
+@pytest.mark.parametrize("name", UNFOLLOWED)
+def test_says_what_it_cannot_follow(name: str, mode: str) -> None:
+    """And never takes it for a constant."""
+    reason, function = UNFOLLOWED[name]
+    with MODES[mode]():
+        expected = function(fresh())
+        with recording(z := fresh()) as tape:
+            output = function(z)
+    assert torch.equal(output, expected)
+    assert reason in tape.doubt(len(tape.operations) + 1)
+    if tape.slot(output) is not None:
+        with pytest.raises(TapeError, match=reason):
+            replayed(tape, output)
+
+
+@pytest.mark.parametrize("mode", MAIN_MODES)
+@pytest.mark.parametrize("name", UNREPEATABLE)
+def test_refuses_to_repeat_what_differs_each_time(name: str, mode: str) -> None:
+    reason, function = UNREPEATABLE[name]
+    with MODES[mode]():
+        torch.manual_seed(0)
+        expected = function(fresh())
+        torch.manual_seed(0)
+        with recording(z := fresh()) as tape:
+            output = function(z)
+    assert torch.equal(output, expected)
+    with pytest.raises(TapeError, match=reason):
+        replayed(tape, output)
+
+
+def test_half_precision_is_raised() -> None:
+    with recording(z := fresh(torch.bfloat16)) as tape:
+        output = (z.half().float().bfloat16() * OTHER.bfloat16()).to(torch.float16)
+    point = fresh()
+    again = tape.replay({0: point}, len(tape.operations))[tape.slot(output)]
+    assert torch.equal(again, point * OTHER.bfloat16().float())
+
+
+@pytest.mark.parametrize("mode", MAIN_MODES)
+@pytest.mark.parametrize("size", [3, 64], ids=["small", "large"])
+def test_a_constant_changed_after_the_pass_counts_as_it_was_or_is_noticed(size: int, mode: str) -> None:
+    for change in (torch.relu_, lambda skip: skip.data.copy_(skip.relu()) if size == 3 else skip.mul_(2)):
+        with MODES[mode]():
+            skip, z = torch.randn(2, 2, 4, size, size).unbind()
+            skip = skip.clone()
+            with recording(z) as tape:
+                output = z * skip
+            change(skip)
+        with contextlib.suppress(TapeError):
+            assert torch.equal(replayed(tape, output), output)
+            assert mode == "inference_mode" or size == 3
+
+
+def test_memory_that_must_not_be_read() -> None:
+    weight = torch.ones(4, 1, 1)
+    with recording(z := fresh()) as tape:
+        tape.forbid(weight)
+        output = z.relu() * weight.mean()
+    assert tape.doubt(1) is None
+    with pytest.raises(TapeError, match="once more"):
+        replayed(tape, output)
+
+
+def test_several_roots() -> None:
+    """A root made of another keeps its dependence; unrelated ones can be set apart."""
+    first, third = fresh(), OTHER.clone()
+    with recording(first, third) as tape:
+        second = F.relu(first)
+        tape.add_root(second)
+        output = second * third + first
+    values = {tape.slot(root): fresh() + i for i, root in enumerate((first, third, second))}
+    again = tape.replay(values, len(tape.operations))[tape.slot(output)]
+    torch.testing.assert_close(again, F.relu(fresh()) * (fresh() + 1) + fresh(), rtol=0, atol=0)
+
+
+def test_tapes_do_not_hear_each_other() -> None:
+    outer, inner = Tape(), Tape()
+    outer.start()
+    outer.add_root(z := fresh())
+    y = z * 2
+    inner.start()
+    with unrecorded():
+        inner.add_root(y)
+        y.sin()
+    output = y.relu()
+    outer.stop()  # not the last to start
+    later = output.exp()
+    inner.stop()
+    assert [operation.name for operation in outer.operations] == ["mul", "relu"]
+    assert [operation.name for operation in inner.operations] == ["relu", "exp"]
+    assert torch.equal(replayed(outer, output), output)
+    assert torch.equal(replayed(inner, later), later)
+    assert _get_current_dispatch_mode() is None
+
+
+class Counting(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_inside_the_record_sees_everything() -> None:
+    with recording(z := fresh()) as tape:
+        with Counting() as mode:
+            middle = z.relu()
+        output = middle.exp()
+    assert (mode.count, len(tape.operations)) == (1, 2)
+    assert torch.equal(replayed(tape, output), output)
+
+
+def test_does_not_start_inside_a_mode_that_may_end_first() -> None:
+    with Counting() as mode:
+        with pytest.raises(TapeError, match="Counting"):
+            Tape().start()
+        assert _get_current_dispatch_mode() is mode
+    assert _get_current_dispatch_mode() is None
+
+
+def test_backward_inside_the_record() -> None:
+    """A validation step may take gradients (adversarial examples)."""
+    gradients = []
+    for with_tape in (False, True):
+        x = fresh().requires_grad_()
+        tape = Tape()
+        z = F.silu(x)
+        if with_tape:
+            tape.start()
+            tape.add_root(z)
+        z.relu().square().sum().backward()
+        tape.stop()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_descendants_are_what_came_of_a_tensor() -> None:
+    with recording(z := fresh()) as tape:
+        first, second = z.exp(), z.relu()
+        start = len(tape.operations)
+        _ = second.neg(), first.abs().add(second), first.sqrt_()
+    names = [operation.name for operation in tape.descendants(tape.slot(first), start)]
+    assert names == ["abs", "add", "sqrt_"]

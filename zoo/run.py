@@ -1,0 +1,138 @@
+"""Measures every architecture of the zoo against the reference, and compares the outcome with the documented one.
+
+python zoo/run.py [NAME ...]     these, or all, against docs/zoo.md; a difference fails
+python zoo/run.py --write        all, and writes the table into docs/zoo.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import operators  # noqa: F401  first: torchvision cannot be imported without it
+import torch
+from models import ARCHITECTURES, CLASSES, Architecture, generic
+from reference import Flatness, flatness, logits_of
+from torch import Tensor, nn
+
+from lightning_flatness import UnsupportedTailError, measure
+
+PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
+MARK = "<!-- table -->\n"
+HEADING = ("library", "architecture", "convolution or reason", "float64", "float32", "float32 logits")
+SAMPLES = 2
+BOUND_DOUBLE, BOUND_SINGLE = 1e-8, 1e-4
+
+
+class Row(NamedTuple):
+    """One line of the table; the errors are None for a network that was refused."""
+
+    architecture: Architecture
+    outcome: str
+    double: float | None = None
+    single: float | None = None
+    single_logits: float | None = None  # how far float32 moves the network's own logits
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a number came out that is not the right one, or not a number."""
+        if self.double is None:
+            return False
+        return not (self.double <= BOUND_DOUBLE and self.single <= max(BOUND_SINGLE, 10 * self.single_logits))
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The line as text."""
+        errors = (self.double, self.single, self.single_logits)
+        numbers = ("" if error is None else f"{error:.0e}" for error in errors)
+        return (self.architecture.library, self.architecture.name, self.outcome, *numbers)
+
+
+def examine(architecture: Architecture) -> Row:
+    """Measure one architecture in float64 and float32, and compare with the reference."""
+    model = generic(architecture)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(SAMPLES, *architecture.shape, generator=generator)
+    labels = torch.randint(CLASSES, (SAMPLES,), generator=generator)
+    try:
+        layer, double = measured(model.double(), images.double(), labels)
+    except UnsupportedTailError as error:
+        return Row(architecture, f"refused: {reason(error)}")
+    expected, logits = flatness(model, layer, images.double(), labels), predicted(model, images.double())
+    again, single = measured(model.float(), images, labels)
+    if again != layer:
+        raise AssertionError(f"{architecture.name}: `{layer}` is measured in float64, `{again}` in float32.")
+    rounding = float((predicted(model, images) - logits).norm() / logits.norm())
+    return Row(architecture, f"`{layer}`", error_of(double, expected), error_of(single, expected), rounding)
+
+
+def predicted(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits."""
+    with torch.no_grad():
+        return logits_of(model(images))
+
+
+def measured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[str, Flatness]:
+    """Return the layer that the package chooses, and its numbers per sample."""
+    report = measure(model, [(images, labels)], per_sample=True)
+    return report.layer, Flatness(report.samples["hessian_trace"], report.samples["relative_flatness"])
+
+
+def error_of(value: Flatness, expected: Flatness) -> float:
+    """Return the largest relative error of both numbers in all samples."""
+    errors = [(ours.double() / reference - 1).abs() for ours, reference in zip(value, expected, strict=True)]
+    return float(torch.stack(errors).nan_to_num(torch.inf).max())
+
+
+def reason(error: UnsupportedTailError) -> str:
+    """Return what a refusal says about this network in particular."""
+    return str(error).splitlines()[0].split("pooling): ")[-1].rstrip(".")
+
+
+def documented() -> dict[tuple[str, str], str]:
+    """Return the outcome of each architecture in the table of the documentation."""
+    lines = PAGE.read_text(encoding="utf-8").split(MARK)[1].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+    return {(library, name): outcome for library, name, outcome, *_ in cells}
+
+
+def write(rows: list[Row]) -> None:
+    """Replace the table in the documentation."""
+    lines = [HEADING, ["---"] * len(HEADING), *(row.cells for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    PAGE.write_text(PAGE.read_text(encoding="utf-8").split(MARK)[0] + MARK + table + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Return 0 if no number is wrong and every outcome is the documented one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="*", help="architectures to measure (default: all)")
+    parser.add_argument("--write", action="store_true", help="write the outcomes into docs/zoo.md instead")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = []
+    for architecture in ARCHITECTURES:
+        if not options.name or architecture.name in options.name:
+            rows.append(examine(architecture))
+            print("  ".join(rows[-1].cells), "  WRONG" if rows[-1].wrong else "", flush=True)
+            gc.collect()
+    faults = [f"{row.architecture.name}: wrong" for row in rows if row.wrong]
+    if options.write:
+        write(rows)
+    else:
+        known = documented()
+        for row in rows:
+            library, name, *_ = row.architecture
+            if known.get((library, name)) != row.outcome:
+                faults.append(f"{library} {name}: {row.outcome}; docs/zoo.md has: {known.get((library, name))}")
+    refused = sum(row.double is None for row in rows)
+    print(f"{len(rows)} architectures: {len(rows) - refused} measured, {refused} refused.", *faults, sep="\n")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
