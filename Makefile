@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .NOTPARALLEL:
-.PHONY: demo test lint types docs notebooks clean
+.PHONY: demo test lint types docs notebooks fuzz zoo clean
 
 demo: $(VENV)/.demo  ## train a small network and watch its flatness
 	$(BIN)/python -m lightning_flatness
@@ -33,8 +33,15 @@ notebooks: $(VENV)/.dev $(VENV)/.notebooks
 	$(BIN)/python -m pytest --nbmake $(NOTEBOOKS)
 endif
 
+fuzz: $(VENV)/.dev  ## 20,000 random tails instead of the 500 of every day; about an hour
+	FUZZ_EXAMPLES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-seed=1 \
+		--hypothesis-show-statistics --timeout=0
+
+zoo: $(VENV)/.dev .zoo/.created  ## some hundred architectures of other libraries against a reference
+	PYTHONPATH=.zoo $(BIN)/python zoo/run.py
+
 clean:
-	rm -rf $(VENV) site dist flatness-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .zoo site dist flatness-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -48,4 +55,8 @@ $(VENV)/.notebooks: EXTRAS := notebooks
 
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.notebooks: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+.zoo/.created: $(VENV)/.created zoo/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target .zoo -r zoo/requirements.txt
 	touch $@

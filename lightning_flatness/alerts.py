@@ -123,7 +123,7 @@ def _log_ratios(before: Mapping[str, float], after: Mapping[str, float], suffix:
 
 
 def _times(ratio: float) -> str:
-    return f"x {ratio:.1f}" if 1 <= ratio < 10 else f"x {ratio:.2g}"
+    return f"x {ratio:.1f}" if 0.995 <= ratio < 9.95 else f"x {ratio:.2g}"
 
 
 def _suffix(key: str) -> str:

@@ -8,7 +8,7 @@ from lightning_flatness.detectors import Observation
 from lightning_flatness.watch import Breach, State
 
 REFERENCES = {
-    "settled": "the lowest settled level",
+    "settled": "the settled level",
     "best": "the lowest so far",
     "ema": "the moving average",
     "previous": "the value before",
@@ -21,13 +21,16 @@ def risen(state: State, now: Observation, key: str, rise: float, reference: str)
     base, breach = state.reference, None
     if base is not None and now[1][key] - base[1][key] > rise * abs(base[1][key]):
         breach = _breach(key, base, now, f"against {REFERENCES[reference]}")
-    if reference == "settled":
+    if reference == "best":
+        state.reference = min(base or now, now, key=lambda observation: observation[1][key])
+    elif reference == "ema":
+        state.reference = detectors.averaged(base, now)
+    elif reference == "previous":
+        state.reference = now
+    elif breach is None:  # a breach does not move the level that it broke
         state.window[:] = [*state.window, now][-detectors.WINDOW :]
-        state.reference = detectors.lower(base, detectors.settled_level(state.window, key), key)
-    elif reference == "best":
-        state.reference = detectors.lower(base, now, key)
-    else:
-        state.reference = detectors.averaged(base, now) if reference == "ema" else now
+        if base is not None or detectors.has_settled(state.window, key):
+            state.reference = detectors.typical(state.window, key)
     return breach
 
 
@@ -38,7 +41,7 @@ def past_limit(state: State, now: Observation, key: str, limit: float, above: bo
         state.reference = now
         return None
     if state.reference is None:
-        return Breach(key, value, limit, f"{key} is {value:.4g}, {side} {limit:.4g} from the start.")
+        return Breach(key, value, limit, f"{key} is {value:.4g}, {side} {limit:.4g} from the start")
     return _breach(key, state.reference, now, f"{side} {limit:.4g}")._replace(reference=limit)
 
 
@@ -58,4 +61,4 @@ def shifted(state: State, now: Observation, key: str, threshold: float, up: bool
 def _breach(key: str, base: Observation, now: Observation, why: str) -> Breach:
     value, reference = now[1][key], base[1][key]
     change = f"{moved(reference, value)} since step {base[0]} ({reference:.4g} -> {value:.4g}, {why})"
-    return Breach(key, value, reference, f"{key} {change}{attribution(key, base[1], now[1])}")
+    return Breach(key, value, reference, f"{key} {change}", attribution(key, base[1], now[1]))

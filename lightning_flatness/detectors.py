@@ -21,28 +21,20 @@ _DRIFT = 0.5  # in units of noise: what each validation must exceed to count
 _LONGEST_STRIDE = 0.5  # of the threshold: no single validation reaches it
 
 
-def settled_level(window: Sequence[Observation], key: str) -> Observation | None:
-    """Return the level of a window in which the growth that starts every training is over; None if it is not.
+def has_settled(window: Sequence[Observation], key: str) -> bool:
+    """Return whether the growth that starts every training is over.
 
-    It is over when the window is full and the medians of its halves differ by at most half of the first one.
+    It is when the window is full and the medians of its halves differ by at most half of the first one.
     """
     values = [observation[1][key] for observation in window]
     before, after = values[: WINDOW // 2], values[WINDOW // 2 :]
-    if len(values) < WINDOW or abs(median(after) - median(before)) > _SETTLED * abs(median(before)):
-        return None
-    return typical(window, key)
+    return len(values) == WINDOW and abs(median(after) - median(before)) <= _SETTLED * abs(median(before))
 
 
 def typical(window: Sequence[Observation], key: str) -> Observation:
     """Return the observation whose value is the (low) median of the window: a real one, so that it has a step."""
     middle = median_low(values[key] for _, values in window)
     return next(observation for observation in reversed(window) if observation[1][key] == middle)
-
-
-def lower(one: Observation | None, other: Observation | None, key: str) -> Observation | None:
-    """Return the observation with the lower value, the first one if they are equal; None is no observation."""
-    known = [observation for observation in (one, other) if observation is not None]
-    return min(known, key=lambda observation: observation[1][key], default=None)
 
 
 def averaged(average: Observation | None, now: Observation) -> Observation:

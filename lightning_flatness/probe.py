@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
@@ -57,11 +59,17 @@ def share_of(trainer: Trainer, loader: int) -> int | None:
 
 def moved(batches: Any, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
     """Yield batches as the module's own steps get them: in its precision, on its device, after its hooks."""
+    module = trainer.datamodule  # type: ignore[attr-defined]
+
+    def hook(name: str) -> Callable[..., Any]:
+        own = module is None or is_overridden(name, pl_module)  # Lightning prefers the LightningModule's
+        owner = module if not own and is_overridden(name, module, parent=DataHooks) else pl_module
+        return cast(Callable[..., Any], getattr(owner, name))
+
     for batch in batches:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module.on_before_batch_transfer(batch, 0)
-        batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-        yield pl_module.on_after_batch_transfer(batch, 0)
+        batch = hook("on_before_batch_transfer")(trainer.precision_plugin.convert_input(batch), 0)
+        batch = hook("transfer_batch_to_device")(batch, pl_module.device, 0)
+        yield hook("on_after_batch_transfer")(batch, 0)
 
 
 def network(pl_module: LightningModule) -> nn.Module:

@@ -38,9 +38,9 @@ class Rule(Watch):
         below: fires below this value.
         shift_up: fires when the value has shifted up by this many standard deviations of its noise, cumulated.
         shift_down: the same, downwards.
-        reference: of `rise`. `"settled"`: the lowest level at which the value has settled, the median of 8 validations
-            in a row in which the growth at the start of every training was over; `"best"`: the lowest so far; `"ema"`:
-            an exponential moving average (0.9); `"previous"`: the value before.
+        reference: of `rise`. `"settled"`: the median of the last 8 values that were no breach, from the time on at which
+            the growth at the start of every training is over; `"best"`: the lowest so far; `"ema"`: an exponential
+            moving average (0.9); `"previous"`: the value before.
         patience: validations in a row in which the condition must hold.
         warmup: validations at the start that are left out altogether, of the reference too.
         cooldown: validations after an alert in which the rule does not fire.
@@ -109,7 +109,7 @@ class Rule(Watch):
     def _judge(self, values: Mapping[str, float], step: int, warming_up: bool) -> Breach | None:
         value = float(values[self.monitor])
         if not math.isfinite(value):
-            return Breach(self.monitor, value, math.nan, f"{self.monitor} is {value}: not finite.", urgent=True)
+            return Breach(self.monitor, value, math.nan, f"{self.monitor} is {value}: not finite", urgent=True)
         if warming_up:
             return None
         known = {key: float(values[key]) for key in (self.monitor, *context_keys(self.monitor)) if key in values}
@@ -184,8 +184,8 @@ class _Joined(Watch):
         urgent = any(breach.urgent for breach in breaches)
         if not urgent and (warming_up or len(breaches) < self._needed()):
             return None
-        reason = " And: ".join(breach.reason for breach in breaches)
-        return breaches[0]._replace(reason=reason, urgent=urgent)
+        changes = "; and ".join(breach.change for breach in breaches)
+        return breaches[0]._replace(change=changes, urgent=urgent)
 
     def _needed(self) -> int:
         raise NotImplementedError
@@ -262,15 +262,16 @@ def divergence(action: Any = None, suffix: str = "") -> Rule:
 def memorisation(action: Any = None, suffix: str = "") -> AllOf:
     """Return the rule for a network that learns its training labels by heart.
 
-    `flatness/scale_free` is 1.6 times the lowest level at which it had settled, and the predictions are still unsure:
-    `flatness/confidence` is above 0.4, in three validations in a row. In a healthy training they are sure by then.
+    `flatness/scale_free` goes on rising from where it had settled, by a fifth and more, and the predictions are still
+    unsure: `flatness/confidence` is above 0.4, in three validations in a row. In a healthy training they are sure by
+    then.
 
     Args:
         action: what to do; None: nothing but to record the alert.
         suffix: of the keys.
     """
     return AllOf(
-        [Rule(f"flatness/scale_free{suffix}", rise=0.6), Rule(f"flatness/confidence{suffix}", above=0.4)],
+        [Rule(f"flatness/scale_free{suffix}", rise=0.2), Rule(f"flatness/confidence{suffix}", above=0.4)],
         patience=3,
         cooldown=10,
         action=action,

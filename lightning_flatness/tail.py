@@ -17,6 +17,9 @@ _MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum
 _LOG_SOFTMAX = ("_log_softmax", "log_softmax", "cross_entropy_loss")
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
 class UnsupportedTailError(ValueError):
     """The network's tail is not one for which the closed form is exact."""
 
@@ -107,7 +110,9 @@ def choose_classifier(tape: Tape, layer: str, calls: list[Call], outputs: list[C
     if (around and not returned) or not _ends_tail(tape, chosen):
         what = f"`{chosen.name}`" if chosen.weights else "the network"
         path = " > ".join([layer, *(operation.name for operation in tape.operations)])
-        remedy = f" If the loss is that of this very output, say so: `classifier={chosen.name!r}`." * bool(chosen.weights)
+        remedy = f" If the loss is that of this very output, say so: `classifier={chosen.name!r}`." * bool(
+            chosen.weights
+        )
         raise UnsupportedTailError(
             f"The network and the loss must use the logits as they leave the classifier; after {what} they are "
             f"changed.{remedy}\n  path: {path}"
@@ -157,3 +162,26 @@ def _ends_tail(tape: Tape, call: Call) -> bool:
         return False
     read = [tape.tensor(operation.args[0]) for operation in later if operation.name in _LOG_SOFTMAX]
     return not read or any(_same_prediction(call.output, logits.detach().flatten(1)) for logits in read)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by their names, without what compilers and wrappers put into them."""
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
+        for name, module in model.named_modules()
+    }
+
+
+def require_name(
+    modules: dict[str, nn.Module], name: str | None, argument: str, kinds: tuple[type[nn.Module], ...]
+) -> None:
+    """Refuse the name of a module that is not there or of another kind.
+
+    Raises:
+        ValueError: lists the candidates.
+    """
+    candidates = [candidate for candidate, module in modules.items() if isinstance(module, kinds)]
+    if name is not None and name not in candidates:
+        raise ValueError(
+            f"`{argument}` must name one of {candidates}; got {name!r}. Names are those of `model.named_modules()`."
+        )

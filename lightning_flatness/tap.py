@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.batch import checked_targets
 from lightning_flatness.certificate import Certificate, certify, recorded_points, replayed_features
+from lightning_flatness.eager import EAGER
 from lightning_flatness.factors import TailFactors
 from lightning_flatness.functional import ConvGeometry, CrossEntropy, Loss
 from lightning_flatness.operation import is_low_precision, raised, tensors
@@ -21,13 +22,13 @@ from lightning_flatness.tail import (
     Recording,
     UnsupportedTailError,
     choose_classifier,
+    modules_by_name,
     named_classifier,
     refusal,
+    require_name,
     weights_of,
 )
-from lightning_flatness.tape import Tape, unrecorded
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+from lightning_flatness.tape import RECORDER, Tape, unrecorded
 
 
 class Tap:
@@ -64,12 +65,16 @@ class Tap:
     ) -> None:
         """Check the names against the model."""
         self._loss = loss or CrossEntropy()
-        self._modules = {_plain_name(name): module for name, module in model.named_modules()}
-        self._require(layer, "layer", CONVOLUTIONS)
-        self._require(classifier, "classifier", CLASSIFIERS)
+        self._modules = modules_by_name(model)
+        require_name(self._modules, layer, "layer", CONVOLUTIONS)
+        require_name(self._modules, classifier, "classifier", CLASSIFIERS)
         self.layer = layer
         self.classifier = classifier
         self._settled = False  # whether the modules that matter are known
+        self._compiled = any(
+            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
+        )
+        self._listening = False
         self._handles: list[Any] = []
         self._tape: Tape | None = None
         self._certificate: Certificate | None = None
@@ -78,14 +83,21 @@ class Tap:
     def __enter__(self) -> Tap:
         """Install the hooks; the next `factors` certifies anew."""
         self._certificate = None
-        self._install()
+        if not self._listening:
+            EAGER.enter()
+            RECORDER.hold(self._compiled)
+            self._install()
+        self._listening = True
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Remove the hooks and stop recording."""
         self.clear()
-        while self._handles:
-            self._handles.pop().remove()
+        if self._listening:
+            EAGER.leave()
+            RECORDER.hold(-self._compiled)
+            self._uninstall()
+        self._listening = False
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -202,9 +214,12 @@ class Tap:
         if shared > 1:
             raise refusal(recording, f"the weight of `{recording.layer}` is shared with another module")
         self.layer, self.classifier, self._settled = recording.layer, recording.classifier.name, True
+        self._uninstall()
+        self._install()
+
+    def _uninstall(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._install()
 
     def _install(self) -> None:
         for name, module in self._modules.items():
@@ -278,15 +293,3 @@ class Tap:
 
     def _names(self, kinds: tuple[type[nn.Module], ...]) -> list[str]:
         return [name for name, module in self._modules.items() if isinstance(module, kinds)]
-
-    def _require(self, name: str | None, argument: str, kinds: tuple[type[nn.Module], ...]) -> None:
-        if name is not None and name not in self._names(kinds):
-            raise ValueError(
-                f"`{argument}` must name one of {self._names(kinds)}; got {name!r}. "
-                "Names are those of `model.named_modules()`."
-            )
-
-
-def _plain_name(name: str) -> str:
-    """Return a module's name without what compilers and wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -54,11 +54,11 @@ class Tape:
         Raises:
             TapeError: if a dispatch mode of somebody else is active; its end would be taken for ours.
         """
-        _RECORDER.listen(self)
+        RECORDER.listen(self)
 
     def stop(self) -> None:
         """Record no more."""
-        _RECORDER.leave(self)
+        RECORDER.leave(self)
 
     def add_root(self, tensor: Tensor) -> tuple[int, int]:
         """Follow `tensor` from now on; return its slot and the constant that keeps its present value."""
@@ -223,6 +223,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.tapes: list[Tape] = []
         self.deaf = False
+        self.held = 0  # by how many the mode is kept on the stack while no tape listens
         self._entered = False
 
     def listen(self, tape: Tape) -> None:
@@ -230,18 +231,28 @@ class _Recorder(TorchDispatchMode):
         if (other := _get_current_dispatch_mode()) not in (None, self):
             raise TapeError(f"another dispatch mode is active: {type(other).__name__}")
         self.tapes.append(tape)
-        if not self._entered:
-            self._entered = True
-            self.__enter__()
+        self._put_on()
 
     def leave(self, tape: Tape) -> None:
         if tape in self.tapes:
             self.tapes.remove(tape)
         self._take_off()
 
+    def hold(self, change: int) -> None:
+        """Keep the mode on, or no more: one that is entered within a compiled module's call ends with that call."""
+        self.held += change
+        if self.held:
+            self._put_on()
+        self._take_off()
+
+    def _put_on(self) -> None:
+        if not self._entered:
+            self._entered = True
+            self.__enter__()
+
     def _take_off(self) -> None:
         """Leave the stack once nobody listens; below a mode that the user entered since, wait for its end."""
-        if self._entered and not self.tapes and _get_current_dispatch_mode() is self:
+        if self._entered and not self.tapes and not self.held and _get_current_dispatch_mode() is self:
             self._entered = False
             self.__exit__(None, None, None)
 
@@ -257,14 +268,14 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-_RECORDER = _Recorder()
+RECORDER = _Recorder()
 
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Hide what is computed within, which is not the user's, from every tape."""
-    before, _RECORDER.deaf = _RECORDER.deaf, True
+    before, RECORDER.deaf = RECORDER.deaf, True
     try:
         yield
     finally:
-        _RECORDER.deaf = before
+        RECORDER.deaf = before

@@ -17,7 +17,8 @@ class Breach(NamedTuple):
     key: str
     value: float
     reference: float
-    reason: str
+    change: str
+    made_of: str = "."  # completes the sentence
     urgent: bool = False  # a value that is not finite waits for no patience
 
 
@@ -70,7 +71,7 @@ class Watch:
         self._state.fired += 1
         self._state.quiet = self.cooldown
         self.restart()
-        return Alert(self, breach.key, breach.value, breach.reference, step, epoch, breach.reason)
+        return Alert(self, breach.key, breach.value, breach.reference, step, epoch, breach.change + breach.made_of)
 
     @property
     def fired(self) -> int:

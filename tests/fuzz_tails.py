@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     name: getattr(F, name)
     for name in (
         "relu leaky_relu relu6 hardtanh elu celu selu silu mish gelu softplus tanh sigmoid hardswish "
-        "softsign logsigmoid tanhshrink softshrink hardshrink"
+        "softsign logsigmoid softshrink hardshrink"
     ).split()
 }
 ACTIVATIONS |= {
@@ -76,9 +76,11 @@ ODD_WIRINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "blur": lambda z, skip: z + z.roll(1, -1),
     "sorted": lambda z, skip: z.sort(1).values,
 }
-ODD_ACTIVATIONS = {
+ODD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardsigmoid": F.hardsigmoid,
-    "soft threshold of the map": lambda z: F.softshrink(z - z.amin(2, True)),
+    "rrelu": F.rrelu,
+    "tanhshrink": F.tanhshrink,  # its slope is all cancellation
+    "threshold of the map": lambda z: F.softshrink(z - z.amin(2, True)),
 }
 ODD_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "log-sum-exp": lambda a: a.flatten(2).logsumexp(2),

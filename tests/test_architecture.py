@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lightning_flatness"
 ORDER = [
     "functional",
     "factors batch",
-    "metrics operation oracle detectors alerts",
+    "metrics operation eager oracle detectors alerts",
     "tape watch",
     "conditions",
     "rules",

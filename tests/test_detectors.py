@@ -26,7 +26,7 @@ def window(*values: float) -> list[detectors.Observation]:
     ],
 )
 def test_settled_means_that_the_growth_is_over(values: list[float], settled: bool) -> None:
-    assert (detectors.settled_level(window(*values), "k") is not None) is settled
+    assert detectors.has_settled(window(*values), "k") is settled
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.5, -3.0])
