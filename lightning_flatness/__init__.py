@@ -1,7 +1,7 @@
 """Exact flatness of convolutional networks, watched while they train."""
 
-from lightning_flatness.actions import Action, Notify, ReduceLR, StopTraining
-from lightning_flatness.alerts import Alert
+from lightning_flatness.actions import Notify, ReduceLR, StopTraining
+from lightning_flatness.alerts import Action, Alert
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.factors import TailFactors
 from lightning_flatness.measure import FlatnessReport, measure

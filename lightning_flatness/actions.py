@@ -2,50 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_flatness.alerts import Alert
+from lightning_flatness.alerts import Action, Alert
 from lightning_flatness.learning_rate import cut_learning_rate, is_known, learning_rates, warn_if_lost
-
-
-class Action(ABC):
-    """What is done about an alert. A subclass of your own defines `act`.
-
-    Actions act only while `Trainer.fit` runs, and not in its sanity check. The decision to act must be the same
-    on every process, and every process must carry it out.
-    """
-
-    def apply(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Carry out the action where a training can be acted upon.
-
-        Args:
-            alert: Why it is carried out.
-            trainer: The Trainer that runs the training.
-            pl_module: The module that it trains.
-
-        Returns:
-            One sentence that says what was done.
-
-        Raises:
-            ValueError: If there is no Trainer to act on.
-        """
-        name = type(self).__name__
-        if trainer is None:
-            raise ValueError(
-                f"`{name}` needs a Trainer to act on; got None. Give the rule to a `FlatnessMonitor` in a Trainer's "
-                "callbacks, or leave its `action` out."
-            )
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return f"{name} did nothing: the Trainer is not training."
-        return self.act(alert, trainer, pl_module)
-
-    @abstractmethod
-    def act(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Do it; called during training only. The arguments and the sentence returned are those of `apply`."""
 
 
 class StopTraining(Action):

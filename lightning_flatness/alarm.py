@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_flatness import rules as ready_made
-from lightning_flatness.actions import Action, escalation
-from lightning_flatness.alerts import Alert
+from lightning_flatness.actions import escalation
+from lightning_flatness.alerts import Action, Alert
 from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.sinks import Sinks
 

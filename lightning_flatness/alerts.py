@@ -1,8 +1,9 @@
-"""What a rule says when it fires, and the words for what changed: standard library only."""
+"""What a rule says when it fires, the words for what changed, and what may be done: standard library only."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,42 @@ class Alert:
     step: int
     epoch: int
     reason: str
+
+
+class Action(ABC):
+    """What is done about an alert. A subclass of your own defines `act`.
+
+    Actions act only while `Trainer.fit` runs, and not in its sanity check. The decision to act must be the same
+    on every process, and every process must carry it out.
+    """
+
+    def apply(self, alert: Alert, trainer: Any, pl_module: Any) -> str:
+        """Carry out the action where a training can be acted upon.
+
+        Args:
+            alert: Why it is carried out.
+            trainer: The Trainer that runs the training.
+            pl_module: The module that it trains.
+
+        Returns:
+            One sentence that says what was done.
+
+        Raises:
+            ValueError: If there is no Trainer to act on.
+        """
+        name = type(self).__name__
+        if trainer is None:
+            raise ValueError(
+                f"`{name}` needs a Trainer to act on; got None. Give the rule to a `FlatnessMonitor` in a Trainer's "
+                "callbacks, or leave its `action` out."
+            )
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return f"{name} did nothing: the Trainer is not training."
+        return self.act(alert, trainer, pl_module)
+
+    @abstractmethod
+    def act(self, alert: Alert, trainer: Any, pl_module: Any) -> str:
+        """Do it; called during training only. The arguments and the sentence returned are those of `apply`."""
 
 
 def context_keys(key: str) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_flatness.alarm import Alarm
@@ -16,7 +18,7 @@ from lightning_flatness.batch import batch_targets, is_empty
 from lightning_flatness.evaluation import KEYS, Evaluation
 from lightning_flatness.functional import Loss, as_loss
 from lightning_flatness.measure import batch_factors, undisturbed
-from lightning_flatness.probe import moved, network, share_of, training_probe
+from lightning_flatness.probe import moved, network, part_of, share_of, training_probe
 from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
 from lightning_flatness.tap import Tap
@@ -136,7 +138,8 @@ class FlatnessMonitor(Callback):
             return
         if self.data != "val":
             if batch_idx == dataloader_idx == 0 and not (trainer.sanity_checking and self.data == "train"):
-                self._attempt(lambda tap: self._measure_own(tap, trainer, pl_module))
+                with self._guarded():
+                    self._measure_own(self._tap, trainer, pl_module)
         elif self._samples_left(trainer, dataloader_idx) == 0:
             self._tap.skip()
         else:
@@ -155,7 +158,8 @@ class FlatnessMonitor(Callback):
         if self._tap is None or self.data != "val":
             return
         if (left := self._samples_left(trainer, dataloader_idx)) != 0:
-            self._attempt(lambda tap: self._measure_batch(tap, batch, dataloader_idx, left))
+            with self._guarded():
+                self._measure_batch(self._tap, batch, dataloader_idx, left)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the tap, and log the means over all samples of all processes."""
@@ -166,6 +170,10 @@ class FlatnessMonitor(Callback):
         self._refused = trainer.strategy.reduce_boolean_decision(self._refused, all=False)
         if trainer.strategy.reduce_boolean_decision(self._failed, all=False):
             return
+        with self._guarded():
+            self._log_evaluations(trainer, pl_module)
+
+    def _log_evaluations(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for index, evaluation in enumerate(self._evaluations):
             samples = trainer.strategy.reduce(torch.tensor(float(evaluation.samples)), reduce_op="sum")
             if samples:
@@ -175,7 +183,8 @@ class FlatnessMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the rules judge the fresh values of a training."""
         if self._values and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._alarm.observe(self._values, trainer, pl_module)
+            with self._guarded():
+                self._alarm.observe(self._values, trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in plain Python types."""
@@ -225,18 +234,16 @@ class FlatnessMonitor(Callback):
 
     def _samples_left(self, trainer: Trainer, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""
-        limits = [share_of(trainer, loader)]
-        if self.max_samples is not None:
-            rest = self.max_samples % trainer.world_size
-            limits.append(self.max_samples // trainer.world_size + (trainer.global_rank < rest))
+        limits = [share_of(trainer, loader)] if trainer.world_size > 1 else []
+        limits += [] if self.max_samples is None else [part_of(self.max_samples, trainer)]
         known = [limit for limit in limits if limit is not None]
         return max(0, min(known) - self._evaluations[loader].samples) if known else None
 
-    def _attempt(self, measurement: Callable[[Tap], None]) -> None:
-        """Make a measurement; one that fails ends this validation's, never the training, unless `strict`."""
-        assert self._tap is not None
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Let what fails within end this validation's measurement, never the training, unless `strict`."""
         try:
-            measurement(self._tap)
+            yield
         except Exception as error:
             self._failed = True
             self._close()
@@ -248,7 +255,8 @@ class FlatnessMonitor(Callback):
         self._refused = self._refused or isinstance(error, UnsupportedTailError)
         if str(error) not in self._warned:
             self._warned.add(str(error))
-            rank_zero_warn(f"FlatnessMonitor did not measure: {error}", category=UserWarning)
+            # On the process where it happened: the first one may know nothing of it.
+            warnings.warn(f"FlatnessMonitor did not measure: {error}", stacklevel=2)
 
     def _measure_batch(self, tap: Tap, batch: Any, loader: int, left: int | None) -> None:
         targets = (self.target or batch_targets)(batch)
@@ -256,11 +264,13 @@ class FlatnessMonitor(Callback):
             self._evaluations[loader].update(tap.factors(targets).select(slice(left)))
 
     def _measure_own(self, tap: Tap, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = self.data
         with undisturbed(pl_module):
             if self.data == "train":
-                batches = training_probe(trainer, self.max_samples or _TRAINING_SAMPLES)
+                batches: Iterable[Any] = training_probe(trainer, self.max_samples or _TRAINING_SAMPLES)
+            else:  # every process takes its turn
+                batches = islice(self.data, trainer.global_rank, None, trainer.world_size)
+            limit = None if self.max_samples is None else part_of(self.max_samples, trainer)
             for factors in batch_factors(
-                tap, network(pl_module), moved(batches, trainer, pl_module), self.max_samples, self.target
+                tap, network(pl_module), moved(batches, trainer, pl_module), limit, self.target
             ):
                 self._evaluations[0].update(factors)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
@@ -46,15 +47,19 @@ def training_probe(trainer: Trainer, samples: int) -> DataLoader[Any]:
 def share_of(trainer: Trainer, loader: int) -> int | None:
     """Return how many samples of a validation loader are this process's own; None: all that it gets.
 
-    A `DistributedSampler` fills up the shares with samples that another process has too. Unshuffled, sample `i` of
-    process `r` of `w` is number `r + i w` of the data set, so the padding is known by its position.
+    A `DistributedSampler` fills up the shares with samples that another process has too. Number `i` in the share of
+    process `r` of `w` is number `r + i w` of its order, so the padding is known by its position.
     """
-    loaders = trainer.val_dataloaders
-    chosen = loaders[loader] if isinstance(loaders, (list, tuple)) else loaders
+    chosen = CombinedLoader(trainer.val_dataloaders, "sequential").flattened[loader]
     sampler = getattr(chosen, "sampler", None)
-    if not isinstance(sampler, DistributedSampler) or sampler.shuffle or sampler.drop_last:
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return None
     return len(range(sampler.rank, len(cast(Sized, sampler.dataset)), sampler.num_replicas))
+
+
+def part_of(total: int, trainer: Trainer) -> int:
+    """Return this process's part of a number of samples that all processes share."""
+    return len(range(trainer.global_rank, total, trainer.world_size))
 
 
 def moved(batches: Any, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lightning_flatness import conditions
-from lightning_flatness.alerts import Alert, context_keys
+from lightning_flatness.alerts import Action, Alert, context_keys
 from lightning_flatness.watch import Breach, State, Watch
 
 __all__ = ["Alert", "AllOf", "AnyOf", "Rule", "default", "divergence", "label_noise", "memorisation"]
@@ -38,9 +38,9 @@ class Rule(Watch):
         below: fires below this value.
         shift_up: fires when the value has shifted up by this many standard deviations of its noise, cumulated.
         shift_down: the same, downwards.
-        reference: of `rise`. `"settled"`: the median of the last 8 values that were no breach, from the time on at which
-            the growth at the start of every training is over; `"best"`: the lowest so far; `"ema"`: an exponential
-            moving average (0.9); `"previous"`: the value before.
+        reference: of `rise`. `"settled"`: the median of the last 8 values that were no breach, once the growth at the
+            start of every training is over; `"best"`: the lowest so far; `"ema"`: an exponential moving average (0.9);
+            `"previous"`: the value before.
         patience: validations in a row in which the condition must hold.
         warmup: validations at the start that are left out altogether, of the reference too.
         cooldown: validations after an alert in which the rule does not fire.
@@ -69,7 +69,7 @@ class Rule(Watch):
     patience: int = 1
     warmup: int = 0
     cooldown: int = 0
-    action: Any = None
+    action: Action | Sequence[Action] | None = None
     on_nonfinite: Literal["alert", "ignore"] = "alert"
     _state: State = field(default_factory=State, init=False, repr=False, compare=False)
 
@@ -138,7 +138,7 @@ class _Joined(Watch):
     patience: int = 1
     warmup: int = 0
     cooldown: int = 0
-    action: Any = None
+    action: Action | Sequence[Action] | None = None
     _state: State = field(default_factory=State, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -230,7 +230,7 @@ class AnyOf(_Joined):
         return 1
 
 
-def label_noise(action: Any = None, suffix: str = "") -> AllOf:
+def label_noise(action: Action | Sequence[Action] | None = None, suffix: str = "") -> AllOf:
     """Return the rule for labels that have become wrong in the middle of a training.
 
     The predictions become unsure, and the same confidence now takes a sharper minimum: `flatness/confidence` and
@@ -246,7 +246,7 @@ def label_noise(action: Any = None, suffix: str = "") -> AllOf:
     )
 
 
-def divergence(action: Any = None, suffix: str = "") -> Rule:
+def divergence(action: Action | Sequence[Action] | None = None, suffix: str = "") -> Rule:
     """Return the rule for a training that has been thrown out of what it had learned, as by a learning rate too large.
 
     The features shrink within an epoch or two and stay small, whatever the margins do later: `flatness/features` shifts
@@ -259,10 +259,10 @@ def divergence(action: Any = None, suffix: str = "") -> Rule:
     return Rule(f"flatness/features{suffix}", shift_down=10.0, action=action)
 
 
-def memorisation(action: Any = None, suffix: str = "") -> AllOf:
+def memorisation(action: Action | Sequence[Action] | None = None, suffix: str = "") -> AllOf:
     """Return the rule for a network that learns its training labels by heart.
 
-    `flatness/scale_free` goes on rising from where it had settled, by a fifth and more, and the predictions are still
+    `flatness/scale_free` goes on rising, by 30 % and more above where it had settled, and the predictions are still
     unsure: `flatness/confidence` is above 0.4, in three validations in a row. In a healthy training they are sure by
     then.
 
@@ -271,14 +271,14 @@ def memorisation(action: Any = None, suffix: str = "") -> AllOf:
         suffix: of the keys.
     """
     return AllOf(
-        [Rule(f"flatness/scale_free{suffix}", rise=0.2), Rule(f"flatness/confidence{suffix}", above=0.4)],
+        [Rule(f"flatness/scale_free{suffix}", rise=0.3), Rule(f"flatness/confidence{suffix}", above=0.4)],
         patience=3,
         cooldown=10,
         action=action,
     )
 
 
-def default(action: Any = None, suffix: str = "") -> tuple[Rule | AllOf, ...]:
+def default(action: Action | Sequence[Action] | None = None, suffix: str = "") -> tuple[Rule | AllOf, ...]:
     """Return all ready-made rules, new objects in each call.
 
     Args:

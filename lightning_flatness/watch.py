@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lightning_flatness.alerts import Alert
+from lightning_flatness.alerts import Action, Alert
 from lightning_flatness.detectors import Observation
 
 
@@ -41,7 +41,7 @@ class Watch:
     patience: int
     warmup: int
     cooldown: int
-    action: Any
+    action: Action | Sequence[Action] | None
     _state: State
 
     def observe(self, values: Mapping[str, float] | float, step: int, epoch: int = 0) -> Alert | None:

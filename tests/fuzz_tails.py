@@ -64,6 +64,17 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "weighted": lambda a: a.flatten(2) @ torch.linspace(-0.5, 1, a[0, 0].numel()).to(a),
     "median": lambda a: a.flatten(2).median(2).values,
 }
+# Of one sample: the sum over its labels.
+LOSSES: dict[str, Callable[[int], nn.Module]] = {
+    "cross-entropy": lambda c: nn.CrossEntropyLoss(reduction="sum"),
+    "smoothed": lambda c: nn.CrossEntropyLoss(label_smoothing=0.2, reduction="sum"),
+    "weighted": lambda c: nn.CrossEntropyLoss(torch.arange(c) + 0.5, reduction="sum"),
+    "weighted, smoothed": lambda c: nn.CrossEntropyLoss(torch.arange(c) + 0.5, label_smoothing=0.3, reduction="sum"),
+    "binary": lambda c: nn.BCEWithLogitsLoss(reduction="sum"),
+    "binary, weighted": lambda c: nn.BCEWithLogitsLoss(
+        torch.arange(c) + 0.5, reduction="sum", pos_weight=torch.ones(c) / 3
+    ),
+}
 # Tails of which the closed form need not be exact: measured right, or refused.
 ODD_WIRINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "both signs": lambda z, skip: torch.cat([z, -z], 1),
@@ -109,6 +120,8 @@ class Tail:
     norm_after_pool: bool
     head: str
     classes: int
+    loss: str
+    targets: str
     dtype: torch.dtype
     batch_sizes: tuple[int, ...]
     named: bool
@@ -127,8 +140,20 @@ class Tail:
     def data(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets."""
         torch.manual_seed(self.seed + 1)
-        n = sum(self.batch_sizes)
-        return torch.randn(n, CHANNELS, *self.space, dtype=self.dtype), torch.randint(self.classes, (n,))
+        n, c = sum(self.batch_sizes), self.logits
+        x, y = torch.randn(n, CHANNELS, *self.space, dtype=self.dtype), torch.randint(c, (n,))
+        probabilities = torch.rand(n, c, dtype=self.dtype)
+        soft = self.targets == "soft" or "binary" in self.loss
+        return x, probabilities if soft else y
+
+    def criterion(self, dtype: torch.dtype) -> nn.Module:
+        """The training loss."""
+        return LOSSES[self.loss](self.logits).to(dtype)
+
+    @property
+    def logits(self) -> int:
+        """The number of logits."""
+        return Network(self).width if self.head == "none" else self.classes
 
 
 class Network(nn.Module):
@@ -141,7 +166,7 @@ class Network(nn.Module):
         self.conv = CONVS[dims](tail.inputs, tail.filters, **tail.conv)
         self.norm = nn.Identity() if tail.norm == "none" else NORMS[dims](tail.filters, affine=tail.norm == "affine")
         with torch.no_grad():
-            width = self.pooled(torch.zeros(2, CHANNELS, *tail.space)).shape[1]
+            self.width = width = self.pooled(torch.zeros(2, CHANNELS, *tail.space)).shape[1]
         self.norm_after_pool = nn.BatchNorm1d(width) if tail.norm_after_pool else nn.Identity()
         if tail.head == "none":
             self.head = nn.Identity()
@@ -207,7 +232,9 @@ def tails(draw: st.DrawFn, dims: int) -> Tail:
         pool=draw(st.sampled_from(sorted(ODD_POOLS if odd == "pool" else POOLS))),
         norm_after_pool=draw(st.booleans()),
         head=head,
-        classes=draw(st.integers(2, filters if head == "none" else 4)),
+        classes=draw(st.integers(2, 4)),
+        loss=draw(st.sampled_from(["cross-entropy"] * len(LOSSES) + sorted(LOSSES))),
+        targets=draw(st.sampled_from(["classes", "classes", "soft"])),
         dtype=draw(st.sampled_from([torch.float64, torch.float32])),
         batch_sizes=draw(st.sampled_from([(1,), (2,), (1, 1), (2, 1), (1, 2)])),
         named=draw(st.booleans()),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -35,11 +35,18 @@ def in_batches(x: Tensor, y: Tensor, sizes: tuple[int, ...]) -> Iterable[tuple[T
     return list(zip(x.split(sizes), y.split(sizes), strict=True))
 
 
-def assert_right(samples: dict[str, Tensor], model: nn.Module, layer: str, x: Tensor, y: Tensor) -> None:
+def assert_right(
+    samples: dict[str, Tensor],
+    model: nn.Module,
+    layer: str,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+) -> None:
     """Both numbers against the full Hessian; errors are relative to what is summed up to them."""
     model, rounding = copy.deepcopy(model).double(), ROUNDING[x.dtype]
     target = y.double() if y.is_floating_point() else y.long()
-    hessian = oracle.layer_hessian(model, layer, x.double(), target)
+    hessian = oracle.layer_hessian(model, layer, x.double(), target, loss)
     weight = model.get_submodule(layer).weight.detach().flatten(1)
     diagonal = torch.einsum("nkiki->nki", hessian)
     blocks = torch.einsum("nkili->nkl", hessian) * (weight @ weight.T)
@@ -56,14 +63,16 @@ def test_random_tails(dims: int, data: st.DataObject) -> None:
     model, (x, y) = tail.model(), tail.data()
     layer = "conv" if tail.named or positions(model, x) == 1 else None
     try:
-        report = measure(model, in_batches(x, y, tail.batch_sizes), layer=layer, per_sample=True)
+        report = measure(
+            model, in_batches(x, y, tail.batch_sizes), layer=layer, loss=tail.criterion(x.dtype), per_sample=True
+        )
     except UnsupportedTailError:
         if tail.plain:
             raise
         event("refused")
     else:
         event("measured")
-        assert_right(report.samples, model, report.layer, x, y)
+        assert_right(report.samples, model, report.layer, x, y, tail.criterion(torch.float64))
 
 
 def fails_by_itself(model: nn.Module, batch: Any) -> bool:

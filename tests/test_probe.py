@@ -97,8 +97,9 @@ def test_training_data_that_cannot_be_indexed(loader: Any, message: str) -> None
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_no_sample_counts_twice_where_the_sampler_pads(world: int, size: int) -> None:
-    samplers = [DistributedSampler(Numbers(size), world, rank, shuffle=False) for rank in range(world)]
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_no_sample_counts_twice_where_the_sampler_pads(shuffle: bool, world: int, size: int) -> None:
+    samplers = [DistributedSampler(Numbers(size), world, rank, shuffle) for rank in range(world)]
     counted = []
     for sampler in samplers:
         trainer: Any = SimpleNamespace(val_dataloaders=[DataLoader(sampler.dataset, sampler=sampler)])
@@ -108,7 +109,7 @@ def test_no_sample_counts_twice_where_the_sampler_pads(world: int, size: int) ->
 
 @pytest.mark.parametrize(
     "sampler",
-    [None, DistributedSampler(Numbers(9), 2, 0, shuffle=True), DistributedSampler(Numbers(9), 2, 0, drop_last=True)],
+    [None, DistributedSampler(Numbers(9), 2, 0, drop_last=True)],
 )
 def test_share_without_padding_that_is_known(sampler: Any) -> None:
     loader = DataLoader(Numbers(9), sampler=sampler)

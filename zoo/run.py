@@ -95,16 +95,23 @@ def reason(error: UnsupportedTailError) -> str:
 
 def documented() -> dict[tuple[str, str], str]:
     """Return the outcome of each architecture in the table of the documentation."""
-    lines = PAGE.read_text(encoding="utf-8").split(MARK)[1].splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
-    return {(library, name): outcome for library, name, outcome, *_ in cells}
+    lines = PAGE.read_text(encoding="utf-8").split(MARK)[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {(library, name): outcome for library, name, outcome, *_ in cells[2:]}
 
 
 def write(rows: list[Row]) -> None:
     """Replace the table in the documentation."""
-    lines = [HEADING, ["---"] * len(HEADING), *(row.cells for row in rows)]
+    lines = [HEADING, ("---",) * len(HEADING), *(row.cells for row in rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    PAGE.write_text(PAGE.read_text(encoding="utf-8").split(MARK)[0] + MARK + table + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8").split(MARK)[0]
+    PAGE.write_text(f"{text}{MARK}{summary(rows)}\n\n{table}\n", encoding="utf-8")
+
+
+def summary(rows: list[Row]) -> str:
+    """Return the counts in one line."""
+    refused = sum(row.double is None for row in rows)
+    return f"{len(rows)} architectures: {len(rows) - refused} measured, {refused} refused."
 
 
 def main() -> int:
@@ -127,10 +134,9 @@ def main() -> int:
         known = documented()
         for row in rows:
             library, name, *_ = row.architecture
-            if known.get((library, name)) != row.outcome:
+            if known.get((library, name), "").split(":")[0] != row.outcome.split(":")[0]:
                 faults.append(f"{library} {name}: {row.outcome}; docs/zoo.md has: {known.get((library, name))}")
-    refused = sum(row.double is None for row in rows)
-    print(f"{len(rows)} architectures: {len(rows) - refused} measured, {refused} refused.", *faults, sep="\n")
+    print(summary(rows), *faults, sep="\n")
     return bool(faults)
 
 

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
+from test_callback import Classifier, given_batches, images, trainer
+from test_sinks import records
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+
+from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
+from lightning_flatness.evaluation import KEYS
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked"),
+]
+
+
+def processes(count: int) -> dict[str, Any]:
+    """Options of a Trainer with so many processes; one that waits for another for ever is an error."""
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=30))
+    return {"devices": count, "strategy": strategy} if count > 1 else {}
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class Note(Callback):
+    """Writes down in each process what it has come to: nothing else of a forked process is left."""
+
+    def __init__(self, look: Callable[[Trainer], Any] = lambda run: None) -> None:
+        self.look = look
+
+    def on_validation_end(self, run: Trainer, module: LightningModule) -> None:
+        values = {key: float(value) for key, value in run.callback_metrics.items() if "loss" not in key}
+        Path(f"process{run.global_rank}.json").write_text(json.dumps([run.global_step, values, self.look(run)]))
+
+    on_fit_end = on_validation_end
+
+
+def notes(count: int) -> list[Any]:
+    """What the processes have written; they must agree, to the last bit."""
+    written = [Path(f"process{index}.json").read_text() for index in range(count)]
+    assert len(set(written)) == 1
+    return json.loads(written[0])
+
+
+class Shared(IterableDataset):
+    """A stream of which each process reads its own part: every so-many-th sample, or the first process all."""
+
+    def __init__(self, first_reads_all: bool = False) -> None:
+        self.first_reads_all = first_reads_all
+
+    def __iter__(self) -> Any:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        samples = list(images(13, 2))
+        return iter(([] if rank() else samples) if self.first_reads_all else samples[rank() :: world])
+
+
+def loader(n: int = 13, **options: Any) -> DataLoader:
+    return DataLoader(images(n, 2), batch_size=4 if n < 100 else 100, **options)
+
+
+VALIDATION: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "1 sample": (lambda: loader(1), {}, ""),
+    "13 samples": (loader, {}, ""),
+    "1000 samples": (lambda: loader(1000), {}, ""),
+    "shuffled": (lambda: loader(shuffle=True), {}, ""),
+    "sampler": (lambda: loader(sampler=SubsetRandomSampler(range(13))), {}, ""),
+    "list": (lambda: [loader(7), loader()], {}, "/dataloader_idx_1"),
+    "dictionary": (lambda: {"small": loader(7), "large": loader()}, {}, "/dataloader_idx_1"),
+    "stream": (lambda: DataLoader(Shared(), batch_size=4), {}, ""),
+    "stream of one": (lambda: DataLoader(Shared(first_reads_all=True), batch_size=4), {}, ""),
+    "max_samples": (loader, {"max_samples": 7}, ""),
+    "max_samples=1": (loader, {"max_samples": 1}, ""),
+    "given batches": (loader, {"data": given_batches()}, ""),
+    "some given batches": (loader, {"data": given_batches(), "max_samples": 4}, ""),
+}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("build", "options", "suffix"), VALIDATION.values(), ids=VALIDATION)
+def test_values_are_those_of_one_process(
+    tmp_path: Any, build: Callable[[], Any], options: dict[str, Any], suffix: str, count: int
+) -> None:
+    values = []
+    for devices in (1, count):
+        run = trainer(tmp_path, FlatnessMonitor(**options, strict=True), Note(), **processes(devices))
+        run.validate(Classifier(), build(), verbose=False)
+        _, logged, _ = notes(devices)
+        values.append({key: logged[key + suffix] for key in KEYS})
+    assert values[1] == pytest.approx(values[0], rel=1e-10)
+
+
+class Still(Classifier):
+    """Trains without moving."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+    def on_train_start(self) -> None:
+        for norm in (self.net.norm1, self.net.norm2):
+            norm.momentum = 0.0
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("max_samples", [None, 7, 1])
+def test_training_samples_are_those_of_one_process(tmp_path: Any, max_samples: int | None, count: int) -> None:
+    values = []
+    for devices in (1, count):
+        monitor = FlatnessMonitor(data="train", max_samples=max_samples, strict=True)
+        run = trainer(tmp_path, monitor, Note(), max_epochs=1, **processes(devices))
+        run.fit(Still())
+        _, logged, _ = notes(devices)
+        values.append({key: logged[f"{key}/train"] for key in KEYS})
+    assert values[1] == pytest.approx(values[0], rel=1e-10)
+
+
+def with_images_of_the_second(change: Callable[[torch.Tensor], torch.Tensor]) -> DataLoader:
+    """Validation images, those of the second of two processes changed."""
+    x, y = images(12, 2).tensors
+    x[1::2] = change(x[1::2])
+    return DataLoader(TensorDataset(x, y), batch_size=3)
+
+
+@pytest.mark.parametrize("factor", [1, 100])
+def test_all_act_on_the_data_of_one(tmp_path: Any, factor: float) -> None:
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log, told = logging.FileHandler("log.txt"), Path("told.txt")
+    logging.getLogger("lightning.pytorch").addHandler(log)
+    actions = [ReduceLR(0.5), Notify(lambda alert: told.open("a").write(f"{alert.step}\n")), StopTraining()]
+    monitor = FlatnessMonitor(rules=[Rule("margin/min", below=-20.0, action=actions)], strict=True)
+    note = Note(lambda run: [run.optimizers[0].param_groups[0]["initial_lr"], [vars(a) | {"rule": 0} for a in monitor.alerts]])
+    logger = TensorBoardLogger(".", version=0)
+    flags: dict[str, Any] = {"logger": logger, "val_check_interval": 1, "log_every_n_steps": 1}
+    run = trainer(tmp_path, monitor, note, **flags, max_epochs=2, **processes(2))
+    run.fit(Classifier(), val_dataloaders=with_images_of_the_second(lambda x: factor * x))
+    logging.getLogger("lightning.pytorch").removeHandler(log)
+    step, _, (lr, alerts) = notes(2)
+    events = tensorboard.EventAccumulator(logger.log_dir).Reload()
+    steps = [alert["step"] for alert in alerts]
+    assert (steps, step, lr) == (([], 6, 0.1) if factor == 1 else ([1, 2, 3], 3, 0.05))
+    assert Path("log.txt").read_text().count("Flatness alert") == len(alerts)
+    assert told.read_text() == "2\n" if alerts else not told.exists()
+    assert events.Tags()["tensors"] == (["alert/margin/min/text_summary"] if alerts else [])
+    assert len(events.Tensors("alert/margin/min/text_summary") if alerts else []) == len(alerts)
+
+
+def test_wandb_gets_one_alert(tmp_path: Any) -> None:
+    pytest.importorskip("wandb")
+
+    class Finish(Callback):
+        def teardown(self, run: Trainer, module: LightningModule, stage: str) -> None:
+            if run.is_global_zero:
+                run.logger.experiment.finish()  # a forked process ends without
+
+    monitor = FlatnessMonitor(rules=[Rule("flatness/trace", above=0.0, cooldown=9)])
+    logger = WandbLogger(offline=True, save_dir=".")
+    trainer(tmp_path, monitor, Finish(), logger=logger, **processes(2)).fit(Classifier())
+    (path,) = Path("wandb").glob("offline-run-*/*.wandb")
+    alerts = [record.alert for record in records(path) if record.HasField("alert")]
+    assert [alert.title for alert in alerts] == ["flatness/trace at step 3"]
+
+
+class Untargeted(Classifier):
+    """Whose validation does not look at the targets."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        logits = self(batch[0])
+        assert logits.isfinite().all() or rank() == 1
+
+
+def nothing(batch: Any) -> Any:
+    if rank() == 1:
+        raise ValueError("mine")
+    return batch[1]
+
+
+FAILURES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Any, str]] = {
+    "NaN in the images": (lambda x: x * torch.nan, None, "is NaN in 3 of 3"),
+    "targets out of range": (lambda x: x, lambda batch: batch[1] + 3 * rank(), "Targets must lie in"),
+    "no targets": (lambda x: x, nothing, "mine"),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("change", "target", "message"), FAILURES.values(), ids=FAILURES)
+def test_one_that_cannot_measure(
+    tmp_path: Any, change: Callable[[torch.Tensor], torch.Tensor], target: Any, message: str, strict: bool
+) -> None:
+    monitor = FlatnessMonitor(target=target, strict=strict, rules=[Rule("flatness/trace", above=0.0)])
+    run = trainer(tmp_path, monitor, Note(), **processes(2))
+    loader = with_images_of_the_second(change)
+    if strict:
+        with pytest.raises(Exception, match=message):
+            run.fit(Untargeted(), val_dataloaders=loader)
+    else:
+        run.fit(Untargeted(), val_dataloaders=loader)
+        assert notes(2) == [6, {}, None]
+
+
+def test_the_next_validation_is_measured_again(tmp_path: Any) -> None:
+    failing = [True]
+
+    class Heal(Callback):
+        def on_train_epoch_start(self, run: Trainer, module: LightningModule) -> None:
+            failing[0] = run.current_epoch == 0
+
+    monitor = FlatnessMonitor(target=lambda batch: nothing(batch) if failing[0] else batch[1])
+    trainer(tmp_path, monitor, Heal(), Note(), **processes(2)).fit(Classifier())
+    assert set(notes(2)[1]) == set(KEYS)
