@@ -64,10 +64,16 @@ class Alarm:
         first = {_LOADER.sub("", key): value for key, value in list(values.items())[::-1]}
         # Whatever rounding or order the processes had, they decide alike.
         fresh = trainer.strategy.broadcast({**first, **values})
+        errors: list[Exception] = []
         for rule in self.rules:
-            alert = rule.observe(fresh, step=trainer.global_step, epoch=trainer.current_epoch)
-            if alert is not None:
-                self._raise(alert, trainer, pl_module)
+            try:
+                alert = rule.observe(fresh, step=trainer.global_step, epoch=trainer.current_epoch)
+                if alert is not None:
+                    self._raise(alert, trainer, pl_module)
+            except Exception as error:  # the other rules must see the values all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _raise(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> None:
         self.alerts.append(alert)

@@ -118,12 +118,8 @@ class FlatnessMonitor(Callback):
         self._validations += not trainer.sanity_checking
         self._due, self._values = due and not self._refused, {}
         if self._due:
-            self._tap = Tap(pl_module, self.layer, self.classifier, self.loss)
-            loaders = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-            count = len(loaders) if self.data == "val" else 1
-            self._evaluations = [Evaluation(pl_module.device) for _ in range(count)]
-            if self.data == "val":
-                self._tap.__enter__()
+            with self._guarded():
+                self._open(trainer, pl_module)
 
     def on_validation_batch_start(
         self,
@@ -136,14 +132,14 @@ class FlatnessMonitor(Callback):
         """Record this batch's forward pass, or run the monitor's own ones before the first batch."""
         if self._tap is None:
             return
-        if self.data != "val":
-            if batch_idx == dataloader_idx == 0 and not (trainer.sanity_checking and self.data == "train"):
-                with self._guarded():
+        with self._guarded():
+            if self.data != "val":
+                if batch_idx == dataloader_idx == 0 and not (trainer.sanity_checking and self.data == "train"):
                     self._measure_own(self._tap, trainer, pl_module)
-        elif self._samples_left(trainer, dataloader_idx) == 0:
-            self._tap.skip()
-        else:
-            self._tap.clear()
+            elif self._samples_left(trainer, dataloader_idx) == 0:
+                self._tap.skip()
+            else:
+                self._tap.clear()
 
     def on_validation_batch_end(
         self,
@@ -157,8 +153,8 @@ class FlatnessMonitor(Callback):
         """Measure the batch that has just passed through the network."""
         if self._tap is None or self.data != "val":
             return
-        if (left := self._samples_left(trainer, dataloader_idx)) != 0:
-            with self._guarded():
+        with self._guarded():
+            if (left := self._samples_left(trainer, dataloader_idx)) != 0:
                 self._measure_batch(self._tap, batch, dataloader_idx, left)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,6 +168,16 @@ class FlatnessMonitor(Callback):
             return
         with self._guarded():
             self._log_evaluations(trainer, pl_module)
+        if trainer.strategy.reduce_boolean_decision(self._failed, all=False):
+            self._values = {}  # the rules are not to judge a part of them, nor some processes without the others
+
+    def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tap = Tap(pl_module, self.layer, self.classifier, self.loss)
+        loaders = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        count = len(loaders) if self.data == "val" else 1
+        self._evaluations = [Evaluation(pl_module.device) for _ in range(count)]
+        if self.data == "val":
+            self._tap.__enter__()
 
     def _log_evaluations(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for index, evaluation in enumerate(self._evaluations):
@@ -253,8 +259,10 @@ class FlatnessMonitor(Callback):
         if self.strict:
             raise error
         self._refused = self._refused or isinstance(error, UnsupportedTailError)
-        if str(error) not in self._warned:
-            self._warned.add(str(error))
+        # How much memory is left differs each time, and is no news.
+        kind = type(error).__name__ if isinstance(error, torch.OutOfMemoryError) else str(error)
+        if kind not in self._warned:
+            self._warned.add(kind)
             # On the process where it happened: the first one may know nothing of it.
             warnings.warn(f"FlatnessMonitor did not measure: {error}", stacklevel=2)
 
@@ -265,12 +273,16 @@ class FlatnessMonitor(Callback):
 
     def _measure_own(self, tap: Tap, trainer: Trainer, pl_module: LightningModule) -> None:
         with undisturbed(pl_module):
-            if self.data == "train":
-                batches: Iterable[Any] = training_probe(trainer, self.max_samples or _TRAINING_SAMPLES)
-            else:  # every process takes its turn
-                batches = islice(self.data, trainer.global_rank, None, trainer.world_size)
-            limit = None if self.max_samples is None else part_of(self.max_samples, trainer)
+            batches, limit = self._own_batches(trainer)
             for factors in batch_factors(
                 tap, network(pl_module), moved(batches, trainer, pl_module), limit, self.target
             ):
                 self._evaluations[0].update(factors)
+
+    def _own_batches(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
+        """Return the batches that this process measures, and how many samples of them."""
+        if self.data == "train":
+            return training_probe(trainer, self.max_samples or _TRAINING_SAMPLES), None
+        if self.max_samples is None:  # every process takes its turn
+            return islice(self.data, trainer.global_rank, None, trainer.world_size), None
+        return self.data if trainer.is_global_zero else (), self.max_samples

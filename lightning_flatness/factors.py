@@ -168,8 +168,17 @@ class TailFactors:
         numbers += 3 * classes**2 + 3 * classes * len(LF.TEMPERATURES)
         step = max(1, CHUNK_BYTES // (numbers * self.jacobian.element_size()))
         with full_precision(self.logits.device):
-            parts = [self.select(slice(start, start + step))._chunk_curvature() for start in range(0, len(self), step)]
-            return LayerCurvature(*map(torch.cat, zip(*parts, strict=True)))
+            while True:
+                try:
+                    return self._curvature_by(step)
+                except torch.OutOfMemoryError:
+                    if step == 1:
+                        raise
+                    step = (min(step, len(self)) + 1) // 2
+
+    def _curvature_by(self, step: int) -> LayerCurvature:
+        parts = [self.select(slice(start, start + step))._chunk_curvature() for start in range(0, len(self), step)]
+        return LayerCurvature(*map(torch.cat, zip(*parts, strict=True)))
 
     def _chunk_curvature(self) -> LayerCurvature:
         head = self.head[:, self.channels]

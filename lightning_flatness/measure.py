@@ -163,7 +163,10 @@ def batch_factors(
     device = device_of(model)
     with tap:
         for batch in batches:
-            batch = move_data_to_device(batch, device)
+            try:
+                batch = move_data_to_device(batch, device)
+            except NotImplementedError as error:  # such as tensors of the meta device, which hold nothing
+                raise ValueError(f"A batch must hold data that can be moved to {device}: {error}") from error
             targets = (target or batch_targets)(batch)
             if is_empty(targets):
                 continue
@@ -182,8 +185,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     generators = isolate_rng()
     generators.__enter__()
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, training in modes:

@@ -70,6 +70,11 @@ def weights_of(module: nn.Module) -> tuple[Tensor, Tensor]:
     The copies are made while the module runs: a moving average may swap the weights around the pass.
     """
     weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
+    if hasattr(weight, "full_tensor") or weight.numel() == 0:
+        raise UnsupportedTailError(
+            f"A weight must be whole on every process; that of {module} is sharded (FSDP). Keep this layer out of the "
+            "sharding, or measure a gathered copy of the model with `measure`."
+        )
     with torch.inference_mode(False):
         bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
         return raised(weight.flatten(1).clone()), raised(bias)

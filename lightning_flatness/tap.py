@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -34,10 +34,9 @@ from lightning_flatness.tape import RECORDER, Tape, unrecorded
 class Tap:
     """Hooks on a model that turn each forward pass into `TailFactors`, without touching the pass.
 
-    While entered, every forward pass is recorded from the last convolution on. `factors` then repeats the few
-    recorded operations under autograd, certifies on the first pass that the closed form is exact, and returns
-    the tensors that it needs. The pass itself runs as it would without the tap, in whatever mode the caller
-    chose: no gradient is switched on in it and nothing in it is replaced.
+    While entered, every forward pass is recorded from the last convolution on. `factors` then repeats the few recorded
+    operations under autograd and certifies on the first pass that the closed form is exact. The pass itself runs as
+    it would without the tap: no gradient is switched on in it and nothing in it is replaced.
 
     Args:
         model: any module whose forward pass will run.
@@ -74,7 +73,7 @@ class Tap:
         self._compiled = any(
             hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
         )
-        self._listening = False
+        self._undo = ExitStack()  # what entering did
         self._handles: list[Any] = []
         self._tape: Tape | None = None
         self._certificate: Certificate | None = None
@@ -83,21 +82,20 @@ class Tap:
     def __enter__(self) -> Tap:
         """Install the hooks; the next `factors` certifies anew."""
         self._certificate = None
-        if not self._listening:
+        with ExitStack() as undo:  # an error on the way undoes what has been done
+            undo.callback(self._uninstall)
             EAGER.enter()
+            undo.callback(EAGER.leave)
             RECORDER.hold(self._compiled)
+            undo.callback(RECORDER.hold, -self._compiled)
             self._install()
-        self._listening = True
+            self._undo.callback(undo.pop_all().close)
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Remove the hooks and stop recording."""
         self.clear()
-        if self._listening:
-            EAGER.leave()
-            RECORDER.hold(-self._compiled)
-            self._uninstall()
-        self._listening = False
+        self._undo.close()
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -187,8 +185,11 @@ class Tap:
 
     def _recording(self) -> Recording:
         """Return what was recorded, with the classifier chosen; from then on only these modules are hooked."""
-        if self._failure is not None:
-            raise UnsupportedTailError(f"Recording the forward pass failed: {self._failure!r}") from self._failure
+        failure = self._failure or (self._tape.exhausted if self._tape else None)
+        if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
+            raise failure
+        if failure is not None:
+            raise UnsupportedTailError(f"Recording the forward pass failed: {failure!r}") from failure
         if self._tape is None or self._running is None or self._weights is None:
             wanted = f"the convolution `{self.layer}`" if self.layer else "a convolution on a map larger than 1 x 1"
             raise UnsupportedTailError(
@@ -252,6 +253,8 @@ class Tap:
     def _on_convolution(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         if self.layer is None and output.shape[2:].numel() == 1:
             return
+        if len(output) == 0:
+            raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
         if self._tape is None or name not in self._ran:  # the last one to run for the first time is followed
             self._restart()
             self._tape, self._running = Tape(), name

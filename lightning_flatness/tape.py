@@ -39,6 +39,7 @@ class Tape:
     def __init__(self) -> None:
         """Start with no root."""
         self.operations: list[Operation] = []
+        self.exhausted: torch.OutOfMemoryError | None = None  # says nothing about the network
         self._doubts: list[tuple[int, str]] = []  # from which operation on, and why, the record is not the whole story
         self._slots: dict[int, int] = {}  # id of a live tensor -> slot
         self._alive: list[Tensor] = []  # keeps ids from being given to other tensors
@@ -158,14 +159,18 @@ class Tape:
         try:
             return self._before(func, args, kwargs)
         except Exception as error:  # the user's forward pass must go on
-            self._note(f"recording `{func}` failed: {error!r}")
+            self._note_error(func, error)
             return None
 
     def after(self, func: Any, encoded: tuple[Any, Any] | None, result: Any) -> None:
         """Note an operation that `before` returned the arguments of."""
-        if encoded is not None:
+        if encoded is None:
+            return
+        try:
             slots = tuple(self._bind(item) for item in tensors(result))
             self.operations.append(Operation(func, *encoded, slots))
+        except Exception as error:  # such as a result without memory of its own kind
+            self._note_error(func, error)
 
     def _before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         recorded = None
@@ -190,6 +195,11 @@ class Tape:
         if _storage(item) in self._dependent_storages:
             self._note("the tail reads its own memory through a tensor that was made outside it")
         return Constant(self.keep(item))
+
+    def _note_error(self, func: Any, error: Exception) -> None:
+        self._note(f"recording `{func}` failed: {error!r}")
+        if isinstance(error, torch.OutOfMemoryError):
+            self.exhausted = error
 
     def _note(self, doubt: str) -> None:
         self._doubts.append((len(self.operations), doubt))

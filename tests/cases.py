@@ -6,6 +6,7 @@ the oracle. Batch norms have random affine parameters and running statistics.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +65,7 @@ class Case:
     def model(self) -> nn.Module:
         """The network in float64 and in training mode, with the same weights at every call."""
         torch.manual_seed(sum(map(ord, self.name)))
-        model = self.build().double()
+        model = copy.deepcopy(self.build()).double()  # the table shares its activations
         for module in model.modules():
             if isinstance(module, tuple(NORMS.values())) and module.running_mean is not None:
                 module.running_mean.normal_(0, 0.3)

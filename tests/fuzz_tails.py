@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     name: getattr(F, name)
     for name in (
         "relu leaky_relu relu6 hardtanh elu celu selu silu mish gelu softplus tanh sigmoid hardswish "
-        "softsign logsigmoid softshrink hardshrink"
+        "softsign logsigmoid softshrink hardshrink rrelu"
     ).split()
 }
 ACTIVATIONS |= {
@@ -88,8 +88,6 @@ ODD_WIRINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sorted": lambda z, skip: z.sort(1).values,
 }
 ODD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "hardsigmoid": F.hardsigmoid,
-    "rrelu": F.rrelu,
     "tanhshrink": F.tanhshrink,  # its slope is all cancellation
     "threshold of the map": lambda z: F.softshrink(z - z.amin(2, True)),
 }

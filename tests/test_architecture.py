@@ -40,7 +40,8 @@ OURS = {"lightning_flatness"}
 ALONE = {f"{room}.py": OURS for room in ("detectors", "alerts", "watch", "conditions", "rules")} | {
     "oracle.py": {"torch"}
 }
-TESTS_OF_NO_FILE = {"conftest.py", "cases.py", "metrics/checks.py", "networks.py", "test_architecture.py"}
+HELPERS = {"conftest.py", "cases.py", "metrics/checks.py", "networks.py"}
+TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in "architecture cli compilers faults interplay loop optuna precision processes".split()}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 each_source = pytest.mark.parametrize("source", SOURCES, ids=str)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -37,10 +40,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def nothing(run: Trainer) -> None: ...
+
+
 class Note(Callback):
     """Writes down in each process what it has come to: nothing else of a forked process is left."""
 
-    def __init__(self, look: Callable[[Trainer], Any] = lambda run: None) -> None:
+    def __init__(self, look: Callable[[Trainer], Any] = nothing) -> None:
         self.look = look
 
     def on_validation_end(self, run: Trainer, module: LightningModule) -> None:
@@ -135,24 +141,31 @@ def with_images_of_the_second(change: Callable[[torch.Tensor], torch.Tensor]) ->
     return DataLoader(TensorDataset(x, y), batch_size=3)
 
 
-@pytest.mark.parametrize("factor", [1, 100])
-def test_all_act_on_the_data_of_one(tmp_path: Any, factor: float) -> None:
+@pytest.fixture
+def log() -> Iterator[Path]:
+    """What Lightning and its callbacks log, in all processes."""
+    handler = logging.FileHandler("log.txt")
+    logging.getLogger("lightning.pytorch").addHandler(handler)
+    yield Path("log.txt")
+    logging.getLogger("lightning.pytorch").removeHandler(handler)
+    handler.close()
+
+
+@pytest.mark.parametrize("factor", [1, 1000])
+def test_all_act_on_the_data_of_one(tmp_path: Any, log: Path, factor: float) -> None:
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log, told = logging.FileHandler("log.txt"), Path("told.txt")
-    logging.getLogger("lightning.pytorch").addHandler(log)
+    told = Path("told.txt")
     actions = [ReduceLR(0.5), Notify(lambda alert: told.open("a").write(f"{alert.step}\n")), StopTraining()]
-    monitor = FlatnessMonitor(rules=[Rule("margin/min", below=-20.0, action=actions)], strict=True)
-    note = Note(lambda run: [run.optimizers[0].param_groups[0]["initial_lr"], [vars(a) | {"rule": 0} for a in monitor.alerts]])
+    monitor = FlatnessMonitor(rules=[Rule("margin/min", below=-10.0, action=actions)], strict=True)
+    note = Note(lambda run: [run.optimizers[0].param_groups[0]["initial_lr"], [alert.step for alert in monitor.alerts]])
     logger = TensorBoardLogger(".", version=0)
     flags: dict[str, Any] = {"logger": logger, "val_check_interval": 1, "log_every_n_steps": 1}
     run = trainer(tmp_path, monitor, note, **flags, max_epochs=2, **processes(2))
     run.fit(Classifier(), val_dataloaders=with_images_of_the_second(lambda x: factor * x))
-    logging.getLogger("lightning.pytorch").removeHandler(log)
     step, _, (lr, alerts) = notes(2)
     events = tensorboard.EventAccumulator(logger.log_dir).Reload()
-    steps = [alert["step"] for alert in alerts]
-    assert (steps, step, lr) == (([], 6, 0.1) if factor == 1 else ([1, 2, 3], 3, 0.05))
-    assert Path("log.txt").read_text().count("Flatness alert") == len(alerts)
+    assert (alerts, step, lr) == (([], 6, 0.1) if factor == 1 else ([1, 2, 3], 3, 0.05))
+    assert log.read_text().count("Flatness alert") == len(alerts)
     assert told.read_text() == "2\n" if alerts else not told.exists()
     assert events.Tags()["tensors"] == (["alert/margin/min/text_summary"] if alerts else [])
     assert len(events.Tensors("alert/margin/min/text_summary") if alerts else []) == len(alerts)
@@ -174,41 +187,49 @@ def test_wandb_gets_one_alert(tmp_path: Any) -> None:
     assert [alert.title for alert in alerts] == ["flatness/trace at step 3"]
 
 
-class Untargeted(Classifier):
-    """Whose validation does not look at the targets."""
-
-    def validation_step(self, batch: Any, index: int) -> None:
-        logits = self(batch[0])
-        assert logits.isfinite().all() or rank() == 1
-
-
-def nothing(batch: Any) -> Any:
+def targets(batch: Any) -> torch.Tensor:
     if rank() == 1:
         raise ValueError("mine")
     return batch[1]
 
 
-FAILURES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Any, str]] = {
-    "NaN in the images": (lambda x: x * torch.nan, None, "is NaN in 3 of 3"),
-    "targets out of range": (lambda x: x, lambda batch: batch[1] + 3 * rank(), "Targets must lie in"),
-    "no targets": (lambda x: x, nothing, "mine"),
+def silent(module: Classifier, batch: Any) -> torch.Tensor:
+    return module(batch[0]).sum()
+
+
+def scaled(module: Classifier, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(module(batch[0]) / (1 + rank()), batch[1])
+
+
+FAILURES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], Any, Any]] = {
+    "NaN in the images": ("is NaN in 3 of 3", lambda x: x * torch.nan, None, silent),
+    "targets out of range": ("Targets must lie in", lambda x: x, lambda batch: batch[1] + 3 * rank(), silent),
+    "an error": ("mine", lambda x: x, targets, silent),
+    "temperature": ("they are changed", lambda x: x, None, scaled),
 }
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize(("change", "target", "message"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize(("message", "change", "target", "step"), FAILURES.values(), ids=FAILURES)
 def test_one_that_cannot_measure(
-    tmp_path: Any, change: Callable[[torch.Tensor], torch.Tensor], target: Any, message: str, strict: bool
+    tmp_path: Any, message: str, change: Callable[[torch.Tensor], torch.Tensor], target: Any, step: Any, strict: bool
 ) -> None:
+    class Tell(Callback):
+        def on_fit_end(self, run: Trainer, module: LightningModule) -> None:
+            with Path("told.txt").open("a") as told:
+                told.writelines(f"{warning.message}\n" for warning in caught)
+
     monitor = FlatnessMonitor(target=target, strict=strict, rules=[Rule("flatness/trace", above=0.0)])
-    run = trainer(tmp_path, monitor, Note(), **processes(2))
+    run = trainer(tmp_path, monitor, Note(), Tell(), **processes(2))
     loader = with_images_of_the_second(change)
-    if strict:
-        with pytest.raises(Exception, match=message):
-            run.fit(Untargeted(), val_dataloaders=loader)
-    else:
-        run.fit(Untargeted(), val_dataloaders=loader)
-        assert notes(2) == [6, {}, None]
+    with warnings.catch_warnings(record=True) as caught:
+        if strict:
+            with pytest.raises(Exception, match=message):
+                run.fit(Classifier(step), val_dataloaders=loader)
+            return
+        run.fit(Classifier(step), val_dataloaders=loader)
+    assert notes(2) == [6, {}, None]
+    assert len(re.findall(f"FlatnessMonitor .*{message}", Path("told.txt").read_text())) == 1
 
 
 def test_the_next_validation_is_measured_again(tmp_path: Any) -> None:
@@ -218,6 +239,18 @@ def test_the_next_validation_is_measured_again(tmp_path: Any) -> None:
         def on_train_epoch_start(self, run: Trainer, module: LightningModule) -> None:
             failing[0] = run.current_epoch == 0
 
-    monitor = FlatnessMonitor(target=lambda batch: nothing(batch) if failing[0] else batch[1])
+    monitor = FlatnessMonitor(target=lambda batch: targets(batch) if failing[0] else batch[1])
     trainer(tmp_path, monitor, Heal(), Note(), **processes(2)).fit(Classifier())
     assert set(notes(2)[1]) == set(KEYS)
+
+
+@pytest.mark.slow
+def test_spawned_processes_start_with_a_copy(tmp_path: Any) -> None:
+    rule = Rule("flatness/trace", above=0.0, action=[ReduceLR(), StopTraining()])
+    callbacks = [FlatnessMonitor(rules=[rule], strict=True), Note()]
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    run = trainer(tmp_path, *callbacks, max_epochs=9, devices=2, strategy=strategy)
+    run.fit(Classifier())
+    step, values, _ = notes(2)
+    assert step == 6
+    assert set(values) == set(KEYS)

@@ -212,3 +212,10 @@ def test_weights_as_rows(module: nn.Module) -> None:
     module.weight.data.zero_()
     assert torch.equal(weight, expected)
     assert torch.equal(bias, torch.zeros(len(weight)) if module.bias is None else module.bias.float())
+
+
+def test_a_sharded_weight_is_refused() -> None:
+    module = nn.Linear(2, 2)
+    module.weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(UnsupportedTailError, match=r"Linear\(in_features=2.*is sharded"):
+        weights_of(module)

@@ -1,0 +1,138 @@
+"""Operations and the trees of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_flatness.operation import (
+    Constant,
+    Operation,
+    Slot,
+    TapeError,
+    is_low_precision,
+    raised,
+    tensors,
+    transform,
+)
+
+ATEN = torch.ops.aten
+A, B, C = (torch.full((), float(number)) for number in range(3))
+# A tree, its leaves in order, and the same with every leaf as a string.
+TREES: dict[str, tuple[Any, list[Any], Any]] = {
+    "leaf": (A, [A], "0.0"),
+    "list": ([A, B], [A, B], ("0.0", "1.0")),
+    "nested": ((A, [B, {"k": C}], ()), [A, B, C], ("0.0", ("1.0", {"k": "2.0"}), ())),
+    "dictionary": ({"a": A, "b": [B]}, [A, B], {"a": "0.0", "b": ("1.0",)}),
+    "others": ((1, None, "text", 2.5, A), [A], ("1", "None", "text", "2.5", "0.0")),
+    "empty": ([], [], ()),
+}
+
+
+def text(leaf: Any) -> str:
+    return str(leaf.item() if isinstance(leaf, Tensor) else leaf)
+
+
+@pytest.mark.parametrize(("tree", "leaves", "changed"), TREES.values(), ids=TREES)
+def test_trees(tree: Any, leaves: list[Tensor], changed: Any) -> None:
+    assert [id(tensor) for tensor in tensors(tree)] == [id(leaf) for leaf in leaves]
+    assert transform(tree, text) == changed
+
+
+def test_slots_and_constants_are_leaves_though_they_are_tuples() -> None:
+    assert transform([Slot(3), (Constant(4),)], lambda leaf: leaf.number) == (3, (4,))
+    assert transform([Slot(3), Constant(3)], type) == (Slot, Constant)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "slots", "first_alone"),
+    [
+        ((Slot(0), 2), {}, [0], True),
+        ((2, Slot(0)), {}, [0], False),
+        (((Slot(0), Slot(1)), 1), {}, [0, 1], False),
+        ((Constant(0),), {"other": Slot(5)}, [5], False),
+        ((Constant(0),), {}, [], False),
+    ],
+)
+def test_which_arguments_belong_to_the_tail(args: Any, kwargs: Any, slots: list[int], first_alone: bool) -> None:
+    operation = Operation(ATEN.div.Tensor, args, kwargs, (9,))
+    assert operation.slots == [Slot(number) for number in slots]
+    assert operation.depends_on_first_alone == first_alone
+    assert operation.name == "div"
+
+
+class Recorded(TorchDispatchMode):
+    """The operations as the tape would note them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(Operation(func, args, kwargs or {}, ()))
+        return func(*args, **(kwargs or {}))
+
+
+Z, STATISTICS = torch.rand(3, 4, 2, 2), (torch.zeros(4), torch.ones(4))
+F = torch.nn.functional
+# What a network does, and why it cannot be repeated; None: it can.
+CALLS: dict[str, tuple[Callable[[], Any], str | None]] = {
+    "relu": (lambda: Z.relu(), None),
+    "batch norm": (lambda: F.batch_norm(Z, *STATISTICS), None),
+    "batch norm in training mode": (lambda: F.batch_norm(Z, *STATISTICS, training=True), "mixes samples"),
+    "batch norm without statistics": (lambda: F.batch_norm(Z, None, None, training=True), "mixes samples"),
+    "instance norm": (lambda: F.instance_norm(Z), "mixes samples"),
+    "dropout that is off": (lambda: F.dropout(Z, 0.5, training=False), None),
+    "dropout": (lambda: F.dropout(Z, 0.5), "random"),
+    "dropout of channels": (lambda: F.dropout2d(Z, 0.5), "random"),
+    "alpha dropout": (lambda: F.alpha_dropout(Z, 0.5, training=True), "random"),
+    "randomized relu": (lambda: F.rrelu(Z, training=True), "random"),
+    "randomized relu that is off": (lambda: F.rrelu(Z), None),
+    "noise": (lambda: Z + torch.randn_like(Z), "random"),
+    "noise in place": (lambda: Z.clone().normal_(), "random"),
+    "stochastic depth": (lambda: Z * torch.empty(3, 1, 1, 1).bernoulli_(0.9), "random"),
+    "fractional pooling": (lambda: F.fractional_max_pool2d(Z, 2, output_size=1), "random"),
+    "attention": (lambda: F.scaled_dot_product_attention(Z, Z, Z), None),
+    "attention with dropout": (lambda: F.scaled_dot_product_attention(Z, Z, Z, dropout_p=0.5), "random"),
+}
+
+
+def refused(operation: Operation) -> str | None:
+    try:
+        return operation.require_repeatable()
+    except TapeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("call", "reason"), CALLS.values(), ids=CALLS)
+def test_what_can_be_repeated(call: Callable[[], Any], reason: str | None) -> None:
+    with torch.no_grad(), Recorded() as record:
+        call()
+    refusals = [refusal for operation in record.operations if (refusal := refused(operation))]
+    assert bool(refusals) == bool(reason)
+    for refusal in refusals:
+        assert reason in refusal
+        assert "eval mode" in refusal
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "after"),
+    [
+        (torch.float16, True, torch.float32),
+        (torch.bfloat16, True, torch.float32),
+        (torch.float32, False, torch.float32),
+        (torch.float64, False, torch.float64),
+        (torch.int64, False, torch.int64),
+        (torch.bool, False, torch.bool),
+    ],
+)
+def test_half_precision_is_raised_and_nothing_else(dtype: torch.dtype, low: bool, after: torch.dtype) -> None:
+    tensor = torch.ones(3, dtype=dtype)
+    assert is_low_precision(tensor) == low
+    assert raised(tensor).dtype == after
+    assert (raised(tensor) is tensor) != low
