@@ -41,7 +41,8 @@ ALONE = {f"{room}.py": OURS for room in ("detectors", "alerts", "watch", "condit
     "oracle.py": {"torch"}
 }
 HELPERS = {"conftest.py", "cases.py", "metrics/checks.py", "networks.py"}
-TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in "architecture cli compilers faults interplay loop optuna precision processes".split()}
+WHOLES = "architecture cli compilers faults interplay loop optuna precision processes".split()
+TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in WHOLES}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 each_source = pytest.mark.parametrize("source", SOURCES, ids=str)

@@ -1,0 +1,90 @@
+"""How well the classifier's own trace and the margins tell each sample's exact Hessian trace, on trained networks.
+
+Trains the digits network as the demo does, once per seed, and prints the Markdown table of docs/margins.md: Pearson's r
+over correctly classified samples, in brackets after removing outliers. Below it the ranges of r of the confidence that
+all quantities share.
+
+    python benchmarks/margin_correlation.py
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import lightning as L
+import torch
+
+from lightning_flatness import Tap
+from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule, digits_split
+from lightning_flatness.factors import TailFactors
+from lightning_flatness.functional import pearson
+from lightning_flatness.metrics import FlatnessMarginCorrelation
+
+COLUMNS = {"aceht": "ACEHT", "margin_bound": "margin bound", "output_margin": "output margin"}
+
+
+def trained(seed: int, epochs: int) -> DigitsClassifier:
+    """Return the network after the demo's training."""
+    L.seed_everything(seed, verbose=False)
+    model = DigitsClassifier()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=DigitsDataModule(seed))
+    return model.eval()
+
+
+def factors_of(model: DigitsClassifier, images: torch.Tensor, digits: torch.Tensor) -> TailFactors:
+    """Return the factors of a whole data set."""
+    with torch.no_grad(), Tap(model) as tap:
+        model(images)
+        return tap.factors(digits)
+
+
+def row(factors: TailFactors) -> list[str]:
+    """Return the number of correct samples, and r for each column without and with outlier removal."""
+    values = []
+    for remove_outliers in (False, True):
+        metric = FlatnessMarginCorrelation(remove_outliers)
+        metric.update(factors)
+        values.append(metric.compute())
+    kept, removed = values
+    correct = int((factors.output_margin >= 0).sum())
+    pairs = ((float(kept[f"{name}/correct"]), float(removed[f"{name}/correct"])) for name in COLUMNS)
+    return [f"{correct} of {len(factors)}", *(f"{plain:.2f} ({without:.2f})" for plain, without in pairs)]
+
+
+def shared_confidence(factors: TailFactors) -> tuple[float, float]:
+    """Return r of trace and confidence, and of trace and ACEHT with the confidence divided out of both."""
+    correct = factors.output_margin >= 0
+    quantities = (factors.hessian_trace, factors.affine_hessian_trace, factors.confidence)
+    trace, aceht, confidence = (values[correct].double() for values in quantities)
+    return float(pearson(trace, confidence)), float(pearson(trace / confidence, aceht / confidence))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20)
+    arguments = parser.parse_args()
+    shared = []
+    print("|", " | ".join(["seed", "samples", "correct", *COLUMNS.values()]), "|")
+    print("|" + "---|" * (3 + len(COLUMNS)))
+    for seed in range(arguments.seeds):
+        model = trained(seed, arguments.epochs)
+        for name, dataset in zip(("training", "validation"), digits_split(seed), strict=True):
+            factors = factors_of(model, *dataset.tensors)
+            print("|", " | ".join([str(seed), name, *row(factors)]), "|")
+            shared.append(shared_confidence(factors))
+    for what, values in zip(("trace, confidence", "both without it"), zip(*shared, strict=True), strict=True):
+        print(f"r of {what}: {min(values):.2f} to {max(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()
