@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -12,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from test_callback import KEYS, Classifier, Network, assert_same, everything, hooks, report_of, trainer, values_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, spectral_norm
-from torch.nn.utils.parametrize import remove_parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from lightning_flatness import FlatnessMonitor
@@ -32,13 +29,20 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class Tail(nn.Sequential):
+    def forward(self, h: Tensor) -> Tensor:  # one of torch's own would not be compiled in place
+        for module in self:
+            h = module(h)
+        return h
+
+
 class Blocks(Network):
     """The same network with its tail in a module of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         names = "conv2 norm2 act2 drop".split()
-        self.tail = nn.Sequential(OrderedDict((name, self._modules.pop(name)) for name in names))
+        self.tail = Tail(OrderedDict((name, self._modules.pop(name)) for name in names))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.norm1(self.conv1(x)))
@@ -62,7 +66,7 @@ class Saving(Blocks):
         return self.head(checkpoint(tail, h, use_reentrant=self.reentrant))
 
 
-class SavingTwice(Saving):
+class SavingOtherwise(Saving):
     reentrant = False
 
 
@@ -76,7 +80,7 @@ def classifier(network: Callable[[], nn.Module] = Blocks) -> Classifier:
 def fitted(tmp_path: Any, module: Any, monitored: bool, **options: Any) -> tuple[list[Any], Any]:
     """All that a training leaves behind, and its Trainer."""
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    run = trainer(tmp_path, *[FlatnessMonitor(strict=True, **options)] * monitored, num_sanity_val_steps=0)
+    run = trainer(tmp_path, *[FlatnessMonitor(strict=True, **options)] * monitored, max_epochs=3)
     run.fit(module)
     return everything(getattr(module, "_orig_mod", module), run), run
 
@@ -85,25 +89,18 @@ Change = Callable[[Classifier, str], Any]
 
 
 def wrapped(*names: str) -> Change:
-    def compile_them(module: Classifier, backend: str) -> None:
+    def change(module: Classifier, backend: str) -> None:
         for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(
-                module.get_submodule(parent), child, torch.compile(module.get_submodule(name), backend=backend)
-            )
+            module.set_submodule(name, torch.compile(module.get_submodule(name), backend=backend))
 
-    return compile_them
+    return change
 
 
-def in_place(*names: str) -> Change:
-    def compile_them(module: Classifier, backend: str) -> None:
-        for name in names:
-            module.get_submodule(name).compile(backend=backend)
-
-    return compile_them
+def in_place(name: str) -> Change:
+    return lambda module, backend: module.get_submodule(name).compile(backend=backend)
 
 
-def methods(module: Classifier, backend: str) -> None:
+def method(module: Classifier, backend: str) -> None:
     module.forward = torch.compile(module.forward, backend=backend)
 
 
@@ -113,32 +110,203 @@ COMPILED: dict[str, Change] = {
     "tail": wrapped("net.tail"),
     "tail in place": in_place("net.tail"),
     "convolution": wrapped("net.tail.conv2"),
-    "convolution in place": in_place("net.tail.conv2"),
     "classifier": wrapped("net.head"),
     "pieces": wrapped("net.conv1", "net.tail.conv2", "net.tail.norm2", "net.head"),
-    "LightningModule's forward": methods,
+    "forward of the LightningModule": method,
 }
 
 
-def graphs() -> int:
-    return sum(counters["stats"].values()) and counters["stats"]["unique_graphs"]
-
-
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("change", COMPILED.values(), ids=COMPILED)
-def test_compiled_modules(tmp_path: Any, change: Change, backend: str) -> None:
+def test_a_compiled_module_is_measured_and_not_compiled_again(
+    tmp_path: Any, change: Change, backend: str, every: int
+) -> None:
     results, compiled = [], []
     for monitored in (True, False):
         torch._dynamo.reset()
         counters.clear()
         module = classifier()
         change(module, backend)
-        result, run = fitted(tmp_path, module, monitored)
+        result, run = fitted(tmp_path, module, monitored, every_n_validations=every)
         results.append(result)
-        compiled.append((counters["stats"]["unique_graphs"], sum(counters["recompiles"].values())))
+        compiled.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
         if monitored:
             with torch.compiler.set_stance("force_eager"):
                 assert_same(values_of(run), report_of(module, module.val_dataloader()))
     assert results[0] == results[1]
     assert 0 < compiled[0][0] <= compiled[1][0]
     assert compiled[0][1] <= compiled[1][1]
+
+
+class Quiet(Classifier):
+    """Logs nothing: the compiled steps of Lightning 2.6 cannot."""
+
+    def validation_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_lightning_module(tmp_path: Any, backend: str) -> None:
+    results = []
+    for monitored in (True, False):
+        torch._dynamo.reset()
+        module = Quiet()
+        result, run = fitted(tmp_path, torch.compile(module, backend=backend), monitored)
+        results.append(result)
+        if monitored:
+            with torch.compiler.set_stance("force_eager"):
+                assert_same(values_of(run), report_of(module, module.val_dataloader()))
+    assert results[0] == results[1]
+
+
+def with_norms(weight_norm: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        network = Blocks()
+        weight_norm(network.tail.conv2), weight_norm(network.head)
+        return network
+
+    return build
+
+
+def frozen(*names: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        network = Blocks()
+        for name in names:
+            network.get_submodule(name).requires_grad_(False)
+        return network
+
+    return build
+
+
+class Returning(Blocks):
+    """Returns its logits and features in some container."""
+
+    def __init__(self, container: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.container = container
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.flatten(self.pool(self.tail(self.act(self.norm1(self.conv1(x))))))
+        return self.container(self.head(features), features)
+
+
+class ModelOutput(OrderedDict):
+    """Has its entries as attributes too, as those of transformers do."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Reading(Classifier):
+    def forward(self, x: Tensor) -> Any:
+        output = self.net(x)
+        if isinstance(output, tuple):
+            return output[0]
+        return output if isinstance(output, Tensor) else output["logits"]
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "checkpointing": SavingOtherwise,
+    "reentrant checkpointing": Saving,
+    "frozen convolution": frozen("tail.conv2"),
+    "frozen tail": frozen("tail"),
+    "frozen up to the classifier": frozen("conv1", "norm1", "tail"),
+    "frozen classifier": frozen("head"),
+    "weight norm": with_norms(parametrizations.weight_norm),
+    "spectral norm": with_norms(parametrizations.spectral_norm),
+    "spectral norm by a hook": with_norms(spectral_norm),
+    "tuple": lambda: Returning(lambda logits, features: (logits, features)),
+    "dictionary": lambda: Returning(lambda logits, features: {"features": features, "logits": logits}),
+    "ModelOutput": lambda: Returning(lambda logits, features: ModelOutput(logits=logits, hidden_states=(features,))),
+}
+
+
+def plain(module: Classifier) -> Classifier:
+    """The same network without anything around it."""
+    copied, network = Reading(), module.eval().net
+    copied.net = Blocks().double()
+    weights = {f"{name}.weight": network.get_submodule(name).weight for name in ("tail.conv2", "head")}
+    copied.net.load_state_dict(network.state_dict() | weights, strict=False)
+    return copied
+
+
+@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+def test_a_network_that_does_more_than_compute(tmp_path: Any, build: Callable[[], nn.Module]) -> None:
+    results = []
+    for monitored in (True, False):
+        torch.manual_seed(0)
+        module = Reading()
+        module.net = build().double()
+        result, run = fitted(tmp_path, module, monitored)
+        results.append(result)
+        if monitored:
+            assert_same(values_of(run), report_of(plain(module), module.val_dataloader()))
+            before = module.net.state_dict()
+            assert_same(values_of(run), report_of(module, module.val_dataloader()))
+            assert all(torch.equal(value, before[name]) for name, value in module.net.state_dict().items())
+    assert results[0] == results[1]
+
+
+def shared_twice(module: Classifier, batch: Any) -> Tensor:
+    net = module.net
+    h = net.act(net.norm1(net.conv1(batch[0])))
+    for _ in range(2):
+        h = F.pad(net.tail(h), (0, 0, 0, 0, 0, -1))  # the same block again, on three of its four channels
+    return net.head(net.flatten(net.pool(F.pad(h, (0, 0, 0, 0, 0, 1))))).logsumexp(1).mean()
+
+
+def first_pass_counts(module: Classifier, batch: Any) -> Tensor:
+    logits = module(batch[0])
+    module(batch[0].flip(3))
+    return F.cross_entropy(logits, batch[1])
+
+
+def second_network(module: Classifier, batch: Any) -> Tensor:
+    """A teacher that is not part of the module."""
+    with torch.no_grad():
+        TEACHER(batch[0])
+    return module.loss(batch)
+
+
+def two_views(module: Classifier, batch: Any) -> Tensor:
+    return F.cross_entropy((module(batch[0]) + module(batch[0].flip(3))) / 2, batch[1])
+
+
+def halves(module: Classifier, batch: Any) -> Tensor:
+    first, second = (module(part) for part in batch[0].chunk(2))
+    return F.cross_entropy(torch.cat([first, second]), batch[1])
+
+
+def every_other(module: Classifier, batch: Any) -> Tensor:
+    module.batches = getattr(module, "batches", 0) + 1
+    return module.loss(batch) if module.batches % 2 else torch.zeros(())
+
+
+TEACHER = Blocks().double().eval()
+# What validation does with the network, and why it cannot be measured; None: it is.
+STEPS: dict[str, tuple[Callable[[Classifier, Any], Tensor], str | None]] = {
+    "again without a loss": (first_pass_counts, None),
+    "with a teacher": (second_network, None),
+    "mean of two views": (two_views, "after `net.head` they are changed"),
+    "half a batch at a time": (halves, "after `net.head` they are changed"),
+    "in every other batch": (every_other, "none did"),
+    "never": (lambda module, batch: torch.zeros(()), "none did"),
+    "one block twice": (shared_twice, "once more|2 calls"),
+}
+
+
+@pytest.mark.parametrize(("step", "refusal"), STEPS.values(), ids=STEPS)
+def test_validation_calls_the_network_as_it_likes(tmp_path: Any, step: Any, refusal: str | None) -> None:
+    module = classifier()
+    module.step = step
+    run = trainer(tmp_path, FlatnessMonitor(strict=refusal is None), max_epochs=3, num_sanity_val_steps=0)
+    if refusal is None:
+        run.fit(module)
+        assert_same(values_of(run), report_of(module, module.val_dataloader()))
+        return
+    with pytest.warns(UserWarning, match=refusal) as caught:
+        run.fit(module)
+    assert sum("FlatnessMonitor" in str(warning.message) for warning in caught) == 1
+    assert not KEYS & set(run.callback_metrics)
+    assert (run.current_epoch, hooks(module)) == (3, 0)

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+MOVE = 20
+"""Multiply-adds of a matrix product in the time of copying or adding one number, measured on CPUs."""
+
 
 class ConvGeometry(NamedTuple):
     """How a convolution's output positions see its input; one entry per spatial dimension."""
@@ -42,6 +45,11 @@ class ConvGeometry(NamedTuple):
             conv.padding_mode,
         )
 
+    @property
+    def unpadded(self) -> ConvGeometry:
+        """Return the same geometry for an input that has been padded."""
+        return self._replace(padding=tuple((0, 0) for _ in self.padding), padding_mode="zeros")
+
     def pad(self, inputs: Tensor) -> Tensor:
         """Return the inputs with the convolution's own padding applied."""
         if not any(map(any, self.padding)):
@@ -49,6 +57,10 @@ class ConvGeometry(NamedTuple):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         # F.pad counts from the last dimension backwards.
         return F.pad(inputs, [side for pair in reversed(self.padding) for side in pair], mode=mode)
+
+    def padded_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the padded input's spatial shape."""
+        return tuple(size + sum(pair) for size, pair in zip(shape, self.padding, strict=True))
 
     def output_shape(self, padded: tuple[int, ...]) -> tuple[int, ...]:
         """Return the map's shape for a padded input's spatial shape."""
@@ -77,7 +89,7 @@ def patches(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[T
     grouped = windows.reshape(n, geometry.groups, channels // geometry.groups, *space)
     # (n, g, i, *positions, *offsets) -> (n, g, *positions, i, *offsets)
     grouped = grouped.movedim(2, 2 + dims)
-    return grouped.reshape(n, geometry.groups, prod(space[:dims]), -1)
+    return grouped.reshape(n, geometry.groups, prod(space[:dims]), channels // geometry.groups * prod(space[dims:]))
 
 
 def patch_energy(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n g s"]:
@@ -90,9 +102,9 @@ def patch_energy(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Fl
 def patch_gram(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n s s"]:
     r"""Return `T = P P^T`, the Gram matrix of an ungrouped convolution's patches.
 
-    Two exact ways, the cheaper one by counted multiply-adds: multiply the unfolded patches, or add up, over
-    the kernel's offsets, shifted views of the Gram matrix of the padded input's pixels,
-    `T_{s,t} = sum_o <x_{s+o}, x_{t+o}>`, which needs no patches in memory.
+    `T_{s,t} = sum_o <x_{s+o}, x_{t+o}>` over the kernel's offsets `o`: shifted views of the Gram matrix of the
+    input's pixels, added up along one axis after the other, without any patch in memory. Where a stride skips so
+    many pixels that it takes fewer operations, the patches themselves are multiplied.
 
     Args:
         inputs: the convolution's input, shape (n, channels, *space).
@@ -101,25 +113,42 @@ def patch_gram(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Floa
     Returns:
         The Gram matrices, shape (n, s, s).
     """
-    padded = geometry.pad(inputs)
-    n, channels, *space = padded.shape
-    shape = geometry.output_shape(tuple(space))
-    positions, offsets, pixels = prod(shape), prod(geometry.kernel), prod(space)
-    if positions**2 * channels * offsets < pixels**2 * channels + positions**2 * offsets:
+    by_views, by_patches = _patch_gram_operations(inputs, geometry)
+    if by_patches < by_views:
         rows = patches(inputs, geometry).squeeze(1)
         return rows @ rows.mT
-    flat = padded.reshape(n, channels, pixels)
-    gram = (flat.mT @ flat).reshape(n, *space, *space)
-    if offsets == 1 and positions == pixels:
-        return gram.reshape(n, positions, positions)
-    total = torch.zeros(n, *shape, *shape, dtype=gram.dtype, device=gram.device)
-    for offset in product(*(range(k) for k in geometry.kernel)):
-        window = tuple(
-            slice(o * d, o * d + (size - 1) * s + 1, s)
-            for o, d, s, size in zip(offset, geometry.dilation, geometry.stride, shape, strict=True)
-        )
-        total += gram[(slice(None), *window, *window)]
-    return total.reshape(n, positions, positions)
+    if geometry.padding_mode != "zeros":
+        inputs, geometry = geometry.pad(inputs), geometry.unpadded
+    pixels, space = inputs.flatten(2), inputs.shape[2:]
+    gram = (pixels.mT @ pixels).reshape(len(inputs), *space, *space)
+    for axis in range(len(space)):
+        gram = _sum_along_diagonal(gram, axis, geometry)
+    positions = prod(gram.shape[1 : 1 + len(space)])
+    return gram.reshape(len(inputs), positions, positions)
+
+
+def _sum_along_diagonal(gram: Tensor, axis: int, geometry: ConvGeometry) -> Tensor:
+    """Return `sum_o gram[s + o, t + o]` along one spatial axis; what lies outside of the input is zero."""
+    kernel, stride, dilation = geometry.kernel[axis], geometry.stride[axis], geometry.dilation[axis]
+    padding = geometry.padding[axis]
+    if kernel == stride == 1 and not any(padding):
+        return gram
+    both = (1 + axis, 1 + axis + len(geometry.kernel))
+    size = gram.shape[both[0]]
+    outputs = (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
+    total = gram.new_zeros([outputs if dim in both else length for dim, length in enumerate(gram.shape)])
+    for offset in range(kernel):
+        seen = offset * dilation - padding[0]  # the pixel that output 0 sees through this weight
+        first, last = max(0, -(seen // stride)), min(outputs - 1, (size - 1 - seen) // stride)
+        if first <= last:
+            target = slice(first, last + 1)
+            source = slice(seen + first * stride, seen + last * stride + 1, stride)
+            total[_at(both, target)] += gram[_at(both, source)]
+    return total
+
+
+def _at(dims: tuple[int, int], part: slice) -> tuple[slice, ...]:
+    return tuple(part if dim in dims else slice(None) for dim in range(max(dims) + 1))
 
 
 def filter_gram(
@@ -127,9 +156,7 @@ def filter_gram(
 ) -> Float[Tensor, "n k k"]:
     r"""Return `R = a a^T`, `a_k = sum_s M_ks P_s`: inner products of the features' gradients in the filters.
 
-    `a_k` is the gradient of feature `k` in the weights of filter `k`. With one group `R = M T M^T` from the
-    patch Gram matrix `T`, or from `a` itself where that takes fewer multiply-adds (large maps, few weights
-    per filter); with several groups every filter has the patches of its own group.
+    `a_k` is the gradient of feature `k` in the weights of filter `k`.
 
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 
@@ -141,12 +168,67 @@ def filter_gram(
     Returns:
         The Gram matrices, shape (n, k, k).
     """
+    left, right = filter_factors(inputs, jacobian, geometry)
+    return left @ right.mT
+
+
+def filter_factors(
+    inputs: Float[Tensor, "n i ..."], jacobian: Float[Tensor, "n k s"], geometry: ConvGeometry
+) -> tuple[Float[Tensor, "n k r"], Float[Tensor, "n k r"]]:
+    r"""Return two matrices whose product `left right^T` is `R`, see `filter_gram`.
+
+    From them follow the diagonal, blocks and the whole of `R`. With one group they are `M T` and `M`, from the patch
+    Gram matrix `T`, or twice `a` where that takes fewer operations (large maps, few weights per filter);
+    with several groups every filter has the patches of its own group.
+
+    Args:
+        inputs: the convolution's input `A`, shape (n, channels, *space).
+        jacobian: `M = d p_k / d z_ks`, shape (n, k, s).
+        geometry: of the convolution.
+
+    Returns:
+        Left and right factor, shape (n, k, r) with r positions or weights per filter.
+    """
+    if _gram_pays(inputs, jacobian, geometry):
+        return jacobian @ patch_gram(inputs, geometry), jacobian
+    rows = _gradient_rows(inputs, jacobian, geometry)
+    return rows, rows
+
+
+def _gradient_rows(inputs: Tensor, jacobian: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Return `a`, one kernel offset after the other, shape (n, k, d)."""
+    n, filters, positions = jacobian.shape
+    padded = geometry.pad(inputs).unflatten(1, (geometry.groups, -1))
+    grouped = jacobian.reshape(n, geometry.groups, filters // geometry.groups, positions)
+    shape = geometry.output_shape(tuple(padded.shape[3:]))
+    columns = []
+    for offset in product(*map(range, geometry.kernel)):
+        window = (
+            slice(o * d, o * d + (size - 1) * s + 1, s)
+            for o, d, s, size in zip(offset, geometry.dilation, geometry.stride, shape, strict=True)
+        )
+        columns.append(grouped @ padded[(..., *window)].flatten(3).mT)
+    return torch.cat(columns, -1).flatten(1, 2)
+
+
+def _patch_gram_operations(inputs: Tensor, geometry: ConvGeometry) -> tuple[int, int]:
+    """Return the operations per sample of the two ways to `T`: shifted views, multiplied patches."""
+    channels, *space = inputs.shape[1:]
+    padded = geometry.padded_shape(tuple(space))
+    seen = space if geometry.padding_mode == "zeros" else padded
+    outputs = geometry.output_shape(padded)
+    weights, positions, numbers = channels * prod(geometry.kernel), prod(outputs), prod(seen) ** 2
+    by_views = numbers * channels
+    for kernel, before, after in zip(geometry.kernel, seen, outputs, strict=True):
+        numbers = numbers // before**2 * after**2
+        by_views += MOVE * kernel * numbers
+    return by_views, positions**2 * weights + MOVE * positions * weights
+
+
+def _gram_pays(inputs: Tensor, jacobian: Tensor, geometry: ConvGeometry) -> bool:
+    """Return whether `M T M^T` takes fewer operations than `a a^T`."""
     filters, positions = jacobian.shape[1:]
     weights = inputs.shape[1] // geometry.groups * prod(geometry.kernel)
-    by_rows = filters * positions * weights + filters**2 * weights
-    by_gram = positions**2 * weights + filters * positions**2 + filters**2 * positions
-    if geometry.groups == 1 and by_gram <= by_rows:
-        return jacobian @ patch_gram(inputs, geometry) @ jacobian.mT
-    grouped = jacobian.reshape(len(jacobian), geometry.groups, -1, positions)
-    rows = (grouped @ patches(inputs, geometry)).flatten(1, 2)
-    return rows @ rows.mT
+    by_rows = filters * positions * weights + filters**2 * weights + MOVE * geometry.groups * positions * weights
+    by_gram = min(_patch_gram_operations(inputs, geometry)) + filters * positions**2 + filters**2 * positions
+    return geometry.groups == 1 and by_gram <= by_rows

@@ -79,8 +79,8 @@ def test_patch_gram(name: str) -> None:
 @pytest.mark.parametrize(("stride", "way"), [(1, "views"), (4, "rows")])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 def test_patch_gram_both_ways(stride: int, way: str, mode: str) -> None:
-    conv = nn.Conv2d(16, 2, 3, stride=stride, padding=1, padding_mode=mode)
-    x, geometry = torch.randn(2, 16, 8, 8, dtype=torch.float64), ConvGeometry.of(conv)
+    conv = nn.Conv2d(64, 2, 3, stride=stride, padding=1, padding_mode=mode)
+    x, geometry = torch.randn(2, 64, 8, 8, dtype=torch.float64), ConvGeometry.of(conv)
     rows = patches(x, geometry).squeeze(1)
     with mock.patch.object(MODULE, "patches", wraps=patches) as unfold:
         assert_same(patch_gram(x, geometry), rows @ rows.mT)
