@@ -40,8 +40,8 @@ OURS = {"lightning_flatness"}
 ALONE = {f"{room}.py": OURS for room in ("detectors", "alerts", "watch", "conditions", "rules")} | {
     "oracle.py": {"torch"}
 }
-HELPERS = {"conftest.py", "cases.py", "metrics/checks.py", "networks.py"}
-WHOLES = "architecture cli compilers faults interplay loop optuna precision processes".split()
+HELPERS = {"conftest.py", "cases.py", "fuzz_inputs.py", "fuzz_tails.py", "metrics/checks.py", "networks.py"}
+WHOLES = "architecture cli compilers faults fuzz interplay loop optuna precision processes".split()
 TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in WHOLES}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
