@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-RELU6_BLOCKS = (
+INVERTED = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -33,6 +33,7 @@ class Residual(nn.Module):
         self.body, self.shortcut, self.activation = body, shortcut, activation
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
         return self.activation(self.body(x) + self.shortcut(x))
 
 
@@ -78,9 +79,10 @@ def _stem(width: int) -> list[nn.Module]:
     return [conv_norm(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
 
 
-def resnet18(classes: int = 1000) -> nn.Sequential:
-    """Return the ResNet-18 for ImageNet."""
-    return nn.Sequential(*_stem(64), *residual_stages(64, (64, 128, 256, 512), (2, 2, 2, 2)), *head(512, classes))
+def resnet18(classes: int = 1000, pooled: bool = True) -> nn.Sequential:
+    """Return the ResNet-18 for ImageNet; if not `pooled`, with a 3 x 3 stem that keeps the map, for small images."""
+    stem = _stem(64) if pooled else [conv_norm(3, 64, 3), nn.ReLU()]
+    return nn.Sequential(*stem, *residual_stages(64, (64, 128, 256, 512), (2, 2, 2, 2)), *head(512, classes))
 
 
 def resnet50(classes: int = 1000) -> nn.Sequential:
@@ -102,13 +104,14 @@ class Inverted(nn.Module):
         self.keeps_shape = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
         return x + self.body(x) if self.keeps_shape else self.body(x)
 
 
 def mobilenet_v2(classes: int = 1000) -> nn.Sequential:
     """Return the MobileNetV2 for ImageNet."""
     inputs, blocks = 32, []
-    for widening, outputs, depth, stride in RELU6_BLOCKS:
+    for widening, outputs, depth, stride in INVERTED:
         for block in range(depth):
             blocks.append(Inverted(inputs, outputs, 1 if block else stride, widening))
             inputs = outputs

@@ -27,6 +27,9 @@ class StopTraining(Action):
     def __init__(self) -> None:
         self.reason: str | None = None
 
+    def __repr__(self) -> str:
+        return "StopTraining()"
+
     def act(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> str:
         """Ask the Trainer to stop."""
         trainer.should_stop = True
@@ -109,6 +112,9 @@ class Notify(Action):
             raise ValueError(f"`function` must be callable with an alert; got {function!r}.")
         self.function = function
         self._failed = False
+
+    def __repr__(self) -> str:
+        return f"Notify({getattr(self.function, '__name__', self.function)})"
 
     def act(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> str:
         """Call the function."""

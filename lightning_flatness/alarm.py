@@ -30,8 +30,11 @@ class Alarm:
         ValueError: if something is not a rule, or an action is not an action.
     """
 
-    def __init__(self, rules: Sequence[Rule | AllOf | AnyOf] | Literal["default"], suffix: str) -> None:
+    def __init__(
+        self, rules: Rule | AllOf | AnyOf | Sequence[Rule | AllOf | AnyOf] | Literal["default"], suffix: str
+    ) -> None:
         given = ready_made.default(suffix=suffix) if rules == "default" else rules
+        given = [given] if isinstance(given, (Rule, AllOf, AnyOf)) else given
         if not all(isinstance(rule, (Rule, AllOf, AnyOf)) for rule in given):
             raise ValueError(f'`rules` must be "default" or a list of Rule, AllOf and AnyOf; got {rules!r}.')
         self.rules = tuple(replace(rule) for rule in given)
@@ -64,18 +67,23 @@ class Alarm:
         first = {_LOADER.sub("", key): value for key, value in list(values.items())[::-1]}
         # Whatever rounding or order the processes had, they decide alike.
         fresh = trainer.strategy.broadcast({**first, **values})
-        errors: list[Exception] = []
+        errors: list[Exception] = [
+            ValueError(f"A rule must watch a key that is logged; got `{key}`. Logged: {sorted(fresh)}.")
+            for rule in self.rules
+            for key in rule.keys
+            if key not in fresh
+        ]
         for rule in self.rules:
             try:
                 alert = rule.observe(fresh, step=trainer.global_step, epoch=trainer.current_epoch)
                 if alert is not None:
-                    self._raise(alert, trainer, pl_module)
+                    self._sound(alert, trainer, pl_module)
             except Exception as error:  # the other rules must see the values all the same
                 errors.append(error)
         if errors:
             raise errors[0]
 
-    def _raise(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _sound(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> None:
         self.alerts.append(alert)
         action = escalation(alert.rule.action, alert.rule.fired)
         done = "" if action is None else action.apply(alert, trainer, pl_module)
@@ -88,7 +96,10 @@ class Alarm:
         return {
             "rules": [rule.state_dict() for rule in self.rules],
             "alerts": [
-                {"rule": self.rules.index(alert.rule), **{name: getattr(alert, name) for name in plain}}
+                {
+                    "rule": [rule is alert.rule for rule in self.rules].index(True),
+                    **{name: getattr(alert, name) for name in plain},
+                }
                 for alert in self.alerts
             ],
         }

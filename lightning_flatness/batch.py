@@ -77,11 +77,14 @@ def checked_targets(target: Any, samples: int, classes: int, loss: LF.Loss, look
     if binary and target.shape == (samples,) and classes == 1:
         target = target.unsqueeze(1)
     indices = not binary and not target.is_floating_point()
-    wanted = "labels in [0, 1]" if binary else "integer class indices" if indices else "probabilities of the classes"
     shape = (samples,) if indices else (samples, classes)
+    either = (
+        f"integer class indices of shape {(samples,)} or probabilities of the classes of shape {(samples, classes)}"
+    )
+    wanted = f"labels in [0, 1] of shape {shape}" if binary else either
     if target.shape != shape or target.is_complex() or (indices and target.dtype == torch.bool):
         raise ValueError(
-            f"Targets must be {wanted} of shape {shape}; got {target.dtype} of shape {tuple(target.shape)}. "
+            f"Targets must be {wanted}; got {target.dtype} of shape {tuple(target.shape)}. "
             "Say how to get them: `target=lambda batch: ...`; for another loss than cross-entropy: `loss=...`."
         )
     target = target.long() if indices else target if target.is_floating_point() else target.float()

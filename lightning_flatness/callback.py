@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_flatness.alarm import Alarm
@@ -18,12 +18,10 @@ from lightning_flatness.batch import batch_targets, is_empty
 from lightning_flatness.evaluation import KEYS, Evaluation
 from lightning_flatness.functional import Loss, as_loss
 from lightning_flatness.measure import batch_factors, undisturbed
-from lightning_flatness.probe import moved, network, part_of, share_of, training_probe
+from lightning_flatness.probe import allowance, moved, network, own_batches
 from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
 from lightning_flatness.tap import Tap
-
-_TRAINING_SAMPLES = 1024
 
 
 class FlatnessMonitor(Callback):
@@ -32,9 +30,9 @@ class FlatnessMonitor(Callback):
     With `data="val"` it rides on validation's own forward passes: it records what follows the last convolution
     and repeats only that. Training is not touched: with and without the monitor it is equal to the last bit.
 
-    Keys, all lower is flatter but for the margin: `flatness/relative`, `flatness/trace`, `flatness/confidence`,
-    `margin/mean`; with several validation loaders they end like Lightning's, `/dataloader_idx_1`. They are in
-    `trainer.callback_metrics`, for `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`.
+    It logs `flatness/relative`, `flatness/trace`, `margin/mean` and the other keys of `docs/keys.md`; with several
+    validation loaders they end like Lightning's, `/dataloader_idx_1`. They are in `trainer.callback_metrics`, for
+    `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`.
 
     Args:
         layer: name of the monitored convolution; None: the last one that runs on a map larger than 1 x 1.
@@ -45,7 +43,7 @@ class FlatnessMonitor(Callback):
             batches, 1024 for `"train"`.
         every_n_validations: measure in the first validation and then in every n-th.
         rules: what to watch for and what to do about it; `"default"`: the ready-made rules, which only notify.
-        target: returns the class indices of a batch; None: `batch[1]`, or the usual keys of a dictionary.
+        target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
             `nn.BCEWithLogitsLoss` that is used.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
@@ -65,7 +63,7 @@ class FlatnessMonitor(Callback):
         data: Literal["val", "train"] | Iterable[Any] = "val",
         max_samples: int | None = None,
         every_n_validations: int = 1,
-        rules: Sequence[Rule | AllOf | AnyOf] | Literal["default"] = (),
+        rules: Rule | AllOf | AnyOf | Sequence[Rule | AllOf | AnyOf] | Literal["default"] = (),
         target: Callable[[Any], Tensor] | None = None,
         loss: str | nn.Module | Loss = "cross_entropy",
         name: str | None = None,
@@ -74,13 +72,17 @@ class FlatnessMonitor(Callback):
         """Check the arguments; the model is looked at when the run starts."""
         if isinstance(data, str) and data not in ("val", "train"):
             raise ValueError(f'`data` must be "val", "train" or an iterable of batches; got {data!r}.')
+        if not isinstance(data, Iterable) or isinstance(data, Iterator):
+            raise ValueError(
+                f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}."
+            )
         for argument, value in (("max_samples", max_samples), ("every_n_validations", every_n_validations)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{argument}` must be at least 1; got {value}.")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{argument}` must be a whole number, at least 1; got {value!r}.")
         self.layer = layer
         self.classifier = classifier
         self.data = data
-        self.max_samples = _TRAINING_SAMPLES if max_samples is None and data == "train" else max_samples
+        self.max_samples = max_samples
         self.every_n_validations = every_n_validations
         self.target = target
         self.loss = as_loss(loss)
@@ -94,7 +96,7 @@ class FlatnessMonitor(Callback):
         self._values: dict[str, float] = {}  # of this validation
         self._failed = False  # in this validation
         self._refused = False  # in this run: the tail is not one that can be measured
-        self._warned: set[str] = set()
+        self._told: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor of the same keys; forget what an earlier run found out about a model."""
@@ -110,6 +112,11 @@ class FlatnessMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch."""
         Tap(pl_module, self.layer, self.classifier, self.loss)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the names of the modules where there is no training."""
+        if trainer.state.fn != "fit":
+            Tap(pl_module, self.layer, self.classifier, self.loss)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the tap if this validation is to be measured."""
@@ -159,6 +166,7 @@ class FlatnessMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the tap, and log the means over all samples of all processes."""
+        layer, classifier = (self._tap.layer, self._tap.classifier) if self._tap else (None, None)
         self._close()
         if not self._due:
             return
@@ -166,6 +174,7 @@ class FlatnessMonitor(Callback):
         self._refused = trainer.strategy.reduce_boolean_decision(self._refused, all=False)
         if trainer.strategy.reduce_boolean_decision(self._failed, all=False):
             return
+        self._tell(f"FlatnessMonitor measures `{layer}` up to `{classifier or 'the logits'}`.")
         with self._guarded():
             self._log_evaluations(trainer, pl_module)
         if trainer.strategy.reduce_boolean_decision(self._failed, all=False):
@@ -178,6 +187,12 @@ class FlatnessMonitor(Callback):
         self._evaluations = [Evaluation(pl_module.device) for _ in range(count)]
         if self.data == "val":
             self._tap.__enter__()
+
+    def _tell(self, news: str) -> None:
+        """Say on the first process, once, which of several networks or branches it is."""
+        if news not in self._told:
+            self._told.add(news)
+            rank_zero_info(news)
 
     def _log_evaluations(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for index, evaluation in enumerate(self._evaluations):
@@ -204,7 +219,8 @@ class FlatnessMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint."""
-        return self._generate_state_key(name=self.name, layer=self.layer)
+        data = self.data if isinstance(self.data, str) else "given"
+        return self._generate_state_key(name=self.name, data=data, layer=self.layer, classifier=self.classifier)
 
     @property
     def alerts(self) -> list[Alert]:
@@ -240,10 +256,8 @@ class FlatnessMonitor(Callback):
 
     def _samples_left(self, trainer: Trainer, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""
-        limits = [share_of(trainer, loader)] if trainer.world_size > 1 else []
-        limits += [] if self.max_samples is None else [part_of(self.max_samples, trainer)]
-        known = [limit for limit in limits if limit is not None]
-        return max(0, min(known) - self._evaluations[loader].samples) if known else None
+        limit = allowance(trainer, loader, self.max_samples)
+        return None if limit is None else max(0, limit - self._evaluations[loader].samples)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -261,8 +275,8 @@ class FlatnessMonitor(Callback):
         self._refused = self._refused or isinstance(error, UnsupportedTailError)
         # How much memory is left differs each time, and is no news.
         kind = type(error).__name__ if isinstance(error, torch.OutOfMemoryError) else str(error)
-        if kind not in self._warned:
-            self._warned.add(kind)
+        if kind not in self._told:
+            self._told.add(kind)
             # On the process where it happened: the first one may know nothing of it.
             warnings.warn(f"FlatnessMonitor did not measure: {error}", stacklevel=2)
 
@@ -273,16 +287,8 @@ class FlatnessMonitor(Callback):
 
     def _measure_own(self, tap: Tap, trainer: Trainer, pl_module: LightningModule) -> None:
         with undisturbed(pl_module):
-            batches, limit = self._own_batches(trainer)
+            batches, limit = own_batches(self.data, trainer, self.max_samples)
             for factors in batch_factors(
                 tap, network(pl_module), moved(batches, trainer, pl_module), limit, self.target
             ):
                 self._evaluations[0].update(factors)
-
-    def _own_batches(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
-        """Return the batches that this process measures, and how many samples of them."""
-        if self.data == "train":
-            return training_probe(trainer, self.max_samples or _TRAINING_SAMPLES), None
-        if self.max_samples is None:  # every process takes its turn
-            return islice(self.data, trainer.global_rank, None, trainer.world_size), None
-        return self.data if trainer.is_global_zero else (), self.max_samples

@@ -44,6 +44,7 @@ class Evaluation:
 
     def __init__(self, device: torch.device) -> None:
         """Start with no samples."""
+        device = torch.device("cpu") if device.type == "mps" else device
         # A metric with several values names them below its own key.
         metrics: dict[str, Metric] = {
             "flatness/relative": RelativeFlatness(),
@@ -62,6 +63,8 @@ class Evaluation:
 
     def update(self, factors: TailFactors) -> None:
         """Add the samples of one batch."""
+        if factors.logits.device.type == "mps":  # which has no float64
+            factors = factors.cpu()
         for metric in (*self._metrics.values(), self._correlation):
             metric.update(factors)
         self.samples += len(factors)

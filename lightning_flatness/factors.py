@@ -83,6 +83,12 @@ class TailFactors:
         }
         return replace(self, **changes)
 
+    def cpu(self) -> TailFactors:
+        """Return the same factors on the CPU."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        changes: dict[str, Any] = {name: value.cpu() for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changes)
+
     def select(self, samples: slice) -> TailFactors:
         """Return the factors of some of the samples."""
         per_sample = ("inputs", "jacobian", "bend", "features", "logits", "target")

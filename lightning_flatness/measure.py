@@ -88,6 +88,7 @@ def measure(
     classifier: str | None = None,
     max_samples: int | None = None,
     per_sample: bool = False,
+    target: Callable[[Any], Tensor] | None = None,
     loss: str | nn.Module | Loss = "cross_entropy",
 ) -> FlatnessReport:
     """Measure the exact Hessian trace and relative flatness of a convolution under global pooling.
@@ -96,11 +97,12 @@ def measure(
 
     Args:
         model: any module; called with the inputs of a batch.
-        batches: of (inputs, class indices); a `DataLoader` is one.
+        batches: of (inputs, targets); a `DataLoader` is one.
         layer: name of the convolution; None: the last one that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
         max_samples: stop after so many samples; None: all.
         per_sample: also keep the values of every sample.
+        target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
             `nn.BCEWithLogitsLoss` that is used.
 
@@ -124,7 +126,7 @@ def measure(
     evaluation = Evaluation(device_of(model))
     parts: list[dict[str, Tensor]] = []
     with undisturbed(model):
-        for factors in batch_factors(tap, model, batches, max_samples):
+        for factors in batch_factors(tap, model, batches, max_samples, target):
             evaluation.update(factors)
             if per_sample:
                 parts.append({name: getattr(factors, name) for name in _QUANTITIES})
@@ -141,7 +143,11 @@ def measure(
         hessian_trace=values["flatness/trace"],
         scale_free_flatness=values["flatness/scale_free"],
         confidence=values["flatness/confidence"],
-        margins={key.removeprefix("margin/"): value for key, value in values.items() if key.startswith("margin/")},
+        margins={
+            key.removeprefix("margin/"): value
+            for key, value in values.items()
+            if key.startswith("margin/") and key not in ("margin/softmax_mean", "margin/bound")
+        },
         samples={name: torch.cat([part[name] for part in parts]) for name in _QUANTITIES} if per_sample else None,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
 _SEED = 0
+TRAINING_SAMPLES = 1024
 
 
 def training_probe(trainer: Trainer, samples: int) -> DataLoader[Any]:
@@ -57,9 +59,21 @@ def share_of(trainer: Trainer, loader: int) -> int | None:
     return len(range(sampler.rank, len(cast(Sized, sampler.dataset)), sampler.num_replicas))
 
 
-def part_of(total: int, trainer: Trainer) -> int:
-    """Return this process's part of a number of samples that all processes share."""
-    return len(range(trainer.global_rank, total, trainer.world_size))
+def allowance(trainer: Trainer, loader: int, max_samples: int | None) -> int | None:
+    """Return how many samples of a validation loader this process may measure; None: all that it gets."""
+    limits = [share_of(trainer, loader)] if trainer.world_size > 1 else []
+    if max_samples is not None:
+        limits.append(len(range(trainer.global_rank, max_samples, trainer.world_size)))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def own_batches(data: Any, trainer: Trainer, max_samples: int | None) -> tuple[Iterable[Any], int | None]:
+    """Return the batches of its own that the monitor measures in this process, and how many samples of them."""
+    if isinstance(data, str):
+        return training_probe(trainer, max_samples or TRAINING_SAMPLES), None
+    if max_samples is None:  # every process takes its turn
+        return islice(data, trainer.global_rank, None, trainer.world_size), None
+    return data if trainer.is_global_zero else (), max_samples
 
 
 def moved(batches: Any, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:

@@ -192,10 +192,9 @@ class Tap:
             raise UnsupportedTailError(f"Recording the forward pass failed: {failure!r}") from failure
         if self._tape is None or self._running is None or self._weights is None:
             wanted = f"the convolution `{self.layer}`" if self.layer else "a convolution on a map larger than 1 x 1"
-            raise UnsupportedTailError(
-                f"A forward pass must run {wanted}; none did. Convolutions of the model: {self._names(CONVOLUTIONS)}. "
-                "Name one that runs with `layer=...`."
-            )
+            there = self._names(CONVOLUTIONS)
+            remedy = f"Name one that runs with `layer=...`: {there}." if there else "The model has no convolution."
+            raise UnsupportedTailError(f"A forward pass must run {wanted}; none did. {remedy}")
         if self.classifier is None:
             call = choose_classifier(self._tape, self._running, self._calls, self._outputs)
         else:

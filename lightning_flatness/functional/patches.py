@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class ConvGeometry(NamedTuple):
     @classmethod
     def of(cls, convolution: nn.Module) -> ConvGeometry:
         """Read the geometry of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
-        conv = convolution
+        conv: Any = convolution
         span = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         if conv.padding == "same":
             padding = [(total // 2, total - total // 2) for total in span]
@@ -58,13 +58,13 @@ class ConvGeometry(NamedTuple):
         # F.pad counts from the last dimension backwards.
         return F.pad(inputs, [side for pair in reversed(self.padding) for side in pair], mode=mode)
 
-    def padded_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def padded_shape(self, shape: torch.Size) -> torch.Size:
         """Return the padded input's spatial shape."""
-        return tuple(size + sum(pair) for size, pair in zip(shape, self.padding, strict=True))
+        return torch.Size(size + sum(pair) for size, pair in zip(shape, self.padding, strict=True))
 
-    def output_shape(self, padded: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, padded: torch.Size) -> torch.Size:
         """Return the map's shape for a padded input's spatial shape."""
-        return tuple(
+        return torch.Size(
             (size - d * (k - 1) - 1) // s + 1
             for size, k, s, d in zip(padded, self.kernel, self.stride, self.dilation, strict=True)
         )
@@ -147,7 +147,7 @@ def _sum_along_diagonal(gram: Tensor, axis: int, geometry: ConvGeometry) -> Tens
     return total
 
 
-def _at(dims: tuple[int, int], part: slice) -> tuple[slice, ...]:
+def _at(dims: tuple[int, int], part: slice) -> Any:  # an index
     return tuple(part if dim in dims else slice(None) for dim in range(max(dims) + 1))
 
 
@@ -200,7 +200,7 @@ def _gradient_rows(inputs: Tensor, jacobian: Tensor, geometry: ConvGeometry) -> 
     n, filters, positions = jacobian.shape
     padded = geometry.pad(inputs).unflatten(1, (geometry.groups, -1))
     grouped = jacobian.reshape(n, geometry.groups, filters // geometry.groups, positions)
-    shape = geometry.output_shape(tuple(padded.shape[3:]))
+    shape = geometry.output_shape(padded.shape[3:])
     columns = []
     for offset in product(*map(range, geometry.kernel)):
         window = (
@@ -214,7 +214,7 @@ def _gradient_rows(inputs: Tensor, jacobian: Tensor, geometry: ConvGeometry) -> 
 def _patch_gram_operations(inputs: Tensor, geometry: ConvGeometry) -> tuple[int, int]:
     """Return the operations per sample of the two ways to `T`: shifted views, multiplied patches."""
     channels, *space = inputs.shape[1:]
-    padded = geometry.padded_shape(tuple(space))
+    padded = geometry.padded_shape(torch.Size(space))
     seen = space if geometry.padding_mode == "zeros" else padded
     outputs = geometry.output_shape(padded)
     weights, positions, numbers = channels * prod(geometry.kernel), prod(outputs), prod(seen) ** 2

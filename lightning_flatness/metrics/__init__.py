@@ -3,7 +3,6 @@
 from lightning_flatness.metrics.correlation import FlatnessMarginCorrelation
 from lightning_flatness.metrics.flatness import (
     AffineHessianTrace,
-    Confidence,
     FlatnessFactors,
     HessianTrace,
     RelativeFlatness,
@@ -13,7 +12,6 @@ from lightning_flatness.metrics.margin import MarginBound, MarginStatistics, Sof
 
 __all__ = [
     "AffineHessianTrace",
-    "Confidence",
     "FlatnessFactors",
     "FlatnessMarginCorrelation",
     "HessianTrace",

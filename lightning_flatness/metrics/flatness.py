@@ -91,12 +91,6 @@ class RelativeFlatness(SampleMean):
     quantity = "relative_flatness"
 
 
-class Confidence(SampleMean):
-    """Mean of `1 - |S|^2`, see `functional.confidence`; lower is more confident, and flatter."""
-
-    quantity = "confidence"
-
-
 class AffineHessianTrace(SampleMean):
     """Mean Hessian trace of the affine classifier (ACEHT), see `functional.affine_hessian_trace`; lower is flatter."""
 

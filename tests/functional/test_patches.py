@@ -57,7 +57,7 @@ def test_patches_times_filters_is_the_convolution(name: str) -> None:
     filters = conv.weight.reshape(geometry.groups, 8 // geometry.groups, -1)
     z = torch.einsum("ngsd,gkd->ngks", patches(x, geometry), filters).flatten(1, 2)
     expected = conv(x)
-    assert geometry.output_shape(tuple(geometry.pad(x).shape[2:])) == tuple(expected.shape[2:])
+    assert geometry.output_shape(geometry.pad(x).shape[2:]) == tuple(expected.shape[2:])
     assert_same(z + conv.bias[:, None], expected.flatten(2))
 
 

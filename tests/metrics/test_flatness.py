@@ -12,7 +12,6 @@ from metrics.checks import check, factors, split, value_of
 import lightning_flatness.functional as LF
 from lightning_flatness.metrics import (
     AffineHessianTrace,
-    Confidence,
     FlatnessFactors,
     HessianTrace,
     RelativeFlatness,
@@ -20,7 +19,7 @@ from lightning_flatness.metrics import (
 )
 from lightning_flatness.metrics.flatness import SampleMean
 
-MEANS = (AffineHessianTrace, Confidence, HessianTrace, RelativeFlatness)
+MEANS = (AffineHessianTrace, HessianTrace, RelativeFlatness)
 
 
 @pytest.mark.parametrize("metric", [*MEANS, FlatnessFactors, ScaleFreeFlatness])

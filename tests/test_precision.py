@@ -1,0 +1,131 @@
+"""How exact the values are in each precision of the Trainer; the bounds are those of docs/robustness.md."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from networks import Net, conv2d, residual
+from test_callback import trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_flatness import FlatnessMonitor
+from lightning_flatness.evaluation import Evaluation
+from lightning_flatness.measure import batch_factors, undisturbed
+from lightning_flatness.tap import Tap
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: Net(conv2d(32, inputs=16), head=nn.Linear(32, 10)),
+    "residual": lambda: Net(conv2d(32, inputs=32), tail=residual, head=nn.Linear(32, 10)),
+    "silu": lambda: Net(conv2d(32, inputs=16), nn.SiLU(inplace=True), head=nn.Linear(32, 10)),
+}
+
+
+class Bounds(NamedTuple):
+    """Largest deviations, relative to the value; for a margin relative to the spread of the margins."""
+
+    arithmetic: float  # from float64 arithmetic on the same recorded tensors
+    model: float  # from a float64 model of the same weights on the same images
+
+
+BOUNDS = {
+    "64-true": Bounds(1e-12, 1e-9),
+    "32-true": Bounds(1e-5, 1e-3),
+    "channels_last": Bounds(1e-5, 1e-3),
+    "16-mixed": Bounds(1e-5, 0.1),
+    "bf16-mixed": Bounds(1e-5, 0.1),
+    "16-true": Bounds(1e-5, 0.1),
+    "bf16-true": Bounds(1e-5, 0.1),
+}
+SHAPES = {"margin/skewness", "flatness/margin_correlation", "margin/negative"}  # of order one: absolute
+
+
+class Classifier(LightningModule):
+    def __init__(self, build: Callable[[], nn.Module], spread: float, x: Tensor, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.net = build()
+        with torch.no_grad():
+            scale = spread / self.net(x).std()
+            self.net.head.weight.mul_(scale), self.net.head.bias.mul_(scale)
+        self.net.to(memory_format=layout)
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.contiguous(memory_format=self.layout))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.001)
+
+
+class Twofold(Evaluation):
+    """Also adds up what float64 arithmetic makes of the same tensors."""
+
+    exact: Evaluation
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        Twofold.exact = Evaluation(device)
+
+    def update(self, factors: Any) -> None:
+        super().update(factors)
+        self.exact.update(factors.to(torch.float64))
+
+
+def deviation(values: dict[str, Any], exact: dict[str, Any]) -> float:
+    spread = float(exact["margin/std"])
+    scales = {
+        key: 1.0 if key in SHAPES else spread if "margin" in key else float(value) for key, value in exact.items()
+    }
+    return max(abs(float(values[key]) - float(exact[key])) / abs(scales[key]) for key in exact)
+
+
+def float64_values(module: Classifier, loader: DataLoader) -> dict[str, Tensor]:
+    model, evaluation = copy.deepcopy(module).double(), Evaluation(torch.device("cpu"))
+    with undisturbed(model):
+        for factors in batch_factors(Tap(model), model, [(x.double(), y) for x, y in loader]):
+            evaluation.update(factors)
+    return evaluation.compute()
+
+
+def deviations(folder: Any, precision: str, build: Callable[[], nn.Module], spread: float) -> Bounds:
+    """Measure a network whose logits have this standard deviation."""
+    channels_last = precision == "channels_last"
+    x, y = torch.randn(96, 2, 7, 7), torch.randint(10, (96,))
+    data = DataLoader(TensorDataset(x.double() if precision == "64-true" else x, y), batch_size=32)
+    module = Classifier(build, spread, x, torch.channels_last if channels_last else torch.contiguous_format)
+    run = trainer(folder, FlatnessMonitor(strict=True), precision="32-true" if channels_last else precision)
+    run.fit(module, data, data)
+    logged = {key: run.callback_metrics[key] for key in Twofold.exact.compute()}
+    return Bounds(deviation(logged, Twofold.exact.compute()), deviation(logged, float64_values(module, data)))
+
+
+@pytest.mark.filterwarnings("ignore:.*precision.*:UserWarning")
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_bounds(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, precision: str, build: Callable[[], nn.Module], spread: float
+) -> None:
+    monkeypatch.setattr("lightning_flatness.callback.Evaluation", Twofold)
+    found, bounds = deviations(tmp_path, precision, build, spread), BOUNDS[precision]
+    assert found.arithmetic < bounds.arithmetic
+    assert found.model < bounds.model
+
+
+def test_the_page_states_these_bounds() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "robustness.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.e-]+) \|[^|]*\| ([\d.e-]+) \|", page, re.MULTILINE)
+    assert {name: Bounds(float(a), float(b)) for name, a, b in rows} == BOUNDS
