@@ -28,7 +28,7 @@ GOOD: dict[str, tuple[Any, Any, int, Any]] = {
 }
 BAD: dict[str, tuple[Any, Any, int, str]] = {
     "no tensor": ("cross_entropy", [1, 0], 2, "must be a tensor; got list"),
-    "truth values": ("cross_entropy", SOFT[:, 0] > 0.5, 2, r"integer class indices of shape \(2,\) or .*; got torch.bool"),
+    "truth values": ("cross_entropy", SOFT[:, 0] > 0.5, 2, r"class indices of shape \(2,\) or .*; got torch.bool"),
     "one-hot integers": ("cross_entropy", SOFT.long(), 2, r"shape \(2,\) or .*; got torch.int64 of shape \(2, 2\)"),
     "floating indices": (
         "cross_entropy",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness import FlatnessMonitor
 from lightning_flatness.evaluation import Evaluation
+from lightning_flatness.factors import TailFactors
 from lightning_flatness.measure import batch_factors, undisturbed
 from lightning_flatness.tap import Tap
 
@@ -30,7 +31,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Bounds(NamedTuple):
-    """Largest deviations, relative to the value; for a margin relative to the spread of the margins."""
+    """Largest deviations: of a value relative to it, of a margin relative to the spread of the margins."""
 
     arithmetic: float  # from float64 arithmetic on the same recorded tensors
     model: float  # from a float64 model of the same weights on the same images
@@ -45,7 +46,7 @@ BOUNDS = {
     "16-true": Bounds(1e-5, 0.1),
     "bf16-true": Bounds(1e-5, 0.1),
 }
-SHAPES = {"margin/skewness", "flatness/margin_correlation", "margin/negative"}  # of order one: absolute
+OF_ORDER_ONE = {"margin/skewness", "flatness/margin_correlation", "margin/negative"}
 
 
 class Classifier(LightningModule):
@@ -77,27 +78,43 @@ class Twofold(Evaluation):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        Twofold.exact = Evaluation(device)
+        Twofold.exact = Scaled(device)
 
-    def update(self, factors: Any) -> None:
+    def update(self, factors: TailFactors) -> None:
         super().update(factors)
         self.exact.update(factors.to(torch.float64))
 
 
-def deviation(values: dict[str, Any], exact: dict[str, Any]) -> float:
-    spread = float(exact["margin/std"])
-    scales = {
-        key: 1.0 if key in SHAPES else spread if "margin" in key else float(value) for key, value in exact.items()
-    }
-    return max(abs(float(values[key]) - float(exact[key])) / abs(scales[key]) for key in exact)
+class Scaled(Evaluation):
+    """Also says how large what is added up is: the trace of a curved tail is a sum of both signs."""
+
+    traces = 0.0
+
+    def update(self, factors: TailFactors) -> None:
+        super().update(factors)
+        self.traces += float(factors.hessian_trace.abs().sum())
+
+    def deviation(self, values: Mapping[str, Tensor]) -> float:
+        """The largest one of `values` from those of this evaluation."""
+        exact = self.compute()
+
+        def scale(key: str) -> float:
+            if key in OF_ORDER_ONE:
+                return 1.0
+            if key == "flatness/trace":
+                return self.traces / self.samples
+            return float(exact["margin/std"] if key.startswith("margin") else exact[key])
+
+        return max(abs(float(values[key]) - float(exact[key])) / scale(key) for key in exact)
 
 
-def float64_values(module: Classifier, loader: DataLoader) -> dict[str, Tensor]:
-    model, evaluation = copy.deepcopy(module).double(), Evaluation(torch.device("cpu"))
+def of_float64(module: Classifier, loader: DataLoader) -> Scaled:
+    """What a float64 model of the same weights gives on the same images."""
+    model, evaluation = copy.deepcopy(module).double(), Scaled(torch.device("cpu"))
     with undisturbed(model):
         for factors in batch_factors(Tap(model), model, [(x.double(), y) for x, y in loader]):
             evaluation.update(factors)
-    return evaluation.compute()
+    return evaluation
 
 
 def deviations(folder: Any, precision: str, build: Callable[[], nn.Module], spread: float) -> Bounds:
@@ -108,8 +125,8 @@ def deviations(folder: Any, precision: str, build: Callable[[], nn.Module], spre
     module = Classifier(build, spread, x, torch.channels_last if channels_last else torch.contiguous_format)
     run = trainer(folder, FlatnessMonitor(strict=True), precision="32-true" if channels_last else precision)
     run.fit(module, data, data)
-    logged = {key: run.callback_metrics[key] for key in Twofold.exact.compute()}
-    return Bounds(deviation(logged, Twofold.exact.compute()), deviation(logged, float64_values(module, data)))
+    exact, model = Twofold.exact, of_float64(module, data)
+    return Bounds(exact.deviation(run.callback_metrics), model.deviation(run.callback_metrics))
 
 
 @pytest.mark.filterwarnings("ignore:.*precision.*:UserWarning")
