@@ -310,3 +310,18 @@ def test_validation_calls_the_network_as_it_likes(tmp_path: Any, step: Any, refu
     assert sum("FlatnessMonitor" in str(warning.message) for warning in caught) == 1
     assert not KEYS & set(run.callback_metrics)
     assert (run.current_epoch, hooks(module)) == (3, 0)
+
+
+@pytest.mark.parametrize("last", ["net", "teacher"])
+def test_of_two_networks_the_last_to_run_is_measured_or_the_named_one(tmp_path: Any, last: str) -> None:
+    module = classifier()
+    module.teacher = Blocks().double()
+    order = ["teacher", "net"] if last == "net" else ["net", "teacher"]
+    module.step = lambda m, batch: sum(F.cross_entropy(m.get_submodule(name)(batch[0]), batch[1]) for name in order)
+    named = FlatnessMonitor(layer="net.tail.conv2", classifier="net.head", name="named", strict=True)
+    run = trainer(tmp_path, FlatnessMonitor(strict=True), named)
+    run.validate(module, verbose=False)
+    student = report_of(module, module.val_dataloader())
+    assert_same(values_of(run, "/named"), student)
+    module.net = module.teacher
+    assert_same(values_of(run), student if last == "net" else report_of(module, module.val_dataloader()))

@@ -103,11 +103,12 @@ def records(path: Path) -> Iterator[Any]:
             message = b""
 
 
-def test_wandb_has_an_alert_of_the_run() -> None:
+def test_wandb_has_an_alert_of_the_run(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
-    fitted(WandbLogger(offline=True, save_dir="."))
+    wandb.teardown()  # of an earlier test, with another working directory
+    fitted(WandbLogger(offline=True, save_dir=tmp_path))
     wandb.teardown()  # its process has written the file only when it has ended
-    (path,) = Path("wandb").glob("offline-run-*/*.wandb")
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     alerts = [record.alert for record in records(path) if record.HasField("alert")]
     assert [(each.title, each.text, each.level) for each in alerts] == [
         (f"{KEY} at step {step}", f"{REASON} {DONE}", "WARN") for step in (2, 4)
