@@ -71,8 +71,9 @@ def checked_targets(target: Any, samples: int, classes: int, loss: LF.Loss, look
         ValueError: if they are none of these or outside of their range, or the number of logits does not fit the loss.
     """
     _check_weights(loss, classes)
-    if not isinstance(target, Tensor):
-        raise ValueError(f"Targets must be a tensor; got {type(target).__name__}. Say how to get it: `target=...`.")
+    if not isinstance(target, Tensor) or target.layout != torch.strided:
+        came = getattr(target, "layout", type(target).__name__)
+        raise ValueError(f"Targets must be a dense tensor; got {came}. Say how to get it: `target=...`.")
     binary = isinstance(loss, LF.BinaryCrossEntropy)
     if binary and target.shape == (samples,) and classes == 1:
         target = target.unsqueeze(1)

@@ -58,24 +58,38 @@ def certify(recording: Recording, generic: bool = True) -> Certificate:
 
     Args:
         recording: of one forward pass.
-        generic: certify at a random point, where every activation is alive; False: at the recorded values.
+        generic: certify at random points, where every activation is alive; False: at the recorded values.
 
     Raises:
         UnsupportedTailError: if any of it does not hold; the message has the path and the step.
     """
     try:
         _check_modules(recording)
-        return _certified(recording, torch.Generator().manual_seed(0), generic)
+        generator = torch.Generator().manual_seed(0)
+        if not generic:
+            return _certified(recording, recorded_points(recording), generator)
+        # Neighbours in turn, all up, all down: what two of them share shows only where both are alive.
+        first, *others = (
+            _certified(recording, _generic_points(recording, generator, side), generator) for side in (0, 1, -1)
+        )
+        for other in others:
+            alive = ~(_dead(first) | _dead(other))
+            if (first.channels != other.channels)[alive].any():
+                raise refusal(recording, "which feature a filter reaches depends on the values")
+        return first
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # TapeError, or an operation without a derivative
         raise refusal(recording, str(error)) from error
 
 
-def _certified(recording: Recording, generator: torch.Generator, generic: bool) -> Certificate:
-    points = recorded_points(recording)
-    if generic:
-        points = {slot: _generic_point(point.detach(), generator) for slot, point in points.items()}
+def _dead(certificate: Certificate) -> Tensor:
+    return (
+        torch.zeros_like(certificate.channels, dtype=torch.bool) if certificate.silent is None else certificate.silent
+    )
+
+
+def _certified(recording: Recording, points: dict[int, Tensor], generator: torch.Generator) -> Certificate:
     features = replayed_features(recording, points)
     gradients = torch.autograd.grad(features.sum(), list(points.values()), retain_graph=True, allow_unused=True)
     used = [i for i, gradient in enumerate(gradients) if gradient is not None]
@@ -118,13 +132,17 @@ def recorded_points(recording: Recording) -> dict[int, Tensor]:
     return {slot: raised(tape.value(constant)).requires_grad_() for slot, constant, _ in recording.roots}
 
 
-def _generic_point(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Return `value` shaken up and down in turn by 0.1 to 10 times its spread, to wake every activation."""
+def _generic_points(recording: Recording, generator: torch.Generator, side: int) -> dict[int, Tensor]:
+    return {slot: _shaken(p.detach(), generator, side) for slot, p in recorded_points(recording).items()}
+
+
+def _shaken(value: Tensor, generator: torch.Generator, side: int) -> Tensor:
+    """Return `value` moved by 0.1 to 10 times its spread to wake activations: up (1), down (-1) or in turn (0)."""
     flat = value.flatten(2)
     spread = (flat.std((0, 2)) if flat[:, 0].numel() > 1 else flat.abs().flatten()).mean()
     parity = torch.arange(flat[0, 0].numel()) + torch.arange(len(flat)).reshape(-1, 1, 1)
     flip, decade = torch.rand((2, *flat.shape), generator=generator, dtype=torch.float64)
-    sign = (flip[:1, :, :1] - 0.5).sign() * (1 - 2 * (parity % 2))
+    sign = side or (flip[:1, :, :1] - 0.5).sign() * (1 - 2 * (parity % 2))
     shake = (sign * 10 ** (2 * decade - 1)).to(value).reshape(value.shape)
     return (value + torch.where(spread > 0, spread, 1.0) * shake).requires_grad_()
 
@@ -186,11 +204,11 @@ def _breaking_step(recording: Recording, used: int) -> str:
     generator = torch.Generator().manual_seed(1)
     slot = recording.roots[used][0]
     for end, operation in enumerate(recording.tape.operations[: recording.classifier.end], start=1):
-        points = {s: _generic_point(p.detach(), generator) for s, p in recorded_points(recording).items()}
+        points = _generic_points(recording, generator, 0)
         outputs = recording.tape.replay(points, end)
         for result in operation.results:
             output = outputs[result]
-            if not output.requires_grad or output.dim() < 2 or len(output) != len(points[slot]):
+            if not output.numel() or not output.requires_grad or output.dim() < 2 or len(output) != len(points[slot]):
                 continue
             if _channel_map(output, points[slot], generator)[0] is None:
                 return f"step {end}, `{operation.name}`, mixes them (its output has shape {tuple(output.shape)})"

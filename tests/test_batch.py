@@ -27,7 +27,7 @@ GOOD: dict[str, tuple[Any, Any, int, Any]] = {
     "no sample": ("cross_entropy", INDICES[:0], 2, INDICES[:0]),
 }
 BAD: dict[str, tuple[Any, Any, int, str]] = {
-    "no tensor": ("cross_entropy", [1, 0], 2, "must be a tensor; got list"),
+    "no tensor": ("cross_entropy", [1, 0], 2, "must be a dense tensor; got list"),
     "truth values": ("cross_entropy", SOFT[:, 0] > 0.5, 2, r"class indices of shape \(2,\) or .*; got torch.bool"),
     "one-hot integers": ("cross_entropy", SOFT.long(), 2, r"shape \(2,\) or .*; got torch.int64 of shape \(2, 2\)"),
     "floating indices": (
