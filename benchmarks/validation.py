@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "resnet20": Setting("ResNet-20 (16-32-64), 32 x 32", networks.resnet20, 32, 256, 10),
     "resnet18": Setting("ResNet-18, 64 x 64", lambda: networks.resnet18(10), 64, 256, 10),
-    "resnet18-stem": Setting("ResNet-18 with a 3 x 3 stem, 64 x 64", lambda: networks.resnet18(10, False), 64, 64, 10),
+    "resnet18-stem": Setting("ResNet-18 with a 3 x 3 stem, 64 x 64", lambda: networks.resnet18(10, False), 64, 32, 10),
 }
 
 
