@@ -135,7 +135,7 @@ def test_batches_side_by_side_are_one_warning(tmp_path: Any) -> None:
     loaders = CombinedLoader([DataLoader(images(5, i), batch_size=4) for i in range(2)], "max_size_cycle")
     module = Classifier(lambda m, batch: m.loss(batch[0]))
     run = trainer(tmp_path, FlatnessMonitor(), max_epochs=3, num_sanity_val_steps=0)
-    with pytest.warns(UserWarning, match="Targets must be a tensor; got list") as caught:
+    with pytest.warns(UserWarning, match="Targets must be .* got list") as caught:
         run.fit(module, val_dataloaders=loaders)
     assert sum("FlatnessMonitor" in str(warning.message) for warning in caught) == 1
 
@@ -245,4 +245,4 @@ def test_twenty_validations_leave_nothing(tmp_path: Any) -> None:
     assert [row.validations for row in rows] == [5, 10, 15, 20]
     for name in ("hooks", "tensors", "with_graph", "files", "modes"):
         assert len({getattr(row, name) for row in rows[1:]}) == 1, (name, rows)
-    assert rows[-1].hooks == rows[-1].with_graph == rows[-1].modes == 0
+    assert rows[-1].hooks == rows[-1].modes == 0
