@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning_utilities.core import rank_zero
 from test_callback import Classifier, given_batches, images, trainer
 from test_sinks import records
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
@@ -145,9 +146,10 @@ def with_images_of_the_second(change: Callable[[torch.Tensor], torch.Tensor]) ->
 def log() -> Iterator[Path]:
     """What Lightning and its callbacks log, in all processes."""
     handler = logging.FileHandler("log.txt")
-    logging.getLogger("lightning.pytorch").addHandler(handler)
+    logger = rank_zero.log  # of `lightning`, or of `pytorch_lightning` where a test has imported that
+    logger.addHandler(handler)
     yield Path("log.txt")
-    logging.getLogger("lightning.pytorch").removeHandler(handler)
+    logger.removeHandler(handler)
     handler.close()
 
 
