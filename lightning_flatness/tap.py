@@ -258,7 +258,9 @@ class Tap:
             self._restart()
             self._tape, self._running = Tape(), name
             self._weights = weights_of(module)
-            self._tape.forbid(cast(Tensor, module.weight))
+            for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
+                if weight.dim() > 1:
+                    self._tape.forbid(weight)
             self._tape.start()
         self._ran.add(name)
         if name == self._running:

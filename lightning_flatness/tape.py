@@ -44,7 +44,7 @@ class Tape:
         self._slots: dict[int, int] = {}  # id of a live tensor -> slot
         self._alive: list[Tensor] = []  # keeps ids from being given to other tensors
         self._dependent_storages: set[int] = set()
-        self._forbidden_storages: set[int] = set()
+        self._forbidden: dict[int, Tensor] = {}  # by storage; alive, or their memory would be given to others
         self._kept: list[_Kept] = []
         self._kept_ids: dict[int, int] = {}  # id of a kept tensor -> constant that has its present value
         self._roots: dict[int, int] = {}  # slot -> constant
@@ -82,7 +82,7 @@ class Tape:
 
     def forbid(self, tensor: Tensor) -> None:
         """Doubt the record from the moment on when the network reads this memory."""
-        self._forbidden_storages.add(_storage(tensor))
+        self._forbidden[_storage(tensor)] = tensor
 
     def doubt(self, end: int) -> str | None:
         """Return why the first `end` operations are not all that the network did with the roots; None if they are."""
@@ -181,7 +181,7 @@ class Tape:
             recorded = (transform(args, self._encode), transform(kwargs, self._encode))
         elif any(_storage(tensor) in self._dependent_storages for tensor in read):
             self._note(f"`{func}` reads memory of the tail through a tensor that was made outside it")
-        if any(_storage(tensor) in self._forbidden_storages for tensor in read):
+        if any(_storage(tensor) in self._forbidden for tensor in read):
             self._note(f"`{func}` uses the weight of the convolution once more")
         if func._schema.is_mutable:
             self._preserve(func, args, kwargs)

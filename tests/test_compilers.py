@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Net, conv2d
 from test_callback import KEYS, Classifier, Network, assert_same, everything, hooks, report_of, trainer, values_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
-from lightning_flatness import FlatnessMonitor
+from lightning_flatness import FlatnessMonitor, measure
+from lightning_flatness.tail import UnsupportedTailError
+from lightning_flatness.tape import Tape
 
 
 @pytest.fixture(autouse=True)
@@ -325,3 +328,26 @@ def test_of_two_networks_the_last_to_run_is_measured_or_the_named_one(tmp_path: 
     assert_same(values_of(run, "/named"), student)
     module.net = module.teacher
     assert_same(values_of(run), student if last == "net" else report_of(module, module.val_dataloader()))
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, spectral_norm])
+def test_a_computed_weight_that_is_used_again_is_refused(norm: Callable[..., nn.Module]) -> None:
+    def scaled(m: Net, h: Tensor) -> Tensor:
+        return F.relu(m.conv(h) * m.conv.weight.mean((1, 2, 3))[:, None, None])
+
+    model = Net(norm(conv2d()), tail=scaled).eval()
+    with pytest.raises(UnsupportedTailError, match="once more"):
+        measure(model, [(torch.randn(4, 2, 5, 5), torch.randint(3, (4,)))])
+
+
+def test_memory_of_a_computed_weight_may_be_used_by_others() -> None:
+    """Each access computes the weight anew, and what an earlier one computed is gone."""
+    tape, z = Tape(), torch.ones(1)
+    tape.add_root(z)
+    for size in [2**power for power in range(4, 19)] * 4:
+        tape.forbid(torch.zeros(size))
+        other = torch.ones(size)  # gets the memory that has just become free, if any did
+        tape.start()
+        z + other
+        tape.stop()
+    assert tape.doubt(99) is None
