@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +21,9 @@ CHUNK_BYTES = 64 * 2**20
 class LayerCurvature(NamedTuple):
     """What one pass over the samples yields; the first dimension of every entry is that of the samples."""
 
-    hessian_trace: Tensor
+    filter_energy: Tensor
     relative_flatness: Tensor
-    feature_energy: Tensor
     scaled_flatness: Tensor
-    head_relative_flatness: Tensor
 
 
 @contextmanager
@@ -39,6 +38,22 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+class KernelGram:
+    """Gram matrices of filters; that of the weight before is kept, as weights seldom change between two batches."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._known: tuple[Tensor, Tensor] | None = None
+
+    def of(self, weight: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
+        """Return `W W^T`, shape (k, k)."""
+        # To compare values, the host would have to wait for an accelerator, which multiplies in no time.
+        if self._known is None or weight.is_cuda or not torch.equal(self._known[0], weight):
+            with full_precision(weight.device):
+                self._known = weight, weight @ weight.mT
+        return self._known[1]
+
+
 @dataclass(frozen=True)
 class TailFactors:
     r"""What a network's tail, `z -> ... -> p -> phi = V p + c`, says about one batch.
@@ -49,7 +64,7 @@ class TailFactors:
         bend: `d2 p_{pi(k)} / d z_ks^2`, shape (n, k, s); None where the tail is piecewise linear.
         features: `p`, the input of the classifier, shape (n, j).
         logits: `phi`, shape (n, c).
-        weight: `W`, the convolution's filters as rows, shape (k, d).
+        kernel_gram: `W W^T`, inner products of the convolution's filters, shape (k, k).
         head: `V`, the classifier's weight; the identity if the convolution is the classifier, shape (c, j).
         channels: `pi`, the feature that each filter feeds, shape (k,).
         geometry: of the convolution.
@@ -63,7 +78,7 @@ class TailFactors:
     bend: Float[Tensor, "n k s"] | None
     features: Float[Tensor, "n j"]
     logits: Float[Tensor, "n c"]
-    weight: Float[Tensor, "k d"]
+    kernel_gram: Float[Tensor, "k k"]
     head: Float[Tensor, "c j"]
     channels: Int[Tensor, " k"]
     geometry: LF.ConvGeometry
@@ -100,7 +115,12 @@ class TailFactors:
     @cached_property
     def hessian_trace(self) -> Float[Tensor, " n"]:
         """Per-sample Hessian trace, see `functional.hessian_trace`, with what a curved activation adds."""
-        return self._curvature.hessian_trace
+        trace = LF.hessian_trace(self._filter_energy, self._curvature_diagonal[:, self.channels])
+        if self.bend is None:
+            return trace
+        with full_precision(self.logits.device):
+            added = self._label_term(self.logits.unsqueeze(-1), self._activation_curvature(self.bend))
+        return trace + added.squeeze(1)
 
     @cached_property
     def relative_flatness(self) -> Float[Tensor, " n"]:
@@ -110,7 +130,7 @@ class TailFactors:
     @cached_property
     def feature_energy(self) -> Float[Tensor, " n"]:
         """Per-sample `Tr R`, the squared norm of the features' gradients in the filters."""
-        return self._curvature.feature_energy
+        return self._filter_energy.sum(-1)
 
     @cached_property
     def scaled_flatness(self) -> Float[Tensor, "n t"]:
@@ -135,7 +155,7 @@ class TailFactors:
     @cached_property
     def head_relative_flatness(self) -> Float[Tensor, " n"]:
         """Per-sample relative flatness of the classifier, see `functional.head_relative_flatness`."""
-        return self._curvature.head_relative_flatness
+        return self.features.square().sum(-1) * self._curvature_diagonal.sum(-1)
 
     @cached_property
     def output_margin(self) -> Float[Tensor, " n"]:
@@ -160,59 +180,64 @@ class TailFactors:
     @cached_property
     def kernel_energy(self) -> Float[Tensor, ""]:
         """`|W|_F^2`."""
-        return self.weight.square().sum()
+        return self.kernel_gram.diagonal().sum()
 
     @cached_property
     def _curvature(self) -> LayerCurvature:
-        """Everything that needs the (k, k) matrices, in chunks of samples that stay under `CHUNK_BYTES`."""
-        if not len(self):
-            nothing = self.logits.new_zeros(0)
-            return LayerCurvature(nothing, nothing, nothing, nothing.new_zeros(0, len(LF.TEMPERATURES)), nothing)
-        filters, positions = self.jacobian.shape[1:]
-        classes, unfolded = len(self.head), positions * self.geometry.groups * self.weight.shape[1]
-        numbers = 3 * filters**2 + 2 * self.head.numel() + 2 * classes * filters + unfolded + 2 * positions**2
-        numbers += 3 * classes**2 + 3 * classes * len(LF.TEMPERATURES)
+        return LayerCurvature(*self._by_chunks(TailFactors._chunk_curvature))
+
+    @cached_property
+    def _filter_energy(self) -> Float[Tensor, "n k"]:
+        """`R_kk`, shape (n, k)."""
+        if "_curvature" in self.__dict__:
+            return self._curvature.filter_energy  # found on its way; alone it costs far less than the rest
+        return self._by_chunks(lambda chunk: (chunk._metric.energy(),))[0]
+
+    @cached_property
+    def _curvature_diagonal(self) -> Float[Tensor, "n j"]:
+        """`Q_jj` of all inputs of the classifier, shape (n, j)."""
+        with full_precision(self.logits.device):
+            return self.loss.curvature_diagonal(self.logits, self.head, self.target)
+
+    @property
+    def _metric(self) -> LF.FilterMetric:
+        return LF.FilterMetric(self.kernel_gram, *LF.filter_factors(self.inputs, self.jacobian, self.geometry))
+
+    def _by_chunks(self, function: Callable[[TailFactors], tuple[Tensor, ...]]) -> list[Tensor]:
+        """Return what the function returns, for chunks of samples under `CHUNK_BYTES`, or smaller if memory is short."""
+        classes, filters, temperatures = len(self.head), self.jacobian.shape[1], len(LF.TEMPERATURES)
+        pixels = prod(self.geometry.padded_shape(self.inputs.shape[2:]))
+        weights = self.inputs.shape[1] * prod(self.geometry.kernel)
+        numbers = 3 * (classes + temperatures) * filters + 3 * temperatures * classes
+        numbers += pixels * min(2 * pixels, weights) + 2 * filters * min(pixels, weights)
         step = max(1, CHUNK_BYTES // (numbers * self.jacobian.element_size()))
         with full_precision(self.logits.device):
             while True:
+                starts = range(0, max(1, len(self)), step)
                 try:
-                    return self._curvature_by(step)
+                    parts = [function(self.select(slice(start, start + step))) for start in starts]
+                    return list(map(torch.cat, zip(*parts, strict=True)))
                 except torch.OutOfMemoryError:
                     if step == 1:
                         raise
                     step = (min(step, len(self)) + 1) // 2
 
-    def _curvature_by(self, step: int) -> LayerCurvature:
-        parts = [self.select(slice(start, start + step))._chunk_curvature() for start in range(0, len(self), step)]
-        return LayerCurvature(*map(torch.cat, zip(*parts, strict=True)))
-
     def _chunk_curvature(self) -> LayerCurvature:
-        head = self.head[:, self.channels]
-        gram = LF.filter_gram(self.inputs, self.jacobian, self.geometry)
-        class_gram = self.loss.class_gram(self.logits, head, (self.weight @ self.weight.mT) * gram)
+        metric, head = self._metric, self.head[:, self.channels]
         taus = torch.cat([LF.TEMPERATURES.new_ones(1), LF.TEMPERATURES]).to(self.logits)
-        scaled = self.logits.unsqueeze(1) / taus.unsqueeze(1)
-        flatness = self.loss.relative_flatness(scaled, class_gram, self.target) / taus.square()
-        root = self.loss.curvature_root(self.logits, self.head, self.target)
-        trace = LF.hessian_trace(gram, root[:, :, self.channels])
+        scaled = self.logits.unsqueeze(-1) / taus
+        flatness = self.loss.relative_flatness(scaled, head, metric, self.target) / taus.square()
         if self.bend is not None:
-            added = self._activation_curvature(self.bend)
-            flatness = flatness + self._label_term(scaled, added * self.weight.square().sum(1)) / taus
-            trace = trace + self._label_term(scaled[:, :1], added).squeeze(1)
-        return LayerCurvature(
-            trace,
-            flatness[:, 0],
-            gram.diagonal(dim1=1, dim2=2).sum(-1),
-            flatness[:, 1:],
-            self.features.square().sum(-1) * root.square().sum((1, 2)),
-        )
+            added = self._activation_curvature(self.bend) * self.kernel_gram.diagonal()
+            flatness = flatness + self._label_term(scaled, added) / taus
+        return LayerCurvature(metric.energy(), flatness[:, 0], flatness[:, 1:])
 
     def _activation_curvature(self, bend: Float[Tensor, "n k s"]) -> Float[Tensor, "n k"]:
         """Return `sum_s (d2 p_k / d z_ks^2) |P_s|^2`, the trace of feature k's own Hessian in its filter."""
-        grouped = bend.reshape(len(self), self.geometry.groups, -1, bend.shape[-1])
+        grouped = bend.unflatten(1, (self.geometry.groups, -1))
         energy = LF.patch_energy(self.inputs, self.geometry).unsqueeze(2)
         return (grouped * energy).sum(-1).flatten(1)
 
-    def _label_term(self, logits: Float[Tensor, "n t c"], added: Float[Tensor, "n k"]) -> Float[Tensor, "n t"]:
+    def _label_term(self, logits: Float[Tensor, "n c t"], added: Float[Tensor, "n k"]) -> Float[Tensor, "n t"]:
         """Return `sum_k t_k`, what the curvature of the activation adds through the slope of the loss."""
         return self.loss.label_slope(logits, added @ self.head[:, self.channels].mT, self.target)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_flatness.batch import checked_targets
 from lightning_flatness.certificate import Certificate, certify, recorded_points, replayed_features
 from lightning_flatness.eager import EAGER
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.factors import KernelGram, TailFactors
 from lightning_flatness.functional import ConvGeometry, CrossEntropy, Loss
 from lightning_flatness.operation import is_low_precision, raised, tensors
 from lightning_flatness.tail import (
@@ -77,6 +77,7 @@ class Tap:
         self._handles: list[Any] = []
         self._tape: Tape | None = None
         self._certificate: Certificate | None = None
+        self._kernel_gram = KernelGram()
         self.clear()
 
     def __enter__(self) -> Tap:
@@ -175,7 +176,7 @@ class Tap:
             bend=None if bend is None else bend.flatten(2),
             features=features,
             logits=logits.to(slope.dtype),
-            weight=recording.weight.to(slope.dtype),
+            kernel_gram=self._kernel_gram.of(recording.weight).to(slope.dtype),
             head=head.to(slope.dtype),
             channels=certificate.channels,
             geometry=ConvGeometry.of(recording.convolution),

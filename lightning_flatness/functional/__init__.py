@@ -1,6 +1,7 @@
 """Pure functions of tensors: one value per sample, no state, no model."""
 
-from lightning_flatness.functional.curvature import class_distances, confidence, curvature_root
+from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal
+from lightning_flatness.functional.filter_metric import FilterMetric
 from lightning_flatness.functional.flatness import (
     affine_hessian_trace,
     attribution,
@@ -17,7 +18,14 @@ from lightning_flatness.functional.margin import (
     output_margin,
     softmax_margin,
 )
-from lightning_flatness.functional.patches import ConvGeometry, filter_gram, patch_energy, patch_gram, patches
+from lightning_flatness.functional.patches import (
+    ConvGeometry,
+    filter_factors,
+    filter_gram,
+    patch_energy,
+    patch_gram,
+    patches,
+)
 from lightning_flatness.functional.rank import head_rank_bound, rank_bound
 from lightning_flatness.functional.statistics import distribution, pearson
 from lightning_flatness.functional.temperature import TEMPERATURES, at_temperature
@@ -27,6 +35,7 @@ __all__ = [
     "BinaryCrossEntropy",
     "ConvGeometry",
     "CrossEntropy",
+    "FilterMetric",
     "Loss",
     "affine_energy",
     "affine_hessian_trace",
@@ -34,10 +43,11 @@ __all__ = [
     "at_temperature",
     "attribution",
     "binary_margin",
-    "class_distances",
+    "centred_rows",
     "confidence",
-    "curvature_root",
+    "curvature_diagonal",
     "distribution",
+    "filter_factors",
     "filter_gram",
     "head_rank_bound",
     "head_relative_flatness",

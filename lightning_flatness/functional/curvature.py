@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,45 +32,33 @@ def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     return rest * (1 + probabilities.gather(-1, top).squeeze(-1)) - others.square().sum(-1)
 
 
-def curvature_root(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n c k"]:
-    r"""Return `X = L^T V`, a root of the softmax curvature pulled back to the classifier's input.
+def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n k"]:
+    r"""Return `Q_kk`, the diagonal of the softmax curvature pulled back, `Q = V^T (diag(S) - S S^T) V`.
 
-    `L L^T = diag(S) - S S^T` is the Hessian of the cross-entropy in the logits (it does not depend on the
-    label), so `X^T X = V^T (diag(S) - S S^T) V`. The rows are `X_c = sqrt(S_c) (V_c - V^T S)`. The
-    classifier is first centred on the predicted class: the curvature is blind to a shift of all its rows,
-    and the centred form has no cancellation when `1 - S_top` is tiny.
+    It does not depend on the label. With `t` the row of the predicted class and sums over the others,
+    `Q_kk = sum_c S_c (V_c - t)^2 - (sum_c S_c (V_c - t))^2`, expanded into products of matrices: every term is of
+    the order of `1 - S_t`, however small that is, so no precision is lost when a prediction is confident.
 
     Args:
         logits: unnormalised scores, shape (n, c).
         head: weight `V` of the classifier, one column per feature, shape (c, k).
 
     Returns:
-        The root, shape (n, c, k), in the unit of the classifier's weights.
+        The diagonal, shape (n, k), in the squared unit of the classifier's weights.
     """
-    probabilities = logits.softmax(-1)
-    centred = head - head[logits.argmax(-1)].unsqueeze(1)
-    mean = torch.einsum("nc,nck->nk", probabilities, centred)
-    return probabilities.sqrt().unsqueeze(-1) * (centred - mean.unsqueeze(1))
+    top = logits.argmax(-1)
+    others = logits.softmax(-1).scatter(-1, top.unsqueeze(-1), 0.0)
+    rest = others.sum(-1, keepdim=True)
+    rows = head - head.mean(0)  # the curvature is blind to a shift of all rows; there is least to cancel here
+    predicted, mean = rows[top], others @ rows
+    second_moment = others @ rows.square() + predicted * (rest * predicted - 2 * mean)
+    return (second_moment - (mean - rest * predicted).square()).clamp_min(0)
 
 
-def class_distances(
-    logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"], metric: Float[Tensor, "n k k"]
-) -> Float[Tensor, "n c c"]:
-    r"""Return `D_cc' = (V_c - V_c')^T G (V_c - V_c')`, squared distances between the classifier's rows.
+def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n c k"]:
+    """Return the classifier's rows relative to that of the predicted class, shape (n, c, k).
 
-    What the softmax curvature `B = diag(S) - S S^T` needs to know of `V G V^T`: for every `S`,
-    `Tr(B V G V^T) = 1/2 sum_cc' S_c S_c' D_cc'`, a sum without cancellation. Distances from the predicted class
-    keep their relative precision, because `V` is centred on it.
-
-    Args:
-        logits: unnormalised scores; they only say which class is predicted, shape (n, c).
-        head: weight `V` of the classifier, shape (c, k).
-        metric: symmetric matrices `G`, shape (n, k, k).
-
-    Returns:
-        Squared distances with zeros on the diagonal, shape (n, c, c).
+    The softmax curvature is blind to the shift, and sums over classes lose no precision when a prediction is
+    confident.
     """
-    rows = head - head[logits.argmax(-1)].unsqueeze(1)
-    gram = rows @ metric @ rows.mT
-    squares = gram.diagonal(dim1=1, dim2=2)
-    return squares.unsqueeze(2) + squares.unsqueeze(1) - gram - gram.mT
+    return head - head[logits.argmax(-1)].unsqueeze(1)

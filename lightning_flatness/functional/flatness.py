@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.functional.curvature import confidence
+from lightning_flatness.functional.curvature import confidence, curvature_diagonal
+from lightning_flatness.functional.filter_metric import FilterMetric
 from lightning_flatness.functional.margin import affine_energy
 
 
-def hessian_trace(filter_gram: Float[Tensor, "n k k"], root: Float[Tensor, "n c k"]) -> Float[Tensor, " n"]:
+def hessian_trace(filter_energy: Float[Tensor, "n k"], curvature_diagonal: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
     r"""Return `Tr H = sum_k R_kk Q_kk`, the trace of the loss's Hessian in the filters.
 
     A curved activation adds `sum_k t_k`, which is linear in the label, see `TailFactors`.
@@ -18,35 +19,45 @@ def hessian_trace(filter_gram: Float[Tensor, "n k k"], root: Float[Tensor, "n c 
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 
     Args:
-        filter_gram: `R`, see `patches.filter_gram`, shape (n, k, k).
-        root: `X` with `X^T X = Q = V^T B V`, see `curvature_root`, shape (n, c, k).
+        filter_energy: `R_kk`, the diagonal of `filter_gram`, shape (n, k).
+        curvature_diagonal: `Q_kk` with `Q = V^T B V`, see `curvature_diagonal`, shape (n, k).
 
     Returns:
         The trace per sample, shape (n,); loss per squared weight; lower is flatter.
     """
-    return (filter_gram.diagonal(dim1=1, dim2=2) * root.square().sum(1)).sum(-1)
+    return (filter_energy * curvature_diagonal).sum(-1)
 
 
-def relative_flatness(logits: Float[Tensor, "n *t c"], distances: Float[Tensor, "n c c"]) -> Float[Tensor, "n *t"]:
+def relative_flatness(
+    logits: Float[Tensor, "n c t"], rows: Float[Tensor, "n c k"], metric: FilterMetric
+) -> Float[Tensor, "n t"]:
     r"""Return `kappa = sum_{k,k'} <W_k, W_k'> Tr H_{kk'}`, relative flatness of the filters.
 
-    With `Tr H_{kk'} = R_kk' Q_kk'` it is `Tr(B V G V^T)`, `G = (W W^T) * R` entry by entry, and for the
-    softmax curvature half the mean squared distance, under the metric `G`, between the classifier's rows of two
-    classes drawn from `S`: `kappa = 1/2 sum_cc' S_c S_c' D_cc'`. Unlike the trace it does not change when a
-    filter is rescaled and the next layer undoes it.
+    With `Tr H_{kk'} = R_kk' Q_kk'` it is `Tr(B V G V^T)`, `G = (W W^T) * R` entry by entry: for the softmax
+    curvature the variance of the classifier's row of a class drawn from `S`, under the metric `G`. By counted
+    multiply-adds it is taken from the distances between all pairs of rows, or from the squares of the rows and
+    of their mean at every temperature. Unlike the trace it does not change when a filter is rescaled and the
+    next layer undoes it.
 
     Source: Petzka et al., NeurIPS 2021; for convolutions under global average pooling arXiv 2603.09016.
 
     Args:
-        logits: unnormalised scores, for each sample once or at several temperatures, shape (n, *t, c).
-        distances: `D` under the metric `G`, see `class_distances`, shape (n, c, c).
+        logits: unnormalised scores at one or several temperatures, shape (n, c, t).
+        rows: of the classifier, see `centred_rows`, shape (n, c, k).
+        metric: `G`.
 
     Returns:
-        Relative flatness per sample, shape (n, *t); unit of the loss; lower is flatter.
+        Relative flatness per sample, shape (n, t); unit of the loss; lower is flatter.
     """
-    probabilities = logits.softmax(-1)
-    rows = probabilities.flatten(1, -2) if logits.dim() > 2 else probabilities.unsqueeze(1)
-    return ((rows @ distances) * rows).sum(-1).reshape(logits.shape[:-1]) / 2
+    probabilities = logits.softmax(1)
+    (classes, temperatures), filters = probabilities.shape[1:], rows.shape[-1]
+    if classes**2 * (filters + temperatures) < temperatures * filters * (classes + filters):
+        gram = metric.gram(rows)
+        squares = gram.diagonal(dim1=1, dim2=2)
+        distances = squares.unsqueeze(2) + squares.unsqueeze(1) - 2 * gram
+        return ((distances @ probabilities) * probabilities).sum(1) / 2
+    squares = metric.squares(torch.cat([rows, probabilities.mT @ rows], 1))
+    return (probabilities * squares[:, :classes, None]).sum(1) - squares[:, classes:]
 
 
 def affine_hessian_trace(features: Float[Tensor, "n j"], logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
@@ -76,7 +87,7 @@ def head_relative_flatness(
 ) -> Float[Tensor, " n"]:
     r"""Return `|x|^2 (sum_c S_c |V_c|^2 - |V^T S|^2)`, relative flatness of the linear classifier.
 
-    Its bias has no part in it. Computed from the distances between the rows of `V`, without cancellation.
+    Its bias has no part in it. Computed without cancellation, see `curvature_diagonal`.
 
     Source: Petzka et al., NeurIPS 2021; "On flat minima, large margins and generalizability".
 
@@ -93,8 +104,7 @@ def head_relative_flatness(
         >>> head_relative_flatness(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
         tensor([4.5000])
     """
-    distances = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return features.square().sum(-1) * relative_flatness(logits, distances.expand(len(logits), -1, -1))
+    return features.square().sum(-1) * curvature_diagonal(logits, weight).sum(-1)
 
 
 def attribution(

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_flatness.functional.curvature import class_distances, confidence, curvature_root
+from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal
+from lightning_flatness.functional.filter_metric import FilterMetric
 from lightning_flatness.functional.flatness import relative_flatness
 from lightning_flatness.functional.margin import binary_margin, margin_gap, output_margin, softmax_margin
 
@@ -39,26 +40,23 @@ class CrossEntropy:
         """Return `Tr B`, shape (n,)."""
         return self.mass(logits, target) * confidence(logits)
 
-    def curvature_root(self, logits: Tensor, head: Tensor, target: Tensor | None) -> Tensor:
-        """Return `X` with `X^T X = V^T B V`, shape (n, c, k)."""
-        return self.mass(logits, target).sqrt()[:, None, None] * curvature_root(logits, head)
+    def curvature_diagonal(self, logits: Tensor, head: Tensor, target: Tensor | None) -> Tensor:
+        """Return `Q_kk` with `Q = V^T B V`, shape (n, k)."""
+        return self.mass(logits, target).unsqueeze(1) * curvature_diagonal(logits, head)
 
-    def class_gram(self, logits: Tensor, head: Tensor, metric: Tensor) -> Tensor:
-        """Return what `relative_flatness` needs of `V G V^T` at every temperature, shape (n, c, c)."""
-        return class_distances(logits, head, metric)
-
-    def relative_flatness(self, logits: Tensor, gram: Tensor, target: Tensor | None) -> Tensor:
-        """Return `Tr(B V G V^T)` for logits of shape (n, t, c) and the gram of `class_gram`, shape (n, t)."""
-        return self.mass(logits[:, 0], target).unsqueeze(1) * relative_flatness(logits, gram)
+    def relative_flatness(self, logits: Tensor, head: Tensor, metric: FilterMetric, target: Tensor | None) -> Tensor:
+        """Return `Tr(B V G V^T)` for logits of shape (n, c, t), shape (n, t)."""
+        flatness = relative_flatness(logits, centred_rows(logits[..., 0], head), metric)
+        return self.mass(logits[..., 0], target).unsqueeze(1) * flatness
 
     def label_slope(self, logits: Tensor, values: Tensor, target: Tensor | None) -> Tensor:
-        """Return `sum_c (|a|_1 S - a)_c u_c` for logits (n, t, c) and values `u` of shape (n, c), shape (n, t).
+        """Return `sum_c (|a|_1 S - a)_c u_c` for logits (n, c, t) and values `u` of shape (n, c), shape (n, t).
 
         The values are taken relative to the likeliest class of the label: no cancellation when it is sure.
         """
-        shares = self._shares(logits[:, 0], _known(target))
+        shares = self._shares(logits[..., 0], _known(target))
         values = values - values.gather(-1, shares.argmax(-1, keepdim=True))
-        expected = torch.einsum("ntc,nc->nt", logits.softmax(-1), values)
+        expected = torch.einsum("nct,nc->nt", logits.softmax(1), values)
         return shares.sum(-1, keepdim=True) * expected - (shares * values).sum(-1, keepdim=True)
 
     def logit_energy(self, logits: Tensor) -> Tensor:
@@ -120,25 +118,22 @@ class BinaryCrossEntropy:
         """Return `Tr B`, shape (n,)."""
         return (self.mass(logits, target) * _variance(logits)).sum(-1)
 
-    def curvature_root(self, logits: Tensor, head: Tensor, target: Tensor | None) -> Tensor:
-        """Return `X` with `X^T X = V^T B V`, shape (n, c, k)."""
-        return (self.mass(logits, target) * _variance(logits)).sqrt().unsqueeze(-1) * head
+    def curvature_diagonal(self, logits: Tensor, head: Tensor, target: Tensor | None) -> Tensor:
+        """Return `Q_kk` with `Q = V^T B V`, shape (n, k)."""
+        return (self.mass(logits, target) * _variance(logits)) @ head.square()
 
-    def class_gram(self, logits: Tensor, head: Tensor, metric: Tensor) -> Tensor:
-        """Return what `relative_flatness` needs of `V G V^T` at every temperature: its diagonal, shape (n, c)."""
-        return ((head @ metric) * head).sum(-1)
-
-    def relative_flatness(self, logits: Tensor, gram: Tensor, target: Tensor | None) -> Tensor:
-        """Return `Tr(B V G V^T)` for logits of shape (n, t, c) and the gram of `class_gram`, shape (n, t)."""
-        return torch.einsum("ntc,nc->nt", _variance(logits), self.mass(logits[:, 0], target) * gram)
+    def relative_flatness(self, logits: Tensor, head: Tensor, metric: FilterMetric, target: Tensor | None) -> Tensor:
+        """Return `Tr(B V G V^T)` for logits of shape (n, c, t), shape (n, t)."""
+        squares = metric.squares(head.expand(len(logits), -1, -1))
+        return torch.einsum("nct,nc->nt", _variance(logits), self.mass(logits[..., 0], target) * squares)
 
     def label_slope(self, logits: Tensor, values: Tensor, target: Tensor | None) -> Tensor:
-        """Return `sum_c (d loss / d phi_c) u_c` for logits (n, t, c) and values `u` of shape (n, c), shape (n, t)."""
+        """Return `sum_c (d loss / d phi_c) u_c` for logits (n, c, t) and values `u` of shape (n, c), shape (n, t)."""
         labels = _known(target).to(logits)
         positive = labels if self.pos_weight is None else self.pos_weight.to(logits) * labels
         values = values if self.weight is None else values * self.weight.to(logits)
-        rising = torch.einsum("ntc,nc->nt", logits.sigmoid(), (1 - labels) * values)
-        return rising - torch.einsum("ntc,nc->nt", (-logits).sigmoid(), positive * values)
+        rising = torch.einsum("nct,nc->nt", logits.sigmoid(), (1 - labels) * values)
+        return rising - torch.einsum("nct,nc->nt", (-logits).sigmoid(), positive * values)
 
     def logit_energy(self, logits: Tensor) -> Tensor:
         """Return the mean square of the logits, shape (n,); masked labels (infinite logits) do not count."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional import class_distances, confidence, curvature_root
+from lightning_flatness.functional import FilterMetric, centred_rows, confidence, curvature_diagonal, relative_flatness
 
 
 def curvature(logits: Tensor) -> Tensor:
@@ -40,25 +40,25 @@ def test_all_forms_are_the_curvature(name: str, dtype: torch.dtype) -> None:
     logits = LOGITS[name]().to(dtype)
     n, classes = logits.shape
     head, square = normal(classes, 4).to(dtype), normal(n, 4, 4).to(dtype)
-    metric = square @ square.mT
+    metric = FilterMetric(torch.ones(4, 4).to(dtype), square, square)
     exact = curvature(logits)
     pulled_back = head.double().mT @ exact @ head.double()
-    root = curvature_root(logits, head)
-    probabilities = logits.softmax(-1)
-    distances = class_distances(logits, head, metric)
-    contracted = torch.einsum("nc,ncb,nb->n", probabilities, distances, probabilities) / 2
+    rows = centred_rows(logits, head)
     expected = {
         "confidence": (confidence(logits), exact.diagonal(dim1=1, dim2=2).sum(-1)),
-        "root": (root.square().sum(1), pulled_back.diagonal(dim1=1, dim2=2)),
-        "distances": (contracted, (pulled_back * metric.double()).sum((1, 2))),
+        "diagonal": (curvature_diagonal(logits, head), pulled_back.diagonal(dim1=1, dim2=2)),
+        **{
+            f"contracted, {count} temperatures": (
+                relative_flatness(logits.unsqueeze(-1).expand(-1, -1, count), rows, metric)[:, 0],
+                (pulled_back * (square @ square.mT).double()).sum((1, 2)),
+            )
+            for count in (1, 5000)  # from the rows and their mean; from the distances between all pairs of rows
+        },
     }
     for value, reference in expected.values():
         torch.testing.assert_close(value.double(), reference, rtol=PRECISIONS[dtype] * 10, atol=0)
 
 
-def test_distances_are_zero_on_the_diagonal_and_do_not_see_a_common_shift() -> None:
-    logits, head, metric = normal(4, 3), normal(3, 5), torch.eye(5, dtype=torch.float64).expand(4, -1, -1)
-    distances = class_distances(logits, head, metric)
-    assert (distances.diagonal(dim1=1, dim2=2) == 0).all()
-    torch.testing.assert_close(distances, torch.cdist(head, head).square().expand(4, -1, -1))
-    torch.testing.assert_close(class_distances(logits, head + normal(5), metric), distances)
+def test_diagonal_does_not_see_a_common_shift() -> None:
+    logits, head = normal(4, 3), normal(3, 5)
+    torch.testing.assert_close(curvature_diagonal(logits, head + normal(5)), curvature_diagonal(logits, head))

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lightning_flatness import oracle
 from lightning_flatness.functional import (
+    FilterMetric,
     affine_hessian_trace,
     attribution,
-    class_distances,
+    centred_rows,
     head_relative_flatness,
     relative_flatness,
 )
@@ -53,12 +54,12 @@ def test_float32_at_a_confidence_of_one_minus_1e_12(classes: int) -> None:
 
 
 def test_relative_flatness_at_several_temperatures() -> None:
-    logits, metric = torch.randn(4, 3), torch.eye(2).expand(4, -1, -1)
-    distances = class_distances(logits, torch.randn(3, 2), metric)
+    logits, factor = torch.randn(4, 3), torch.randn(4, 2, 5)
+    rows, metric = centred_rows(logits, torch.randn(3, 2)), FilterMetric(torch.ones(2, 2), factor, factor)
     temperatures = torch.tensor([0.5, 1.0, 4.0])
-    together = relative_flatness(logits.unsqueeze(1) / temperatures.unsqueeze(1), distances)
-    apart = [relative_flatness(logits / temperature, distances) for temperature in temperatures]
-    torch.testing.assert_close(together, torch.stack(apart, 1))
+    together = relative_flatness(logits.unsqueeze(-1) / temperatures, rows, metric)
+    apart = [relative_flatness((logits / temperature).unsqueeze(-1), rows, metric) for temperature in temperatures]
+    torch.testing.assert_close(together, torch.cat(apart, 1))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_flatness.functional import Loss, as_loss
+from lightning_flatness.functional import FilterMetric, Loss, as_loss
 
 CLASSES, SAMPLES = 4, 6
 
@@ -80,16 +80,18 @@ def test_equals_torchs_own_loss(case: Case) -> None:
     logits = 2 * torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
     head, values = torch.randn(CLASSES, 3, dtype=torch.float64), torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
     square = torch.randn(SAMPLES, 3, 3, dtype=torch.float64)
-    metric = square @ square.mT
+    metric = FilterMetric(torch.ones(3, 3).double(), square, square)
     slope, curvature = derivatives(case, logits, target)
-    root = loss.curvature_root(logits, head, target)
-    kappa = loss.relative_flatness(logits[:, None], loss.class_gram(logits, head, metric), target)[:, 0]
+    kappa = loss.relative_flatness(logits[..., None], head, metric, target)[:, 0]
     pulled_back = head.mT @ curvature @ head
     pairs = {
         "trace": (loss.curvature_trace(logits, target), torch.einsum("ncc->n", curvature)),
-        "root": (root.mT @ root, pulled_back),
-        "contraction": (kappa, (pulled_back * metric).sum((1, 2))),
-        "slope": (loss.label_slope(logits[:, None], values, target)[:, 0], (slope * values).sum(1)),
+        "diagonal": (
+            loss.curvature_diagonal(logits, head, target),
+            pulled_back.diagonal(dim1=1, dim2=2),
+        ),
+        "contraction": (kappa, (pulled_back * (square @ square.mT)).sum((1, 2))),
+        "slope": (loss.label_slope(logits[..., None], values, target)[:, 0], (slope * values).sum(1)),
     }
     for value, expected in pairs.values():
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
@@ -104,10 +106,10 @@ def test_slope_and_margins_of_confident_samples_keep_their_precision(name: str, 
     sign = 2 * (F.one_hot(y, CLASSES).double() if y.dim() == 1 else y) - 1
     logits, values = 30 * sign + torch.randn(SAMPLES, CLASSES), torch.randn(SAMPLES, CLASSES)
     logits = logits.float()
-    exact = loss.label_slope(logits.double()[:, None], values.double(), y)
+    exact = loss.label_slope(logits.double()[..., None], values.double(), y)
     assert (exact.abs() > 0).all()
     assert (exact.abs() < 1e-11).all()
-    torch.testing.assert_close(loss.label_slope(logits[:, None], values, y).double(), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss.label_slope(logits[..., None], values, y).double(), exact, rtol=1e-4, atol=0)
     bound, exact_bound = (loss.trace_bound(phi, y) for phi in (logits, logits.double()))
     torch.testing.assert_close(bound.double(), exact_bound, rtol=1e-4, atol=0)
 
@@ -118,7 +120,7 @@ def test_binary_margins_are_those_of_two_classes() -> None:
     two = torch.cat([torch.zeros_like(phi), phi], 1)
     single, double = as_loss("bce_with_logits"), as_loss("cross_entropy")
     for margin in ("output_margin", "softmax_margin"):
-        value = getattr(single, margin)(phi, y.double()[:, None])
+        value = getattr(single, margin)(phi, y.double()[..., None])
         torch.testing.assert_close(value, getattr(double, margin)(two, y))
 
 

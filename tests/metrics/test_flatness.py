@@ -41,7 +41,8 @@ def test_factors_multiply_to_relative_flatness(name: str) -> None:
     parts = value_of(FlatnessFactors(), *split(whole, [2, 3]))
     assert math.prod(parts.values()) == pytest.approx(value_of(RelativeFlatness(), whole).item(), rel=1e-12)
     assert parts["head"] == pytest.approx(whole.head[:, whole.channels].square().sum().item())
-    assert parts["kernel"] == pytest.approx(whole.weight.square().sum().item())
+    weight = CASES[name].model().get_submodule(CASES[name].layer).weight
+    assert parts["kernel"] == pytest.approx(weight.square().sum().item())
 
 
 @pytest.mark.parametrize("name", ["relu", "silu"])

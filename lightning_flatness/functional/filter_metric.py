@@ -1,0 +1,60 @@
+"""The metric in which relative flatness measures how far classes are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+_BLOCK = 256  # rows of a block of the metric: many enough for the matrix unit, few enough to leave out its other half
+_CACHE_NUMBERS = 2**18  # of the metric at once: what is written is read again while it is in the processor's cache
+_CUDA_NUMBERS = 2**26  # a device wants few large steps
+
+
+class FilterMetric(NamedTuple):
+    """`G = (W W^T) * R`, entry by entry, a symmetric (k, k) matrix per sample.
+
+    Attributes:
+        kernel_gram: `W W^T`, shape (k, k).
+        left: first factor of `R`, see `filter_factors`, shape (n, k, r).
+        right: second factor of `R`, shape (n, k, r).
+    """
+
+    kernel_gram: Float[Tensor, "k k"]
+    left: Float[Tensor, "n k r"]
+    right: Float[Tensor, "n k r"]
+
+    def energy(self) -> Float[Tensor, "n k"]:
+        """Return `R_kk`, the squared norm of each feature's gradient in its filter, shape (n, k)."""
+        return (self.left * self.right).sum(-1)
+
+    def gram(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c c"]:
+        """Return `v_c^T G v_c'` for every pair of vectors, shape (n, c, c)."""
+        total = vectors.new_zeros(*vectors.shape[:2], vectors.shape[1])
+        for samples, rows, columns, block in self._half():
+            chosen = vectors[samples]
+            total[samples] += chosen[..., rows] @ block @ chosen[..., columns].mT
+        return (total + total.mT) / 2
+
+    def squares(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c"]:
+        """Return `v_c^T G v_c` for every vector, shape (n, c)."""
+        total = vectors.new_zeros(vectors.shape[:2])
+        for samples, rows, columns, block in self._half():
+            chosen = vectors[samples]
+            total[samples] += ((chosen[..., rows] @ block) * chosen[..., columns]).sum(-1)
+        return total
+
+    def _half(self) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+        """Yield one half of the symmetric `G`, off its diagonal twice: samples, rows, columns, block of values."""
+        filters, room = len(self.kernel_gram), _CUDA_NUMBERS if self.left.is_cuda else _CACHE_NUMBERS
+        for start in range(0, filters, _BLOCK):
+            rows, columns = slice(start, start + _BLOCK), slice(start, filters)
+            kernels = self.kernel_gram[rows, columns].clone()
+            kernels[:, len(kernels) :] *= 2
+            step = max(1, room // kernels.numel())
+            for first in range(0, len(self.left), step):
+                samples = slice(first, first + step)
+                block = self.left[samples, rows] @ self.right[samples, columns].mT
+                yield samples, rows, columns, block.mul_(kernels)
