@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class Certificate:
     signature: tuple[Any, ...]
     root: int  # which call of the convolution
     channels: Tensor  # (k,)
-    silent: Tensor | None  # filters that reached no feature at that point, (k,); None if there were none
+    silent: Tensor  # filters that reached no feature where it was certified, (k,)
+    any_silent: bool  # known to the host: later batches may wake them
     curved: bool
     fixed: bool  # whether what depends on what is the same for all values; if not, certify every batch
 
@@ -68,31 +70,39 @@ def certify(recording: Recording, generic: bool = True) -> Certificate:
         generator = torch.Generator().manual_seed(0)
         if not generic:
             return _certified(recording, recorded_points(recording), generator)
-        # Neighbours in turn, all up, all down: what two of them share shows only where both are alive.
-        first, *others = (
-            _certified(recording, _generic_points(recording, generator, side), generator) for side in (0, 1, -1)
+        return _merged(
+            recording, [_certified(recording, points, generator) for points in _generic_points(recording, generator)]
         )
-        for other in others:
-            alive = ~(_dead(first) | _dead(other))
-            if (first.channels != other.channels)[alive].any():
-                raise refusal(recording, "which feature a filter reaches depends on the values")
-        return first
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # TapeError, or an operation without a derivative
         raise refusal(recording, str(error)) from error
 
 
-def _dead(certificate: Certificate) -> Tensor:
-    return (
-        torch.zeros_like(certificate.channels, dtype=torch.bool) if certificate.silent is None else certificate.silent
-    )
+def _merged(recording: Recording, certificates: list[Certificate]) -> Certificate:
+    """Return what holds at all points: which feature a filter feeds is known from where it is alive."""
+    first, *others = certificates
+    channels, silent = first.channels, first.silent
+    for other in others:
+        if (channels != other.channels)[~(silent | other.silent)].any():
+            raise refusal(recording, "which feature a filter reaches depends on the values")
+        channels = torch.where(silent, other.channels, channels)
+        silent = silent & other.silent
+    if not _injective(channels, silent):
+        raise refusal(recording, "several filters reach one feature, at different values")
+    return replace(first, channels=channels, silent=silent, any_silent=bool(silent.any()))
+
+
+def _injective(channels: Tensor, silent: Tensor) -> bool:
+    return channels[~silent].unique().numel() == int((~silent).sum())
 
 
 def _certified(recording: Recording, points: dict[int, Tensor], generator: torch.Generator) -> Certificate:
     features = replayed_features(recording, points)
-    gradients = torch.autograd.grad(features.sum(), list(points.values()), retain_graph=True, allow_unused=True)
-    used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    used = [0]
+    if len(points) > 1:
+        gradients = torch.autograd.grad(features.sum(), list(points.values()), retain_graph=True, allow_unused=True)
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
     if len(used) != 1:
         raise refusal(recording, f"{len(used)} calls of `{recording.layer}` reach the classifier in one forward pass")
     point = list(points.values())[used[0]]
@@ -108,7 +118,7 @@ def _certified(recording: Recording, points: dict[int, Tensor], generator: torch
         len(step.slots) == 1 and (_is_piecewise_linear(step) or step.name.rstrip("_") in _POINTWISE)
         for step in operations
     )
-    return Certificate(recording.signature, used[0], channels, silent if silent.any() else None, curved, fixed)
+    return Certificate(recording.signature, used[0], channels, silent, bool(silent.any()), curved, fixed)
 
 
 def replayed_features(recording: Recording, points: dict[int, Tensor]) -> Tensor:
@@ -132,19 +142,26 @@ def recorded_points(recording: Recording) -> dict[int, Tensor]:
     return {slot: raised(tape.value(constant)).requires_grad_() for slot, constant, _ in recording.roots}
 
 
-def _generic_points(recording: Recording, generator: torch.Generator, side: int) -> dict[int, Tensor]:
-    return {slot: _shaken(p.detach(), generator, side) for slot, p in recorded_points(recording).items()}
+def _generic_points(recording: Recording, generator: torch.Generator) -> Iterator[dict[int, Tensor]]:
+    """Yield roots that wake activations: moved up and down in turn, all up, all down, by 0.1 to 30 times their spread.
+
+    What two neighbours share shows only where both are alive.
+    """
+    recorded = {slot: point.detach() for slot, point in recorded_points(recording).items()}
+    moves = {slot: _moves(value, generator) for slot, value in recorded.items()}
+    for moved in zip(*moves.values(), strict=True):
+        yield {slot: (recorded[slot] + move).requires_grad_() for slot, move in zip(moves, moved, strict=True)}
 
 
-def _shaken(value: Tensor, generator: torch.Generator, side: int) -> Tensor:
-    """Return `value` moved by 0.1 to 10 times its spread to wake activations: up (1), down (-1) or in turn (0)."""
+def _moves(value: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     flat = value.flatten(2)
-    spread = (flat.std((0, 2)) if flat[:, 0].numel() > 1 else flat.abs().flatten()).mean()
+    spread = (flat - flat.mean((0, 2), keepdim=True)).abs().mean()
     parity = torch.arange(flat[0, 0].numel()) + torch.arange(len(flat)).reshape(-1, 1, 1)
-    flip, decade = torch.rand((2, *flat.shape), generator=generator, dtype=torch.float64)
-    sign = side or (flip[:1, :, :1] - 0.5).sign() * (1 - 2 * (parity % 2))
-    shake = (sign * 10 ** (2 * decade - 1)).to(value).reshape(value.shape)
-    return (value + torch.where(spread > 0, spread, 1.0) * shake).requires_grad_()
+    flip = torch.rand((1, flat.shape[1], 1), generator=generator) - 0.5
+    decade = torch.rand(flat.shape, generator=generator)
+    turn, size = ((flip.sign() * (1 - 2 * (parity % 2))).to(value), 10 ** (2.5 * decade - 1).to(value))
+    size = torch.where(spread > 0, spread, 1.0) * size
+    return (turn * size).reshape(value.shape), size.reshape(value.shape), -size.reshape(value.shape)
 
 
 def _scaled(candidate: Tensor, reference: Tensor) -> bool:
@@ -178,8 +195,7 @@ def _channel_map(output: Tensor, point: Tensor, generator: torch.Generator) -> t
     code = torch.randn(channels, generator=generator, dtype=torch.float64).to(output)
     expected = by_sample.reshape(n, 1, 1) * code[found].reshape(1, -1, 1) * ones
     honest = _scaled(pulled_back(code.reshape(1, -1, *dims) * by_sample), expected)
-    injective = found[~silent].unique().numel() == int((~silent).sum())
-    return (found if honest and injective else None), silent
+    return (found if honest and _injective(found, silent) else None), silent
 
 
 def _acts_by_position(features: Tensor, point: Tensor, generator: torch.Generator) -> bool:
@@ -202,9 +218,8 @@ def _is_piecewise_linear(operation: Operation) -> bool:
 def _breaking_step(recording: Recording, used: int) -> str:
     """Name the first step after which a channel no longer depends on one filter alone."""
     generator = torch.Generator().manual_seed(1)
-    slot = recording.roots[used][0]
+    slot, points = recording.roots[used][0], next(_generic_points(recording, generator))
     for end, operation in enumerate(recording.tape.operations[: recording.classifier.end], start=1):
-        points = _generic_points(recording, generator, 0)
         outputs = recording.tape.replay(points, end)
         for result in operation.results:
             output = outputs[result]

@@ -46,9 +46,8 @@ class KernelGram:
         self._known: tuple[Tensor, Tensor] | None = None
 
     def of(self, weight: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
-        """Return `W W^T`, shape (k, k)."""
-        # To compare values, the host would have to wait for an accelerator, which multiplies in no time.
-        if self._known is None or weight.is_cuda or not torch.equal(self._known[0], weight):
+        """Return `W W^T`, shape (k, k); the same tensor is taken to hold the same values."""
+        if self._known is None or self._known[0] is not weight:
             with full_precision(weight.device):
                 self._known = weight, weight @ weight.mT
         return self._known[1]
@@ -204,7 +203,7 @@ class TailFactors:
         return LF.FilterMetric(self.kernel_gram, *LF.filter_factors(self.inputs, self.jacobian, self.geometry))
 
     def _by_chunks(self, function: Callable[[TailFactors], tuple[Tensor, ...]]) -> list[Tensor]:
-        """Return what the function returns, for chunks of samples under `CHUNK_BYTES`, or smaller if memory is short."""
+        """Return what the function does, by chunks of samples under `CHUNK_BYTES`, or smaller if memory is short."""
         classes, filters, temperatures = len(self.head), self.jacobian.shape[1], len(LF.TEMPERATURES)
         pixels = prod(self.geometry.padded_shape(self.inputs.shape[2:]))
         weights = self.inputs.shape[1] * prod(self.geometry.kernel)

@@ -64,20 +64,35 @@ class Recording:
         return names, self.classifier.name, tuple(self.classifier.inputs.shape[1:]), len(self.roots)
 
 
-def weights_of(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return copies of a linear module's or a convolution's weight, one row per output, and of its bias, if only zeros.
+class WeightCopies:
+    """Copies of weights, made while a module runs: a moving average may swap the weights around the pass."""
 
-    The copies are made while the module runs: a moving average may swap the weights around the pass.
-    """
-    weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
-    if hasattr(weight, "full_tensor") or weight.numel() == 0:
-        raise UnsupportedTailError(
-            f"A weight must be whole on every process; that of {module} is sharded (FSDP). Keep this layer out of the "
-            "sharding, or measure a gathered copy of the model with `measure`."
-        )
-    with torch.inference_mode(False):
-        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
-        return raised(weight.flatten(1).clone()), raised(bias)
+    def __init__(self) -> None:
+        """Start with none."""
+        self._known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def of(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the weight of a linear module or a convolution, one row per output, and its bias, if only zeros.
+
+        While the values stay the same, so do the tensors that are returned.
+        """
+        weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
+        if hasattr(weight, "full_tensor") or weight.numel() == 0:
+            raise UnsupportedTailError(
+                f"A weight must be whole on every process; that of {module} is sharded (FSDP). Keep this layer out of "
+                "the sharding, or measure a gathered copy of the model with `measure`."
+            )
+        with torch.inference_mode(False):
+            bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+            rows, known = weight.flatten(1), self._known.get(module)
+            # To compare values the host would have to wait for an accelerator, which copies in no time.
+            if known is None or weight.is_cuda or not all(map(_equal, known, (rows, bias))):
+                known = self._known[module] = raised(rows.clone()), raised(bias.clone())
+        return known
+
+
+def _equal(copy: Tensor, value: Tensor) -> bool:
+    return copy.shape == value.shape and copy.device == value.device and torch.equal(copy, raised(value))
 
 
 def refusal(recording: Recording, reason: str) -> UnsupportedTailError:
@@ -88,6 +103,14 @@ def refusal(recording: Recording, reason: str) -> UnsupportedTailError:
         f"  path: {recording.path}\n"
         f"  Name another convolution (`layer=...`) or the classifier (`classifier=...`)."
     )
+
+
+def require_own_weight(recording: Recording, modules: dict[str, nn.Module]) -> None:
+    """Refuse a convolution whose weight is also that of another module."""
+    weight = recording.convolution.weight
+    owners = sum(parameter is weight for module in modules.values() for parameter in module._parameters.values())
+    if owners > 1:
+        raise refusal(recording, f"the weight of `{recording.layer}` is shared with another module")
 
 
 def choose_classifier(tape: Tape, layer: str, calls: list[Call], outputs: list[Call]) -> Call:

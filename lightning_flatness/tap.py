@@ -21,12 +21,12 @@ from lightning_flatness.tail import (
     Call,
     Recording,
     UnsupportedTailError,
+    WeightCopies,
     choose_classifier,
     modules_by_name,
     named_classifier,
-    refusal,
     require_name,
-    weights_of,
+    require_own_weight,
 )
 from lightning_flatness.tape import RECORDER, Tape, unrecorded
 
@@ -77,7 +77,7 @@ class Tap:
         self._handles: list[Any] = []
         self._tape: Tape | None = None
         self._certificate: Certificate | None = None
-        self._kernel_gram = KernelGram()
+        self._copies, self._kernel_gram = WeightCopies(), KernelGram()
         self.clear()
 
     def __enter__(self) -> Tap:
@@ -161,7 +161,7 @@ class Tap:
         bend = None
         if certificate.curved and slope.requires_grad:
             (bend,) = torch.autograd.grad(slope.sum(), points[slot], materialize_grads=True)
-        woken = certificate.silent is not None and slope[:, certificate.silent].any()
+        woken = certificate.any_silent and slope[:, certificate.silent].any()
         if woken or not certificate.fixed:  # what holds for these very values
             certificate = certify(recording, generic=False)
         features, slope = features.detach(), slope.detach()
@@ -207,13 +207,7 @@ class Tap:
         return recording
 
     def _settle(self, recording: Recording) -> None:
-        shared = sum(
-            parameter is recording.convolution.weight
-            for module in self._modules.values()
-            for parameter in module._parameters.values()
-        )
-        if shared > 1:
-            raise refusal(recording, f"the weight of `{recording.layer}` is shared with another module")
+        require_own_weight(recording, self._modules)
         self.layer, self.classifier, self._settled = recording.layer, recording.classifier.name, True
         self._uninstall()
         self._install()
@@ -258,7 +252,7 @@ class Tap:
         if self._tape is None or name not in self._ran:  # the last one to run for the first time is followed
             self._restart()
             self._tape, self._running = Tape(), name
-            self._weights = weights_of(module)
+            self._weights = self._copies.of(module)
             for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
                 if weight.dim() > 1:
                     self._tape.forbid(weight)
@@ -284,7 +278,7 @@ class Tap:
         tape = self._tape
         if tape is None or tape.slot(inputs) is None or output.dim() < 2 or output.shape[2:].numel() != 1:
             return
-        end, weights = len(tape.operations), None if linear is None else weights_of(linear)
+        end, weights = len(tape.operations), None if linear is None else self._copies.of(linear)
         copy = output.detach().flatten(1).clone()
         calls.append(Call(name, inputs, copy, weights, tape.slot(output), end))
         if self._settled:

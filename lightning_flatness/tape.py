@@ -132,9 +132,7 @@ class Tape:
             for operation in self.operations[:end]:
                 operation.require_repeatable()
                 args, kwargs = transform(operation.args, decode), transform(operation.kwargs, decode)
-                # To autograd, detach is the end; to the loss as a function, it is the identity.
-                result = args[0] if operation.name == "detach" else operation.function(*args, **kwargs)
-                known.update(zip(operation.results, tensors(result), strict=True))
+                known.update(zip(operation.results, tensors(operation.repeat(args, kwargs)), strict=True))
         return known
 
     def slot(self, tensor: Tensor) -> int | None:

@@ -109,7 +109,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "the hooks": ("lightning_flatness.tap.Tap._install", 1, AFTER_THE_FIRST, {}),
     "counting samples": ("lightning_flatness.callback.FlatnessMonitor._samples_left", 3, AFTER_THE_FIRST, {}),
     "a batch's start": ("lightning_flatness.tap.Tap.clear", 5, AFTER_THE_FIRST, {}),
-    "the convolution's hook": ("lightning_flatness.tap.weights_of", 2, NONE, {}),
+    "the convolution's hook": ("lightning_flatness.tap.WeightCopies.of", 2, NONE, {}),
     "before an operation": ("lightning_flatness.tape.Tape._before", 8, NONE, {}),
     "after an operation": ("lightning_flatness.tape.Tape._bind", 9, NONE, {}),
     "targets": ("lightning_flatness.callback.batch_targets", 2, AFTER_THE_FIRST, {}),

@@ -16,7 +16,7 @@ from networks import Net, conv2d
 from torch import Tensor, nn
 
 from lightning_flatness.factors import TailFactors
-from lightning_flatness.tail import UnsupportedTailError, weights_of
+from lightning_flatness.tail import UnsupportedTailError, WeightCopies
 from lightning_flatness.tap import Tap
 
 Output = namedtuple("Output", "features logits")
@@ -206,7 +206,7 @@ def test_refuses_logits_that_are_not_the_classifiers(name: str, mode: Any) -> No
 @pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.Linear(4, 3, bias=False), conv2d(5), conv2d(5, bias=False)])
 def test_weights_as_rows(module: nn.Module) -> None:
     """Copies, in full precision."""
-    weight, bias = weights_of(module.bfloat16())
+    weight, bias = WeightCopies().of(module.bfloat16())
     assert weight.dtype == bias.dtype == torch.float32
     expected = module.weight.detach().float().flatten(1)
     module.weight.data.zero_()
@@ -214,8 +214,18 @@ def test_weights_as_rows(module: nn.Module) -> None:
     assert torch.equal(bias, torch.zeros(len(weight)) if module.bias is None else module.bias.float())
 
 
+def test_copies_stay_while_the_weights_do() -> None:
+    module, copies = nn.Linear(4, 3), WeightCopies()
+    before = copies.of(module)
+    assert copies.of(module) is before
+    for parameter, index in ((module.bias, 1), (module.weight, 0)):
+        parameter.data += 1  # leaves no trace in the version of the parameter
+        assert torch.equal(copies.of(module)[index], parameter)
+        assert not torch.equal(before[index], parameter)
+
+
 def test_a_sharded_weight_is_refused() -> None:
     module = nn.Linear(2, 2)
     module.weight = nn.Parameter(torch.empty(0))
     with pytest.raises(UnsupportedTailError, match=r"Linear\(in_features=2.*is sharded"):
-        weights_of(module)
+        WeightCopies().of(module)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _BLOCK = 256  # rows of a block of the metric: many enough for the matrix unit, few enough to leave out its other half
-_CACHE_NUMBERS = 2**18  # of the metric at once: what is written is read again while it is in the processor's cache
+_CACHE_NUMBERS = 2**19  # of the metric at once: what is written is read again while it is in the processor's cache
 _CUDA_NUMBERS = 2**26  # a device wants few large steps
 
 

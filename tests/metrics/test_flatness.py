@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from metrics.checks import check, factors, split, value_of
+from metrics.checks import CASES, check, factors, split, value_of
 
 import lightning_flatness.functional as LF
 from lightning_flatness.metrics import (
