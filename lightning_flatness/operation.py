@@ -60,18 +60,25 @@ class Operation(NamedTuple):
         if torch.Tag.nondeterministic_seeded in self.function.tags and drawn:
             raise TapeError(f"`{self.name}` draws random numbers. Put the model in eval mode")
 
-
     def repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the operation returns for these arguments, under autograd."""
         if self.name == "detach":  # to autograd the end; to the loss as a function, the identity
             return args[0]
-        if self.name == "native_batch_norm":  # in eval mode: an affine map; its own backward pass is slow on small maps
-            x, weight, bias, mean, variance, *_, eps = args
-            scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
-            shift = -mean * scale if bias is None else bias - mean * scale
-            scale, shift = (part.reshape(-1, *[1] * (x.dim() - 2)) for part in (scale, shift))
-            return x * scale + shift, mean[:0], mean[:0]
+        if self.name == "batch_norm":
+            return _normalized(*args[:5], eps=args[7])
+        if self.name == "native_batch_norm":
+            return _normalized(*args[:5], eps=args[7]), args[3][:0], args[4][:0]
         return self.function(*args, **kwargs)
+
+
+def _normalized(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    """Return batch norm in eval mode as the affine map that it is: its own backward pass is slow on small maps."""
+    scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
+    shift = -mean * scale if bias is None else bias - mean * scale
+    scale, shift = (part.reshape(-1, *[1] * (x.dim() - 2)) for part in (scale, shift))
+    return x * scale + shift
 
 
 class TapeError(RuntimeError):

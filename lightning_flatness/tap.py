@@ -196,6 +196,7 @@ class Tap:
             there = self._names(CONVOLUTIONS)
             remedy = f"Name one that runs with `layer=...`: {there}." if there else "The model has no convolution."
             raise UnsupportedTailError(f"A forward pass must run {wanted}; none did. {remedy}")
+        self._tape.seal()
         if self.classifier is None:
             call = choose_classifier(self._tape, self._running, self._calls, self._outputs)
         else:
@@ -283,7 +284,7 @@ class Tap:
         calls.append(Call(name, inputs, copy, weights, tape.slot(output), end))
         if self._settled:
             self._complete = True
-            self._close()
+            tape.seal()
 
     def _close(self) -> None:
         """Stop recording."""

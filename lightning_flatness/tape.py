@@ -24,9 +24,10 @@ class _Kept(NamedTuple):
     """A value that an operation used and that does not depend on a root."""
 
     original: Tensor
-    value: Tensor  # a copy, or the original itself while its version stays
-    version: int | None
-    overwritten: bool  # the network changes it in place, and so must every replay
+    value: Tensor  # a copy, or the original itself
+    copied: bool
+    version: int | None  # of the original; None: its changes leave no trace (inference tensors)
+    overwritten: bool = False  # the network changes it in place, and so must every replay
 
 
 class Tape:
@@ -73,12 +74,20 @@ class Tape:
         index = self._kept_ids.get(id(tensor))
         if index is None:
             index = self._kept_ids[id(tensor)] = len(self._kept)
-            # Weights may be swapped after the pass without a trace, and inference tensors leave none.
-            copied = tensor.is_inference() or tensor.numel() <= _SMALL
+            copied = tensor.numel() <= _SMALL  # weights may be swapped after the pass without a trace
             with torch.inference_mode(False):
                 value = tensor.clone() if copied else tensor
-            self._kept.append(_Kept(tensor, value.detach(), None if copied else tensor._version, False))
+            version = None if tensor.is_inference() else tensor._version
+            self._kept.append(_Kept(tensor, value.detach(), copied, version))
         return index
+
+    def seal(self) -> None:
+        """Record no more; copy the kept values in which later changes would leave no trace."""
+        self.stop()
+        with torch.inference_mode(False):
+            for index, kept in enumerate(self._kept):
+                if not kept.copied and kept.version is None:
+                    self._kept[index] = kept._replace(value=kept.value.clone(), copied=True)
 
     def forbid(self, tensor: Tensor) -> None:
         """Doubt the record from the moment on when the network reads this memory."""
@@ -91,7 +100,7 @@ class Tape:
     def value(self, constant: int) -> Tensor:
         """Return a kept value, fit for autograd and free to be overwritten where the network did so."""
         kept = self._kept[constant]
-        if kept.version is not None and kept.original._version != kept.version:
+        if not kept.copied and kept.original._version != kept.version:
             raise TapeError("a tensor that the network's tail uses was changed in place after the forward pass")
         return kept.value.clone() if kept.overwritten else kept.value
 
@@ -211,8 +220,9 @@ class Tape:
             for storage in map(_storage, tensors(value)):
                 for index, kept in enumerate(self._kept):
                     if _storage(kept.original) == storage:
-                        own = kept.value if kept.version is None else kept.value.clone()
-                        self._kept[index] = _Kept(kept.original, own, None, True)
+                        with torch.inference_mode(False):
+                            own = kept.value if kept.copied else kept.value.clone()
+                        self._kept[index] = kept._replace(value=own, copied=True, overwritten=True)
                         self._kept_ids.pop(id(kept.original), None)
 
     def _bind(self, tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +119,21 @@ def test_what_can_be_repeated(call: Callable[[], Any], reason: str | None) -> No
     for refusal in refusals:
         assert reason in refusal
         assert "eval mode" in refusal
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("parameters", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+def test_a_repeated_batch_norm_is_the_same_one(dims: int, parameters: tuple[bool, bool], mode: Any) -> None:
+    mean, variance, *given = torch.rand(4, 3, dtype=torch.float64) + 0.5
+    weight, bias = (value if wanted else None for value, wanted in zip(given, parameters, strict=True))
+    x = torch.randn(2, 3, *[4] * dims, dtype=torch.float64)
+    with mode(), Recorded() as record:
+        expected = F.batch_norm(x, mean, variance, weight, bias, eps=0.1)
+    (operation,) = record.operations
+    repeated, *statistics = tensors(operation.repeat(operation.args, operation.kwargs))
+    torch.testing.assert_close(repeated, expected)
+    assert [part.numel() for part in statistics] == [0, 0] * (operation.name == "native_batch_norm")
 
 
 @pytest.mark.parametrize(

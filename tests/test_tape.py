@@ -269,10 +269,23 @@ def test_a_constant_changed_after_the_pass_counts_as_it_was_or_is_noticed(size: 
             skip = skip.clone()
             with recording(z) as tape:
                 output = z * skip
+            tape.seal()
             change(skip)
         with contextlib.suppress(TapeError):
             assert torch.equal(replayed(tape, output), output)
             assert mode == "inference_mode" or size == 3
+
+
+@pytest.mark.parametrize("mode", MAIN_MODES)
+def test_a_constant_changed_before_the_end_of_the_pass_counts_as_it_was(mode: str) -> None:
+    with MODES[mode]():
+        skip, z = torch.randn(2, 2, 4, 64, 64).unbind()
+        skip = skip.clone()
+        with recording(z) as tape:
+            output = z * skip
+            skip.mul_(2)
+        tape.seal()
+    assert torch.equal(replayed(tape, output), output)
 
 
 def test_memory_that_must_not_be_read() -> None:
