@@ -22,13 +22,16 @@ class Setting(NamedTuple):
     network: Callable[[], nn.Module]
     side: int
     batch: int
-    classes: int
+    samples: int
 
 
+CLASSES = 10
 SETTINGS = {
-    "resnet20": Setting("ResNet-20 (16-32-64), 32 x 32", networks.resnet20, 32, 256, 10),
-    "resnet18": Setting("ResNet-18, 64 x 64", lambda: networks.resnet18(10), 64, 256, 10),
-    "resnet18-stem": Setting("ResNet-18 with a 3 x 3 stem, 64 x 64", lambda: networks.resnet18(10, False), 64, 32, 10),
+    "resnet20": Setting("ResNet-20 (16-32-64), 32 x 32", networks.resnet20, 32, 256, 10_000),
+    "resnet18": Setting("ResNet-18, 64 x 64", lambda: networks.resnet18(CLASSES), 64, 256, 10_000),
+    "resnet18-stem": Setting(
+        "ResNet-18 with a 3 x 3 stem, 64 x 64", lambda: networks.resnet18(CLASSES, False), 64, 32, 1_000
+    ),
 }
 
 
@@ -49,17 +52,17 @@ class Validated(L.LightningModule):
         self.log("val/loss", nn.functional.cross_entropy(self(images), labels))
 
 
-def images_and_labels(setting: Setting, samples: int) -> tuple[Tensor, Tensor]:
+def images_and_labels(setting: Setting) -> tuple[Tensor, Tensor]:
     """Return seeded noise of the setting's shape."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(samples, 3, setting.side, setting.side, generator=generator)
-    return images, torch.randint(setting.classes, (samples,), generator=generator)
+    images = torch.randn(setting.samples, 3, setting.side, setting.side, generator=generator)
+    return images, torch.randint(CLASSES, (setting.samples,), generator=generator)
 
 
-def validation(setting: Setting, batches: int, monitored: bool) -> Callable[[], object]:
-    """Return a function that validates the network on so many batches."""
+def validation(setting: Setting, monitored: bool) -> Callable[[], object]:
+    """Return a function that validates the network on all samples."""
     warnings.filterwarnings("ignore", module="lightning")
-    data = TensorDataset(*images_and_labels(setting, batches * setting.batch))
+    data = TensorDataset(*images_and_labels(setting))
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,

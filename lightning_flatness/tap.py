@@ -218,14 +218,13 @@ class Tap:
             self._handles.pop().remove()
 
     def _install(self) -> None:
+        paths = [name.split(".") for name in self._names(CONVOLUTIONS) if name]
+        holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
         for name, module in self._modules.items():
-            holds_convolution = any(
-                other.startswith(f"{name}." if name else "") and other != name for other in self._names(CONVOLUTIONS)
-            )
             for wanted, hook in (
                 (isinstance(module, CONVOLUTIONS) and self.layer in (None, name), self._on_convolution),
                 (isinstance(module, CLASSIFIERS) and self.classifier in (None, name), self._on_classifier),
-                (holds_convolution and (not self._settled or self.classifier == name), self._on_network),
+                (name in holders and (not self._settled or self.classifier == name), self._on_network),
             ):
                 if wanted:
                     guarded = self._guarded(hook, name)
