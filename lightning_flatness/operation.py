@@ -64,21 +64,19 @@ class Operation(NamedTuple):
         """Return what the operation returns for these arguments, under autograd."""
         if self.name == "detach":  # to autograd the end; to the loss as a function, the identity
             return args[0]
-        if self.name == "batch_norm":
-            return _normalized(*args[:5], eps=args[7])
-        if self.name == "native_batch_norm":
-            return _normalized(*args[:5], eps=args[7]), args[3][:0], args[4][:0]
+        if self.name in ("batch_norm", "native_batch_norm"):
+            output = _normalized(args)
+            return output if self.name == "batch_norm" else (output, args[3][:0], args[4][:0])
         return self.function(*args, **kwargs)
 
 
-def _normalized(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-) -> Tensor:
+def _normalized(args: tuple[Any, ...]) -> Tensor:
     """Return batch norm in eval mode as the affine map that it is: its own backward pass is slow on small maps."""
+    x, weight, bias, mean, variance, _, _, eps = args[:8]
     scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale
-    scale, shift = (part.reshape(-1, *[1] * (x.dim() - 2)) for part in (scale, shift))
-    return x * scale + shift
+    shape = (-1, *[1] * (x.dim() - 2))
+    return x * scale.reshape(shape) + shift.reshape(shape)
 
 
 class TapeError(RuntimeError):

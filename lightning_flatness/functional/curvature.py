@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lightning_flatness.functional.filter_metric import room
 
 
 def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
@@ -36,8 +39,8 @@ def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"])
     r"""Return `Q_kk`, the diagonal of the softmax curvature pulled back, `Q = V^T (diag(S) - S S^T) V`.
 
     It does not depend on the label. With `t` the row of the predicted class and sums over the others,
-    `Q_kk = sum_c S_c (V_c - t)^2 - (sum_c S_c (V_c - t))^2`, expanded into products of matrices: every term is of
-    the order of `1 - S_t`, however small that is, so no precision is lost when a prediction is confident.
+    `Q_kk = sum_c S_c (V_ck - t_k)^2 - (sum_c S_c (V_ck - t_k))^2`: every term is of the order of `1 - S_t`, however
+    small that is, and no precision is lost when a prediction is confident, or when its row is near another.
 
     Args:
         logits: unnormalised scores, shape (n, c).
@@ -46,13 +49,14 @@ def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"])
     Returns:
         The diagonal, shape (n, k), in the squared unit of the classifier's weights.
     """
-    top = logits.argmax(-1)
-    others = logits.softmax(-1).scatter(-1, top.unsqueeze(-1), 0.0)
-    rest = others.sum(-1, keepdim=True)
-    rows = head - head.mean(0)  # the curvature is blind to a shift of all rows; there is least to cancel here
-    predicted, mean = rows[top], others @ rows
-    second_moment = others @ rows.square() + predicted * (rest * predicted - 2 * mean)
-    return (second_moment - (mean - rest * predicted).square()).clamp_min(0)
+    others = logits.softmax(-1).scatter(-1, logits.argmax(-1, keepdim=True), 0.0).unsqueeze(1)
+    step, parts = max(1, room(head) // max(1, head.numel())), []
+    for start in range(0, max(1, len(logits)), step):
+        samples = slice(start, start + step)
+        rows = centred_rows(logits[samples], head)
+        mean = others[samples] @ rows
+        parts.append((others[samples] @ rows.square_() - mean.square()).squeeze(1))
+    return torch.cat(parts).clamp_min(0)
 
 
 def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n c k"]:

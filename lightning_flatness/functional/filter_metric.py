@@ -9,8 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 _BLOCK = 256  # rows of a block of the metric: many enough for the matrix unit, few enough to leave out its other half
-_CACHE_NUMBERS = 2**19  # of the metric at once: what is written is read again while it is in the processor's cache
+_CACHE_NUMBERS = 2**19  # what is written is read again while it is in the processor's cache
 _CUDA_NUMBERS = 2**26  # a device wants few large steps
+
+
+def room(tensor: Tensor) -> int:
+    """Return how many numbers of a temporary tensor there should be at once."""
+    return _CUDA_NUMBERS if tensor.is_cuda else _CACHE_NUMBERS
 
 
 class FilterMetric(NamedTuple):
@@ -48,12 +53,12 @@ class FilterMetric(NamedTuple):
 
     def _half(self) -> Iterator[tuple[slice, slice, slice, Tensor]]:
         """Yield one half of the symmetric `G`, off its diagonal twice: samples, rows, columns, block of values."""
-        filters, room = len(self.kernel_gram), _CUDA_NUMBERS if self.left.is_cuda else _CACHE_NUMBERS
+        filters = len(self.kernel_gram)
         for start in range(0, filters, _BLOCK):
             rows, columns = slice(start, start + _BLOCK), slice(start, filters)
             kernels = self.kernel_gram[rows, columns].clone()
             kernels[:, len(kernels) :] *= 2
-            step = max(1, room // kernels.numel())
+            step = max(1, room(kernels) // kernels.numel())
             for first in range(0, len(self.left), step):
                 samples = slice(first, first + step)
                 block = self.left[samples, rows] @ self.right[samples, columns].mT

@@ -62,3 +62,14 @@ def test_all_forms_are_the_curvature(name: str, dtype: torch.dtype) -> None:
 def test_diagonal_does_not_see_a_common_shift() -> None:
     logits, head = normal(4, 3), normal(3, 5)
     torch.testing.assert_close(curvature_diagonal(logits, head + normal(5)), curvature_diagonal(logits, head))
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_diagonal_of_rows_that_are_near_each_other_but_far_from_the_rest(dtype: torch.dtype) -> None:
+    head = torch.tensor([[1.0], [1.0 + 1e-4], [-3.0]], dtype=dtype)
+    logits = torch.tensor([[20.0, 5.0, -30.0]], dtype=dtype)
+    expected = curvature_diagonal(logits.double(), head.double())
+    assert (expected > 0).all()
+    exact = head.double().mT @ curvature(logits) @ head.double()
+    torch.testing.assert_close(expected, exact.diagonal(dim1=1, dim2=2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(curvature_diagonal(logits, head).double(), expected, rtol=PRECISIONS[dtype], atol=0)
