@@ -16,6 +16,7 @@ from lightning_flatness.alarm import Alarm
 from lightning_flatness.alerts import Alert
 from lightning_flatness.batch import batch_targets, is_empty
 from lightning_flatness.evaluation import KEYS, Evaluation
+from lightning_flatness.factors import CHUNK_BYTES
 from lightning_flatness.functional import Loss, as_loss
 from lightning_flatness.measure import batch_factors, undisturbed
 from lightning_flatness.probe import allowance, moved, network, own_batches
@@ -48,6 +49,7 @@ class FlatnessMonitor(Callback):
             `nn.BCEWithLogitsLoss` that is used.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
+        chunk_bytes: what temporary tensors may take at once; samples are computed in so small groups.
 
     Raises:
         ValueError: if an argument is not what it must be; at the start of the run if a named module is not there.
@@ -68,6 +70,7 @@ class FlatnessMonitor(Callback):
         loss: str | nn.Module | Loss = "cross_entropy",
         name: str | None = None,
         strict: bool = False,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Check the arguments; the model is looked at when the run starts."""
         if isinstance(data, str) and data not in ("val", "train"):
@@ -76,7 +79,8 @@ class FlatnessMonitor(Callback):
             raise ValueError(
                 f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}."
             )
-        for argument, value in (("max_samples", max_samples), ("every_n_validations", every_n_validations)):
+        counts = {"max_samples": max_samples, "every_n_validations": every_n_validations, "chunk_bytes": chunk_bytes}
+        for argument, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{argument}` must be a whole number, at least 1; got {value!r}.")
         self.layer = layer
@@ -88,6 +92,7 @@ class FlatnessMonitor(Callback):
         self.loss = as_loss(loss)
         self.name = name if name is not None else "train" if data == "train" else ""
         self.strict = strict
+        self.chunk_bytes = chunk_bytes
         self._alarm = Alarm(rules, f"/{self.name}" if self.name else "")
         self._validations = 0
         self._due = False  # whether this validation is to be measured
@@ -181,7 +186,7 @@ class FlatnessMonitor(Callback):
             self._values = {}  # the rules are not to judge a part of them, nor some processes without the others
 
     def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tap = Tap(pl_module, self.layer, self.classifier, self.loss)
+        self._tap = Tap(pl_module, self.layer, self.classifier, self.loss, self.chunk_bytes)
         loaders = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         count = len(loaders) if self.data == "val" else 1
         self._evaluations = [Evaluation(pl_module.device) for _ in range(count)]

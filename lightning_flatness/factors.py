@@ -70,6 +70,7 @@ class TailFactors:
         target: what `batch.checked_targets` returns; None if unknown. Class indices, shape (n,), or probabilities
             of the classes or labels, shape (n, c).
         loss: of the training.
+        chunk_bytes: what temporary tensors may take at once; a single sample may take more.
     """
 
     inputs: Float[Tensor, "n i ..."]
@@ -83,6 +84,7 @@ class TailFactors:
     geometry: LF.ConvGeometry
     target: Int[Tensor, " n"] | Float[Tensor, "n c"] | None = None
     loss: LF.Loss = field(default_factory=LF.CrossEntropy)
+    chunk_bytes: int = CHUNK_BYTES
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -203,13 +205,13 @@ class TailFactors:
         return LF.FilterMetric(self.kernel_gram, *LF.filter_factors(self.inputs, self.jacobian, self.geometry))
 
     def _by_chunks(self, function: Callable[[TailFactors], tuple[Tensor, ...]]) -> list[Tensor]:
-        """Return what the function does, by chunks of samples under `CHUNK_BYTES`, or smaller if memory is short."""
+        """Return what the function does, by chunks of samples under `chunk_bytes`, or smaller if memory is short."""
         classes, filters, temperatures = len(self.head), self.jacobian.shape[1], len(LF.TEMPERATURES)
         pixels = prod(self.geometry.padded_shape(self.inputs.shape[2:]))
         weights = self.inputs.shape[1] * prod(self.geometry.kernel)
         numbers = 3 * (classes + temperatures) * filters + 3 * temperatures * classes
         numbers += pixels * min(2 * pixels, weights) + 2 * filters * min(pixels, weights)
-        step = max(1, CHUNK_BYTES // (numbers * self.jacobian.element_size()))
+        step = max(1, self.chunk_bytes // (numbers * self.jacobian.element_size()))
         with full_precision(self.logits.device):
             while True:
                 starts = range(0, max(1, len(self)), step)

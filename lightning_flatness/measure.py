@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.batch import batch_inputs, batch_targets, is_empty
 from lightning_flatness.evaluation import Evaluation
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.factors import CHUNK_BYTES, TailFactors
 from lightning_flatness.functional import Loss, as_loss
 from lightning_flatness.tail import NonFiniteError
 from lightning_flatness.tap import Tap
@@ -90,6 +90,7 @@ def measure(
     per_sample: bool = False,
     target: Callable[[Any], Tensor] | None = None,
     loss: str | nn.Module | Loss = "cross_entropy",
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> FlatnessReport:
     """Measure the exact Hessian trace and relative flatness of a convolution under global pooling.
 
@@ -105,6 +106,7 @@ def measure(
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
             `nn.BCEWithLogitsLoss` that is used.
+        chunk_bytes: what temporary tensors may take at once; samples are computed in so small groups.
 
     Returns:
         The report; `print` it, or read its attributes.
@@ -122,7 +124,9 @@ def measure(
         raise ValueError(f"`max_samples` must be at least 1 or None; got {max_samples}.")
     if not isinstance(batches, Iterable):
         raise ValueError(f"`batches` must be an iterable of (inputs, targets); got {type(batches).__name__}.")
-    tap = Tap(model, layer, classifier, as_loss(loss))
+    if chunk_bytes < 1:
+        raise ValueError(f"`chunk_bytes` must be at least 1; got {chunk_bytes}.")
+    tap = Tap(model, layer, classifier, as_loss(loss), chunk_bytes)
     evaluation = Evaluation(device_of(model))
     parts: list[dict[str, Tensor]] = []
     with undisturbed(model):

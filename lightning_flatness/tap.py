@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_flatness.batch import checked_targets
 from lightning_flatness.certificate import Certificate, certify, recorded_points, replayed_features
 from lightning_flatness.eager import EAGER
-from lightning_flatness.factors import KernelGram, TailFactors
+from lightning_flatness.factors import CHUNK_BYTES, KernelGram, TailFactors
 from lightning_flatness.functional import ConvGeometry, CrossEntropy, Loss
 from lightning_flatness.operation import is_low_precision, raised, tensors
 from lightning_flatness.tail import (
@@ -43,6 +43,7 @@ class Tap:
         layer: name of the monitored convolution; None: the last one that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
         loss: the training loss of the logits.
+        chunk_bytes: see `TailFactors`.
 
     Raises:
         ValueError: if a named module does not exist or is of the wrong kind; lists the candidates.
@@ -61,9 +62,10 @@ class Tap:
         layer: str | None = None,
         classifier: str | None = None,
         loss: Loss | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Check the names against the model."""
-        self._loss = loss or CrossEntropy()
+        self._loss, self._chunk_bytes = loss or CrossEntropy(), chunk_bytes
         self._modules = modules_by_name(model)
         require_name(self._modules, layer, "layer", CONVOLUTIONS)
         require_name(self._modules, classifier, "classifier", CLASSIFIERS)
@@ -182,6 +184,7 @@ class Tap:
             geometry=ConvGeometry.of(recording.convolution),
             target=None if target is None else checked_targets(target, len(logits), logits.shape[1], self._loss, look),
             loss=self._loss,
+            chunk_bytes=self._chunk_bytes,
         )
 
     def _recording(self) -> Recording:

@@ -41,7 +41,7 @@ ALONE = {f"{room}.py": OURS for room in ("detectors", "alerts", "watch", "condit
     "oracle.py": {"torch"}
 }
 HELPERS = {"conftest.py", "cases.py", "fuzz_inputs.py", "fuzz_tails.py", "metrics/checks.py", "networks.py"}
-WHOLES = "architecture cli compilers faults fuzz interplay loop nodes optuna precision processes sharding".split()
+WHOLES = "architecture cli compilers cuda faults fuzz interplay loop nodes optuna precision processes sharding".split()
 TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in WHOLES}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
