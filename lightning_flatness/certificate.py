@@ -143,25 +143,27 @@ def recorded_points(recording: Recording) -> dict[int, Tensor]:
 
 
 def _generic_points(recording: Recording, generator: torch.Generator) -> Iterator[dict[int, Tensor]]:
-    """Yield roots that wake activations: moved up and down in turn, all up, all down, by 0.1 to 30 times their spread.
+    """Yield roots that wake activations: neighbours up and down in turn, all above the largest, all below the least.
 
-    What two neighbours share shows only where both are alive.
+    What two samples or positions share shows only where both are alive.
     """
-    recorded = {slot: point.detach() for slot, point in recorded_points(recording).items()}
-    moves = {slot: _moves(value, generator) for slot, value in recorded.items()}
-    for moved in zip(*moves.values(), strict=True):
-        yield {slot: (recorded[slot] + move).requires_grad_() for slot, move in zip(moves, moved, strict=True)}
+    values = {slot: _moved(point.detach(), generator) for slot, point in recorded_points(recording).items()}
+    for points in zip(*values.values(), strict=True):
+        yield {slot: point.requires_grad_() for slot, point in zip(values, points, strict=True)}
 
 
-def _moves(value: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _moved(value: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `value` moved by 0.1 to 30 spreads: up and down in turn, up from the largest, down from the least."""
     flat = value.flatten(2)
     spread = (flat - flat.mean((0, 2), keepdim=True)).abs().mean()
     parity = torch.arange(flat[0, 0].numel()) + torch.arange(len(flat)).reshape(-1, 1, 1)
     flip = torch.rand((1, flat.shape[1], 1), generator=generator) - 0.5
     decade = torch.rand(flat.shape, generator=generator)
-    turn, size = ((flip.sign() * (1 - 2 * (parity % 2))).to(value), 10 ** (2.5 * decade - 1).to(value))
+    turn, size = (flip.sign() * (1 - 2 * (parity % 2))).to(value), 10 ** (2.5 * decade - 1).to(value)
     size = torch.where(spread > 0, spread, 1.0) * size
-    return (turn * size).reshape(value.shape), size.reshape(value.shape), -size.reshape(value.shape)
+    points = flat + turn * size, flat.amax((0, 2), keepdim=True) + size, flat.amin((0, 2), keepdim=True) - size
+    first, second, third = (point.reshape(value.shape) for point in points)
+    return first, second, third
 
 
 def _scaled(candidate: Tensor, reference: Tensor) -> bool:
