@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import lightning_flatness.functional as LF
+from lightning_flatness.operation import tensors
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs")
 _TARGET_KEYS = ("label", "labels", "target", "targets", "y", "class")
@@ -32,9 +33,12 @@ def batch_targets(batch: Any) -> Tensor:
     return _part(batch, 1, _TARGET_KEYS, "targets")
 
 
-def is_empty(target: Any) -> bool:
-    """Return whether a batch's targets say that it holds no sample: the last batch of some loaders does not."""
-    return isinstance(target, Tensor) and target.dim() > 0 and len(target) == 0
+def is_empty(batch: Any, target: Any) -> bool:
+    """Return whether a batch holds no sample, inputs and targets alike: the last batch of some loaders does not."""
+    inputs = next(
+        (part for part in tensors(dict(batch) if isinstance(batch, Mapping) else batch) if part.dim()), target
+    )
+    return all(isinstance(part, Tensor) and part.dim() > 0 and len(part) == 0 for part in (inputs, target))
 
 
 def _part(batch: Any, index: int, keys: tuple[str, ...], what: str) -> Any:

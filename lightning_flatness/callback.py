@@ -287,7 +287,7 @@ class FlatnessMonitor(Callback):
 
     def _measure_batch(self, tap: Tap, batch: Any, loader: int, left: int | None) -> None:
         targets = (self.target or batch_targets)(batch)
-        if not is_empty(targets):
+        if not is_empty(batch, targets):
             self._evaluations[loader].update(tap.factors(targets).select(slice(left)))
 
     def _measure_own(self, tap: Tap, trainer: Trainer, pl_module: LightningModule) -> None:

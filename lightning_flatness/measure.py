@@ -178,7 +178,7 @@ def batch_factors(
             except NotImplementedError as error:  # such as tensors of the meta device, which hold nothing
                 raise ValueError(f"A batch must hold data that can be moved to {device}: {error}") from error
             targets = (target or batch_targets)(batch)
-            if is_empty(targets):
+            if is_empty(batch, targets):
                 continue
             with torch.no_grad(), tap.alone():
                 model(batch_inputs(batch))

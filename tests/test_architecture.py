@@ -14,9 +14,9 @@ PACKAGE = ROOT / "lightning_flatness"
 # An import points to an earlier line of this list, or to a neighbour in the same folder.
 ORDER = [
     "functional",
-    "factors batch",
+    "factors",
     "metrics operation eager oracle detectors alerts",
-    "tape watch",
+    "tape watch batch",
     "conditions",
     "rules",
     "tail",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_flatness.batch import batch_inputs, batch_targets, checked_targets
+from lightning_flatness.batch import batch_inputs, batch_targets, checked_targets, is_empty
 from lightning_flatness.functional import as_loss
 
 SOFT = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
@@ -83,3 +83,22 @@ def test_batches_are_read(batch: Any) -> None:
 def test_other_batches_are_named(batch: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batch_targets(batch)
+
+
+NOTHING, SOME = torch.zeros(0, 3), torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "target", "empty"),
+    [
+        ((NOTHING, NOTHING[:, 0]), NOTHING[:, 0], True),
+        ({"x": NOTHING}, NOTHING[:, 0], True),
+        ([], NOTHING, True),
+        ((SOME, NOTHING[:, 0]), NOTHING[:, 0], False),  # targets that are missing
+        ((NOTHING, SOME), SOME, False),
+        ((SOME, SOME[:, 0]), SOME[:, 0], False),
+        ((NOTHING, None), None, False),
+    ],
+)
+def test_batches_without_a_sample(batch: Any, target: Any, empty: bool) -> None:
+    assert is_empty(batch, target) == empty

@@ -260,6 +260,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "too few targets": (lambda x, y: [(x, y[:3])], r"\b3\b"),
     "targets too large": (lambda x, y: [(x, y + 3)], r"\b[345]\b"),
     "targets negative": (lambda x, y: [(x, y - 1)], "-1"),
+    "targets missing": (lambda x, y: [(x, y), (x, y[:0])], "got .*0"),
     "targets one-hot": (lambda x, y: [(x, nn.functional.one_hot(y, 3))], "5, 3"),
     "not a number": (lambda x, y: [(without_a_number(x), y)], "NaN|finite"),
     "not a number, later": (lambda x, y: [(x, y), (without_a_number(x), y)], "NaN|finite"),
