@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .NOTPARALLEL:
-.PHONY: demo test lint types docs notebooks fuzz zoo clean
+.PHONY: demo test lint types docs notebooks bench fuzz zoo clean
 
 demo: $(VENV)/.demo  ## train a small network and watch its flatness
 	$(BIN)/python -m lightning_flatness
@@ -33,6 +33,12 @@ notebooks: $(VENV)/.dev $(VENV)/.notebooks
 	$(BIN)/python -m pytest --nbmake $(NOTEBOOKS)
 endif
 
+# BackPACK, and with it curvlinops, asks for torchvision: of no use here, and its wheel breaks a CPU build of torch.
+bench: $(VENV)/.bench  ## what the monitor costs, against other packages; rewrites docs/performance.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1
+	$(BIN)/python benchmarks/bench.py
+
 fuzz: $(VENV)/.dev  ## 20,000 random tails instead of the 500 of every day; about an hour
 	FUZZ_EXAMPLES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-seed=1 \
 		--hypothesis-show-statistics --timeout=0
@@ -52,8 +58,9 @@ $(VENV)/.demo: EXTRAS := tensorboard,examples
 $(VENV)/.dev: EXTRAS := dev
 $(VENV)/.docs: EXTRAS := docs
 $(VENV)/.notebooks: EXTRAS := notebooks
+$(VENV)/.bench: EXTRAS := bench
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.notebooks: $(VENV)/.created pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.notebooks $(VENV)/.bench: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 

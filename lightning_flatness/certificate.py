@@ -38,6 +38,10 @@ _POINTWISE = frozenset(
 _OF_ONE_FACTOR = frozenset("mul mm addmm linear convolution maximum minimum max min where".split())
 
 
+# How far, in spreads, samples are moved: activations wake at different heights, and fall asleep again.
+_LEVELS = torch.tensor([1.0, 5.0, 30.0])
+
+
 @dataclass(frozen=True)
 class Certificate:
     """What was found to hold for a tail: which feature each filter feeds, and whether the tail is curved."""
@@ -152,18 +156,21 @@ def _generic_points(recording: Recording, generator: torch.Generator) -> Iterato
         yield {slot: point.requires_grad_() for slot, point in zip(values, points, strict=True)}
 
 
-def _moved(value: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `value` moved by 0.1 to 30 spreads: up and down in turn, up from the largest, down from the least."""
-    flat = value.flatten(2)
+def _moved(value: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Return `value` moved by several of its spreads: up and down in turn, up from the largest, down from the least."""
+    flat, n = value.flatten(2), len(value)
     spread = (flat - flat.mean((0, 2), keepdim=True)).abs().mean()
-    parity = torch.arange(flat[0, 0].numel()) + torch.arange(len(flat)).reshape(-1, 1, 1)
+    spread = torch.where(spread > 0, spread, 1.0)
+    samples = torch.arange(n).reshape(-1, 1, 1)
     flip = torch.rand((1, flat.shape[1], 1), generator=generator) - 0.5
-    decade = torch.rand(flat.shape, generator=generator)
-    turn, size = (flip.sign() * (1 - 2 * (parity % 2))).to(value), 10 ** (2.5 * decade - 1).to(value)
-    size = torch.where(spread > 0, spread, 1.0) * size
-    points = flat + turn * size, flat.amax((0, 2), keepdim=True) + size, flat.amin((0, 2), keepdim=True) - size
-    first, second, third = (point.reshape(value.shape) for point in points)
-    return first, second, third
+    turn = (flip.sign() * (1 - 2 * ((samples + torch.arange(flat.shape[2])) % 2))).to(value)
+    drawn = torch.rand(flat.shape, generator=generator)
+    points = [flat + turn * spread * 10 ** (2.5 * drawn - 1).to(value)]
+    for shift in range(len(_LEVELS) if n < 2 * len(_LEVELS) else 1):  # two samples for each level
+        level = _LEVELS[(samples // 2 + shift) % len(_LEVELS)].to(value)
+        rise = spread * level * (1 + drawn / 2).to(value)
+        points += [flat.amax((0, 2), keepdim=True) + rise, flat.amin((0, 2), keepdim=True) - rise]
+    return [point.reshape(value.shape) for point in points]
 
 
 def _scaled(candidate: Tensor, reference: Tensor) -> bool:
