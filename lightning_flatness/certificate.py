@@ -51,6 +51,7 @@ class Certificate:
     channels: Tensor  # (k,)
     silent: Tensor  # filters that reached no feature where it was certified, (k,)
     any_silent: bool  # known to the host: later batches may wake them
+    sizes: tuple[Tensor, Tensor]  # of the largest first and second derivative there
     curved: bool
     fixed: bool  # whether what depends on what is the same for all values; if not, certify every batch
 
@@ -74,9 +75,12 @@ def certify(recording: Recording, generic: bool = True) -> Certificate:
         generator = torch.Generator().manual_seed(0)
         if not generic:
             return _certified(recording, recorded_points(recording), generator)
-        return _merged(
-            recording, [_certified(recording, points, generator) for points in _generic_points(recording, generator)]
-        )
+        certificates: list[Certificate] = []
+        for points in _generic_points(recording, generator):
+            # Where all sleep, their derivatives are rounding: they count beside those of the first point.
+            least = certificates[0].sizes if certificates else None
+            certificates.append(_certified(recording, points, generator, least))
+        return _merged(recording, certificates)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # TapeError, or an operation without a derivative
@@ -101,7 +105,12 @@ def _injective(channels: Tensor, silent: Tensor) -> bool:
     return channels[~silent].unique().numel() == int((~silent).sum())
 
 
-def _certified(recording: Recording, points: dict[int, Tensor], generator: torch.Generator) -> Certificate:
+def _certified(
+    recording: Recording,
+    points: dict[int, Tensor],
+    generator: torch.Generator,
+    least: tuple[Tensor, Tensor] | None = None,
+) -> Certificate:
     features = replayed_features(recording, points)
     used = [0]
     if len(points) > 1:
@@ -110,19 +119,21 @@ def _certified(recording: Recording, points: dict[int, Tensor], generator: torch
     if len(used) != 1:
         raise refusal(recording, f"{len(used)} calls of `{recording.layer}` reach the classifier in one forward pass")
     point = list(points.values())[used[0]]
-    channels, silent = _channel_map(features, point, generator)
+    slope, bend = least or (point.new_zeros(()), point.new_zeros(()))
+    channels, silent, slope = _channel_map(features, point, generator, slope)
     if channels is None:
         raise refusal(recording, _breaking_step(recording, used[0]))
     operations = recording.tape.operations[: recording.classifier.end]
     curved = not all(map(_is_piecewise_linear, operations))
-    if curved and not _acts_by_position(features, point, generator):
+    by_position, bend = _acts_by_position(features, point, generator, bend) if curved else (True, bend)
+    if not by_position:
         raise refusal(recording, "a curved activation acts on several positions of a map at once")
     # With two branches, one may be saturated at this point and hide what the other does elsewhere.
     fixed = all(
         len(step.slots) == 1 and (_is_piecewise_linear(step) or step.name.rstrip("_") in _POINTWISE)
         for step in operations
     )
-    return Certificate(recording.signature, used[0], channels, silent, bool(silent.any()), curved, fixed)
+    return Certificate(recording.signature, used[0], channels, silent, bool(silent.any()), (slope, bend), curved, fixed)
 
 
 def replayed_features(recording: Recording, points: dict[int, Tensor]) -> Tensor:
@@ -173,15 +184,20 @@ def _moved(value: Tensor, generator: torch.Generator) -> list[Tensor]:
     return [point.reshape(value.shape) for point in points]
 
 
-def _scaled(candidate: Tensor, reference: Tensor) -> bool:
-    """Return whether two tensors agree up to rounding."""
+def _scaled(candidate: Tensor, reference: Tensor, size: Tensor) -> bool:
+    """Return whether two tensors agree up to rounding, that of numbers of this size at least."""
     eps = torch.finfo(reference.dtype).eps
-    bound = 1e4 * eps * reference.abs() + 1e2 * eps * reference.abs().max()
+    bound = 1e4 * eps * reference.abs() + 1e2 * eps * torch.maximum(reference.abs().max(), size)
     return bool(((candidate - reference).abs() <= bound).all())
 
 
-def _channel_map(output: Tensor, point: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor]:
-    """Return which channel of `output` each channel of `point` feeds, None if it is not one, and the silent ones."""
+def _channel_map(
+    output: Tensor, point: Tensor, generator: torch.Generator, size: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return which channel of `output` each channel of `point` feeds, None if it is not one; the silent ones; the size.
+
+    The size is that of the largest derivative, here or before.
+    """
     n, channels = output.shape[:2]
     dims = [1] * (output.dim() - 2)
     weight, by_sample = (
@@ -195,7 +211,8 @@ def _channel_map(output: Tensor, point: Tensor, generator: torch.Generator) -> t
 
     ones = pulled_back(torch.ones_like(output))
     reach = ones.abs().amax((0, 2))
-    silent = reach <= torch.finfo(ones.dtype).eps * reach.max()
+    size = torch.maximum(reach.max(), size)
+    silent = reach <= torch.finfo(ones.dtype).eps * size
     numbers = torch.randperm(channels, generator=generator)
     coded = pulled_back((numbers + 1).to(output).reshape(1, -1, *dims))
     ratio = (coded * ones).sum((0, 2)) / ones.square().sum((0, 2)).clamp_min(torch.finfo(ones.dtype).tiny)
@@ -203,18 +220,19 @@ def _channel_map(output: Tensor, point: Tensor, generator: torch.Generator) -> t
     found = numbers.argsort().to(point.device)[index]
     code = torch.randn(channels, generator=generator, dtype=torch.float64).to(output)
     expected = by_sample.reshape(n, 1, 1) * code[found].reshape(1, -1, 1) * ones
-    honest = _scaled(pulled_back(code.reshape(1, -1, *dims) * by_sample), expected)
-    return (found if honest and _injective(found, silent) else None), silent
+    honest = _scaled(pulled_back(code.reshape(1, -1, *dims) * by_sample), expected, size)
+    return (found if honest and _injective(found, silent) else None), silent, size
 
 
-def _acts_by_position(features: Tensor, point: Tensor, generator: torch.Generator) -> bool:
+def _acts_by_position(features: Tensor, point: Tensor, generator: torch.Generator, size: Tensor) -> tuple[bool, Tensor]:
     (slope,) = torch.autograd.grad(features.sum(), point, create_graph=True)
     if not slope.requires_grad:
-        return True
+        return True, size
     direction = torch.rand(point.shape, generator=generator, dtype=torch.float64).to(point) + 0.5
     (ones,) = torch.autograd.grad(slope.sum(), point, retain_graph=True, materialize_grads=True)
     (turned,) = torch.autograd.grad((slope * direction).sum(), point, materialize_grads=True)
-    return _scaled(turned, direction * ones)
+    size = torch.maximum(ones.abs().max(), size)
+    return _scaled(turned, direction * ones, size), size
 
 
 def _is_piecewise_linear(operation: Operation) -> bool:
@@ -234,7 +252,7 @@ def _breaking_step(recording: Recording, used: int) -> str:
             output = outputs[result]
             if not output.numel() or not output.requires_grad or output.dim() < 2 or len(output) != len(points[slot]):
                 continue
-            if _channel_map(output, points[slot], generator)[0] is None:
+            if _channel_map(output, points[slot], generator, output.new_zeros(()))[0] is None:
                 return f"step {end}, `{operation.name}`, mixes them (its output has shape {tuple(output.shape)})"
     return "the steps after it mix filters"
 

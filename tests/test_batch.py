@@ -93,7 +93,7 @@ NOTHING, SOME = torch.zeros(0, 3), torch.zeros(2, 3)
     [
         ((NOTHING, NOTHING[:, 0]), NOTHING[:, 0], True),
         ({"x": NOTHING}, NOTHING[:, 0], True),
-        ([], NOTHING, True),
+        (([[1.0], [2.0]], NOTHING), NOTHING, False),  # inputs in a list
         ((SOME, NOTHING[:, 0]), NOTHING[:, 0], False),  # targets that are missing
         ((NOTHING, SOME), SOME, False),
         ((SOME, SOME[:, 0]), SOME[:, 0], False),
