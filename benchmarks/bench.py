@@ -1,0 +1,258 @@
+"""What the monitor costs, in one run: prints tables and writes `docs/performance.md`.
+
+`python benchmarks/bench.py [--rounds N] [PART ...]`; the parts are the keys of `PARTS` at the end, by default all.
+Ratios are medians over rounds in which everything is called in turn; beside them stand those of the shortest times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import networks
+import torch
+from peers import installed, prepared
+from timing import best_ratio, interleaved, own_peak_megabytes, peak_megabytes, ratio, seconds
+from torch import Tensor, nn
+from training import trained_on_digits
+from validation import SETTINGS, validation
+
+from lightning_flatness import measure
+from lightning_flatness.factors import TailFactors
+from lightning_flatness.functional.operations import multiply_adds
+from lightning_flatness.tap import Tap
+
+THREADS = 2
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PACKAGES = "asdfghjkl backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings PyHessian".split()
+Rows = Iterator[tuple[str, ...]]
+
+
+def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Return a plain forward pass without gradients."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return run
+
+
+def recorded(model: nn.Module, x: Tensor, y: Tensor) -> TailFactors:
+    """Return the factors of one pass."""
+    with Tap(model) as tap, torch.no_grad():
+        model(x)
+        return tap.factors(y)
+
+
+def fresh(factors: TailFactors, name: str) -> object:
+    """Return one quantity, computed anew."""
+    return getattr(factors.select(slice(None)), name)
+
+
+def validations(rounds: int) -> Rows:
+    """Yield validation time and peak memory with the monitor, as multiples of those without."""
+    yield "network", "samples", "batch", "time", "shortest", "counted", "peak memory", "target"
+    for name, target in (("resnet20", 1.05), ("resnet18", 1.03), ("resnet18-stem", 1.03)):
+        setting = SETTINGS[name]
+        runs = {str(monitored): validation(setting, monitored) for monitored in (True, False)}
+        times = interleaved(runs, rounds)
+        with_it, without = (
+            peak_megabytes(f"{Path(__file__).parent}/memory.py", name, str(int(monitored)))
+            for monitored in (True, False)
+        )
+        model = networks.lively(setting.network())
+        x, y = torch.randn(8, 3, setting.side, setting.side), torch.zeros(8).long()
+        factors = recorded(model, x, y)
+        share = multiply_adds(lambda: factors.relative_flatness) / multiply_adds(forward(model, x))  # noqa: B023
+        yield (
+            setting.title,
+            f"{setting.samples:,}",
+            f"{setting.batch}",
+            f"{ratio(times['True'], times['False']):.3f}",
+            f"{best_ratio(times['True'], times['False']):.3f}",
+            f"{1 + share:.3f}",
+            f"{with_it / without:.3f} of {without:.0f} MB",
+            f"{target}",
+        )
+
+
+def against_peers(rounds: int) -> Rows:
+    """Yield time as a multiple of a forward pass, and error, of every way to the trace of the last convolution."""
+    yield "trace of the last convolution's Hessian", "exact", "untrained x fwd", "error", "trained x fwd", "error"
+    one, ten = "this package, `measure` of one batch: all quantities", "the same, of ten batches"
+    columns: dict[str, list[str]] = {}
+    for model, x, y in trained_on_digits():
+        report = measure(model, [(x, y)])
+        exact = measure(model.double(), [(x.double(), y)]).hessian_trace
+        model.float()
+        runs: dict[str, Callable[[], object]] = {
+            "forward": forward(model, x),
+            one: partial(measure, model, [(x, y)]),
+            ten: partial(measure, model, [(x, y)] * 10),
+        }
+        errors = dict.fromkeys((one, ten), abs(report.hessian_trace / exact - 1))
+        for peer in installed():
+            runs[peer.name] = partial(peer.trace, prepared(model, report.layer), report.layer, x, y)
+            values = [float(str(runs[peer.name]())) for _ in range(1 if peer.exact else 5)]
+            errors[peer.name] = sum(abs(value / exact - 1) for value in values) / len(values)
+        times = interleaved(runs, rounds)
+        times[ten] = [seconds / 10 for seconds in times[ten]]
+        for name, error in errors.items():
+            kind = "yes" if name not in {p.name for p in installed() if not p.exact} else "no"
+            columns.setdefault(name, [kind]).extend([f"{ratio(times[name], times['forward']):.2f}", f"{error:.1e}"])
+    for name, cells in columns.items():
+        yield name, *cells
+
+
+def large_tail(rounds: int) -> Rows:
+    """Yield what 1000 classes and 2048 filters cost, as multiples of a forward pass, that pass included."""
+    yield "ResNet-50, 224 x 224, C = 1000, K = 2048", "x fwd", "shortest", "counted", "target"
+    model, x, y = networks.lively(networks.resnet50()), torch.randn(4, 3, 224, 224), torch.zeros(4).long()
+    with Tap(model) as tap:
+
+        def run(name: str) -> None:
+            with torch.no_grad():
+                model(x)
+            getattr(tap.factors(y), name)
+
+        names = {"trace alone": ("hessian_trace", 1.05), "relative flatness": ("relative_flatness", 1.5)}
+        runs: dict[str, Callable[[], object]] = {title: partial(run, name) for title, (name, _) in names.items()}
+        times = interleaved(runs | {"forward": forward(model, x)}, rounds)
+    factors, counted = recorded(model, x, y), multiply_adds(forward(model, x))
+    for title, (name, target) in names.items():
+        share = 1 + multiply_adds(partial(fresh, factors, name)) / counted
+        pair = times[title], times["forward"]
+        yield title, f"{ratio(*pair):.2f}", f"{best_ratio(*pair):.2f}", f"{share:.2f}", f"{target}"
+
+
+def tail(channels: int, filters: int, side: int, classes: int, kernel: int = 3) -> nn.Module:
+    """Return a last convolution and what follows it."""
+    layers = [networks.conv_norm(channels, filters, kernel), nn.ReLU(), *networks.head(filters, classes)]
+    return networks.lively(nn.Sequential(*layers))
+
+
+def growth(rounds: int) -> Rows:
+    """Yield the monitor's cost of one sample as one size grows."""
+    yield "what grows", "sizes", "microseconds per sample"
+    sizes: dict[str, dict[int, tuple[int, int, int, int, int]]] = {
+        "classes, K = 512, 7 x 7": {c: (512, 512, 7, c, 3) for c in (10, 100, 1000)},
+        "channels in and out, 3 x 3 kernel, 7 x 7": {k: (k, k, 7, 10, 3) for k in (64, 256, 1024, 2048)},
+        "map's side, K = 64": {s: (64, 64, s, 10, 3) for s in (4, 8, 16, 28, 56)},
+    }
+    for title, cases in sizes.items():
+        costs = []
+        for channels, filters, side, classes, kernel in cases.values():
+            n = 4 if classes * filters > 2**16 or filters > 512 or side > 16 else 32
+            model = tail(channels, filters, side, classes, kernel)
+            factors = recorded(model, torch.randn(n, channels, side, side), torch.zeros(n).long())
+            times = interleaved({"": partial(fresh, factors, "relative_flatness")}, rounds)[""]
+            costs.append(f"{min(times) / n * 1e6:.0f}")
+        yield title, " / ".join(map(str, cases)), " / ".join(costs)
+    model, costs = networks.lively(networks.resnet18(10)), []
+    for side in (64, 128, 224):
+        x, y = torch.randn(8, 3, side, side), torch.zeros(8).long()
+        factors = recorded(model, x, y)
+        times = interleaved({"fwd": forward(model, x), "own": partial(fresh, factors, "relative_flatness")}, rounds)
+        costs.append(f"{min(times['own']) / 8 * 1e6:.0f} ({best_ratio(times['own'], times['fwd']):.1%} of fwd)")
+    yield "image's side, ResNet-18", "64 / 128 / 224", " / ".join(costs)
+
+
+def samples(rounds: int) -> Rows:
+    """Yield time per sample and peak memory of `measure` as the set grows."""
+    yield "samples", "microseconds per sample", "peak memory of the process so far, MB"
+    model, x, y = networks.lively(networks.resnet20(width=4)), torch.randn(256, 3, 32, 32), torch.zeros(256).long()
+    measure(model, [(x, y)])
+    for count in (256, 2560, 50176):
+        took = seconds(lambda: measure(model, ((x, y) for _ in range(count // 256))))  # noqa: B023
+        yield f"{count}", f"{took / count * 1e6:.0f}", f"{own_peak_megabytes():.0f}"
+
+
+def on_cuda(rounds: int) -> Rows:
+    """Yield absolute times on a CUDA device."""
+    yield "network, 224 x 224, batch 64", "forward, ms", "with the monitor's quantities, ms", "ratio"
+    if not torch.cuda.is_available():
+        yield "no CUDA device where this page was made", "", "", ""
+        return
+    for build in (networks.resnet18, networks.resnet50, networks.mobilenet_v2):
+        model = networks.lively(build()).cuda()
+        x, y = torch.randn(64, 3, 224, 224, device="cuda"), torch.zeros(64, device="cuda").long()
+        with Tap(model) as tap:
+
+            def run(model: nn.Module = model, x: Tensor = x, y: Tensor = y, tap: Tap = tap) -> None:
+                with torch.no_grad():
+                    model(x)
+                _ = tap.factors(y).relative_flatness
+
+            times = interleaved({"with": run, "fwd": forward(model, x)}, rounds)
+        alone, both = (sorted(times[key])[rounds // 2] * 1e3 for key in ("fwd", "with"))
+        yield build.__name__, f"{alone:.2f}", f"{both:.2f}", f"{ratio(times['with'], times['fwd']):.3f}"
+
+
+PARTS: dict[str, tuple[str, Callable[[int], Rows]]] = {
+    "validation": ("A whole validation by a Trainer, with the monitor / without", validations),
+    "peers": ("Against other packages", against_peers),
+    "large": ("Many classes, many filters", large_tail),
+    "growth": ("Growth of the cost of one sample", growth),
+    "samples": ("Growth with the number of samples", samples),
+    "cuda": ("On a CUDA device", on_cuda),
+}
+
+
+def table(rows: Rows) -> str:
+    """Return rows as a Markdown table."""
+    head, *body = rows
+    lines = [head, ("---",) * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def conditions() -> str:
+    """Return date, machine and versions."""
+    versions = [f"torch {torch.__version__}", f"lightning {version('lightning')}"]
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return (
+        f"{date.today().isoformat()}; {os.cpu_count()} {platform.machine()} cores, {THREADS} threads, {device}; "
+        f"Python {platform.python_version()}; {', '.join(versions)}."
+    )
+
+
+def main() -> None:
+    """Run the parts that were asked for and write them into the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *PARTS], default=[])
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    for part in arguments.parts or PARTS:
+        title, rows = PARTS[part]
+        text = table(rows(arguments.rounds))
+        print(f"\n{title}\n\n{text}", flush=True)
+        write({part: text, "conditions": conditions()})
+        gc.collect()
+
+
+def write(sections: dict[str, str]) -> None:
+    """Put the tables between the page's marks; the text around them stays."""
+    page = PAGE.read_text(encoding="utf-8")
+    for part, text in sections.items():
+        start, end = f"<!-- {part} -->\n", f"\n<!-- /{part} -->"
+        before, rest = page.split(start)
+        page = f"{before}{start}{text}{end}{rest.split(end, 1)[1]}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Times functions against each other on a machine that may be busy."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Return how long one call takes, with the device's work done."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of every function, called in turn in every round, after one round that does not count."""
+    for run in runs.values():
+        seconds(run)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return times
+
+
+def ratio(times: list[float], base: list[float]) -> float:
+    """Return the median of the ratios round by round: a drift of the machine's speed cancels."""
+    return median(a / b for a, b in zip(times, base, strict=True))
+
+
+def best_ratio(times: list[float], base: list[float]) -> float:
+    """Return the ratio of the shortest times: what was least disturbed by other work on the machine."""
+    return min(times) / min(base)
+
+
+def peak_megabytes(*arguments: str) -> float:
+    """Return the peak resident memory of a Python process of its own, which prints it as its last line."""
+    output = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
+    return float(output.split()[-1])
+
+
+def own_peak_megabytes() -> float:
+    """Return the peak resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would count what the parent process had as well
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes, on macOS
