@@ -104,7 +104,7 @@ def against_peers(rounds: int) -> Rows:
             values = [float(str(runs[peer.name]())) for _ in range(1 if peer.exact else 5)]
             errors[peer.name] = sum(abs(value / exact - 1) for value in values) / len(values)
         times = interleaved(runs, rounds)
-        times[ten] = [seconds / 10 for seconds in times[ten]]
+        times[ten] = [total / 10 for total in times[ten]]
         for name, error in errors.items():
             kind = "yes" if name not in {p.name for p in installed() if not p.exact} else "no"
             columns.setdefault(name, [kind]).extend([f"{ratio(times[name], times['forward']):.2f}", f"{error:.1e}"])

@@ -49,7 +49,7 @@ class FlatnessMonitor(Callback):
             `nn.BCEWithLogitsLoss` that is used.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
-        chunk_bytes: what temporary tensors may take at once; samples are computed in so small groups.
+        chunk_bytes: what temporary tensors may take at once: samples are computed in groups that fit, or one by one.
 
     Raises:
         ValueError: if an argument is not what it must be; at the start of the run if a named module is not there.

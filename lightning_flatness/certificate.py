@@ -71,6 +71,15 @@ def certify(recording: Recording, generic: bool = True) -> Certificate:
         UnsupportedTailError: if any of it does not hold; the message has the path and the step.
     """
     try:
+        return _certify(recording, generic)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # TapeError, or an operation without a derivative
+        raise refusal(recording, str(error)) from error
+
+
+def _certify(recording: Recording, generic: bool) -> Certificate:
+    with torch.device("cpu"):  # of the random numbers, whatever the default device is
         _check_modules(recording)
         generator = torch.Generator().manual_seed(0)
         if not generic:
@@ -81,10 +90,6 @@ def certify(recording: Recording, generic: bool = True) -> Certificate:
             least = certificates[0].sizes if certificates else None
             certificates.append(_certified(recording, points, generator, least))
         return _merged(recording, certificates)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # TapeError, or an operation without a derivative
-        raise refusal(recording, str(error)) from error
 
 
 def _merged(recording: Recording, certificates: list[Certificate]) -> Certificate:

@@ -29,13 +29,27 @@ class LayerCurvature(NamedTuple):
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Run matrix products in the precision of their operands: no autocast, no TF32, no graph."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _exact_products():
+        yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    # The older switch of all backends raises where a user has set one of the newer ones, which are by backend.
+    parts: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    before = [(part, part.fp32_precision) for part in parts if hasattr(part, "fp32_precision")]
+    precision = None if before else torch.get_float32_matmul_precision()
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
+        for part, _ in before:
+            part.fp32_precision = "ieee"
+        if precision:
+            torch.set_float32_matmul_precision("highest")
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for part, chosen in before:
+            part.fp32_precision = chosen
+        if precision:
+            torch.set_float32_matmul_precision(precision)
 
 
 class KernelGram:

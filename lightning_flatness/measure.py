@@ -106,7 +106,7 @@ def measure(
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
             `nn.BCEWithLogitsLoss` that is used.
-        chunk_bytes: what temporary tensors may take at once; samples are computed in so small groups.
+        chunk_bytes: what temporary tensors may take at once: samples are computed in groups that fit, or one by one.
 
     Returns:
         The report; `print` it, or read its attributes.
@@ -124,8 +124,8 @@ def measure(
         raise ValueError(f"`max_samples` must be at least 1 or None; got {max_samples}.")
     if not isinstance(batches, Iterable):
         raise ValueError(f"`batches` must be an iterable of (inputs, targets); got {type(batches).__name__}.")
-    if chunk_bytes < 1:
-        raise ValueError(f"`chunk_bytes` must be at least 1; got {chunk_bytes}.")
+    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(f"`chunk_bytes` must be a whole number, at least 1; got {chunk_bytes!r}.")
     tap = Tap(model, layer, classifier, as_loss(loss), chunk_bytes)
     evaluation = Evaluation(device_of(model))
     parts: list[dict[str, Tensor]] = []

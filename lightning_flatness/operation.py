@@ -64,7 +64,7 @@ class Operation(NamedTuple):
         """Return what the operation returns for these arguments, under autograd."""
         if self.name == "detach":  # to autograd the end; to the loss as a function, the identity
             return args[0]
-        if self.name in ("batch_norm", "native_batch_norm"):
+        if self.name in ("batch_norm", "native_batch_norm") and len(args) >= 8:
             output = _normalized(args)
             return output if self.name == "batch_norm" else (output, args[3][:0], args[4][:0])
         return self.function(*args, **kwargs)

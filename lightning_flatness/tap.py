@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_flatness.batch import checked_targets
 from lightning_flatness.certificate import Certificate, certify, recorded_points, replayed_features
 from lightning_flatness.eager import EAGER
-from lightning_flatness.factors import CHUNK_BYTES, KernelGram, TailFactors
+from lightning_flatness.factors import CHUNK_BYTES, KernelGram, TailFactors, full_precision
 from lightning_flatness.functional import ConvGeometry, CrossEntropy, Loss
 from lightning_flatness.operation import is_low_precision, raised, tensors
 from lightning_flatness.tail import (
@@ -79,7 +79,7 @@ class Tap:
         self._handles: list[Any] = []
         self._tape: Tape | None = None
         self._certificate: Certificate | None = None
-        self._copies, self._kernel_gram = WeightCopies(), KernelGram()
+        self._kernel_gram = KernelGram()
         self.clear()
 
     def __enter__(self) -> Tap:
@@ -109,6 +109,8 @@ class Tap:
 
     def _restart(self) -> None:
         self._close()
+        if not self._settled:  # forget weights that turned out not to matter
+            self._copies = WeightCopies()
         self._tape = None
         self._running: str | None = None  # name of the convolution that the tape follows
         self._weights: tuple[Tensor, Tensor] | None = None
@@ -170,7 +172,8 @@ class Tap:
         head = torch.eye(features.shape[1]).to(features) if call.weights is None else call.weights[0]
         logits = raised(call.output)
         if call.weights is not None and is_low_precision(call.output):
-            logits = features @ head.mT + call.weights[1]
+            with full_precision(logits.device):
+                logits = features @ head.mT + call.weights[1]
         look = unproven or not logits.is_cuda  # later batches must not wait for the device
         return TailFactors(
             inputs=raised(tape.value(inputs)).to(slope.dtype),

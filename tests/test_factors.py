@@ -12,8 +12,9 @@ from networks import Net, conv2d, residual
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lightning_flatness.functional as LF
 from lightning_flatness import oracle
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.factors import TailFactors, full_precision
 from lightning_flatness.functional import as_loss
 from lightning_flatness.tap import Tap
 
@@ -124,3 +125,29 @@ def test_chunks_do_not_matter() -> None:
     again = replace(whole, chunk_bytes=1)
     for value, reference in zip(again._curvature, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-12, atol=0)
+
+
+BACKENDS = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+
+
+@pytest.mark.skipif(not all(hasattr(part, "fp32_precision") for part in BACKENDS), reason="this torch has one switch")
+@pytest.mark.parametrize("precisions", [("tf32", "none"), ("none", "bf16"), ("tf32", "bf16"), ("none", "none")])
+def test_full_precision_whatever_the_user_set(precisions: tuple[str, str]) -> None:
+    before = [part.fp32_precision for part in BACKENDS]
+    try:
+        for part, precision in zip(BACKENDS, precisions, strict=True):
+            part.fp32_precision = precision
+        with full_precision(torch.device("cpu")):
+            assert [part.fp32_precision for part in BACKENDS] == ["ieee", "ieee"]
+        assert tuple(part.fp32_precision for part in BACKENDS) == precisions
+        with pytest.raises(ZeroDivisionError), full_precision(torch.device("cpu")):
+            _ = 1 / 0
+        assert tuple(part.fp32_precision for part in BACKENDS) == precisions
+    finally:
+        for part, precision in zip(BACKENDS, before, strict=True):
+            part.fp32_precision = precision
+
+
+def test_every_quantity_of_logits_has_a_gradient() -> None:
+    logits, features, head = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (3, 5), (4, 5)))
+    assert torch.autograd.gradcheck(LF.head_relative_flatness, (features, logits.requires_grad_(), head))

@@ -469,3 +469,13 @@ def test_nothing_ran() -> None:
     with Tap(model) as tap, pytest.raises(UnsupportedTailError, match=r"none did.*'conv', 'stem\.0'"):
         tap.factors()
     assert hooks(model) == 0
+
+
+def test_only_the_weights_that_matter_are_kept() -> None:
+    case = CASES["inception"]
+    model, (x, y) = case.model().eval(), case.data()
+    with Tap(model) as tap:
+        for _ in range(2):
+            run(model, x)
+            tap.factors(y)
+        assert set(tap._copies._known) == {model.conv, model.head}

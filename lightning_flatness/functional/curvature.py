@@ -55,7 +55,7 @@ def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"])
         samples = slice(start, start + step)
         rows = centred_rows(logits[samples], head)
         mean = others[samples] @ rows
-        parts.append((others[samples] @ rows.square_() - mean.square()).squeeze(1))
+        parts.append((others[samples] @ rows.square() - mean.square()).squeeze(1))
     return torch.cat(parts).clamp_min(0)
 
 

@@ -62,4 +62,4 @@ class FilterMetric(NamedTuple):
             for first in range(0, len(self.left), step):
                 samples = slice(first, first + step)
                 block = self.left[samples, rows] @ self.right[samples, columns].mT
-                yield samples, rows, columns, block.mul_(kernels)
+                yield samples, rows, columns, block * kernels
