@@ -141,28 +141,30 @@ def tail(channels: int, filters: int, side: int, classes: int, kernel: int = 3) 
 
 def growth(rounds: int) -> Rows:
     """Yield the monitor's cost of one sample as one size grows."""
-    yield "what grows", "sizes", "microseconds per sample"
+    yield "what grows", "sizes", "microseconds per sample", "millions of multiply-adds"
+    n = 8
     sizes: dict[str, dict[int, tuple[int, int, int, int, int]]] = {
         "classes, K = 512, 7 x 7": {c: (512, 512, 7, c, 3) for c in (10, 100, 1000)},
         "channels in and out, 3 x 3 kernel, 7 x 7": {k: (k, k, 7, 10, 3) for k in (64, 256, 1024, 2048)},
         "map's side, K = 64": {s: (64, 64, s, 10, 3) for s in (4, 8, 16, 28, 56)},
     }
     for title, cases in sizes.items():
-        costs = []
+        costs, counts = [], []
         for channels, filters, side, classes, kernel in cases.values():
-            n = 4 if classes * filters > 2**16 or filters > 512 or side > 16 else 32
             model = tail(channels, filters, side, classes, kernel)
             factors = recorded(model, torch.randn(n, channels, side, side), torch.zeros(n).long())
-            times = interleaved({"": partial(fresh, factors, "relative_flatness")}, rounds)[""]
-            costs.append(f"{min(times) / n * 1e6:.0f}")
-        yield title, " / ".join(map(str, cases)), " / ".join(costs)
-    model, costs = networks.lively(networks.resnet18(10)), []
+            own = partial(fresh, factors, "relative_flatness")
+            costs.append(f"{min(interleaved({'': own}, rounds)['']) / n * 1e6:.0f}")
+            counts.append(f"{multiply_adds(own) / n / 1e6:.1f}")
+        yield title, " / ".join(map(str, cases)), " / ".join(costs), " / ".join(counts)
+    model, costs, counts = networks.lively(networks.resnet18(10)), [], []
     for side in (64, 128, 224):
-        x, y = torch.randn(8, 3, side, side), torch.zeros(8).long()
-        factors = recorded(model, x, y)
-        times = interleaved({"fwd": forward(model, x), "own": partial(fresh, factors, "relative_flatness")}, rounds)
-        costs.append(f"{min(times['own']) / 8 * 1e6:.0f} ({best_ratio(times['own'], times['fwd']):.1%} of fwd)")
-    yield "image's side, ResNet-18", "64 / 128 / 224", " / ".join(costs)
+        x, y = torch.randn(n, 3, side, side), torch.zeros(n).long()
+        own = partial(fresh, recorded(model, x, y), "relative_flatness")
+        times = interleaved({"fwd": forward(model, x), "own": own}, rounds)
+        counts.append(f"{multiply_adds(own) / n / 1e6:.1f}")
+        costs.append(f"{min(times['own']) / n * 1e6:.0f} ({best_ratio(times['own'], times['fwd']):.1%} of fwd)")
+    yield "image's side, ResNet-18", "64 / 128 / 224", " / ".join(costs), " / ".join(counts)
 
 
 def samples(rounds: int) -> Rows:
