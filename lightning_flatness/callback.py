@@ -18,7 +18,7 @@ from lightning_flatness.batch import batch_targets, is_empty
 from lightning_flatness.evaluation import KEYS, Evaluation
 from lightning_flatness.factors import CHUNK_BYTES
 from lightning_flatness.functional import Loss, as_loss
-from lightning_flatness.measure import batch_factors, undisturbed
+from lightning_flatness.measure import batch_factors, require_counts, undisturbed
 from lightning_flatness.probe import allowance, moved, network, own_batches
 from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
@@ -79,10 +79,7 @@ class FlatnessMonitor(Callback):
             raise ValueError(
                 f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}."
             )
-        counts = {"max_samples": max_samples, "every_n_validations": every_n_validations, "chunk_bytes": chunk_bytes}
-        for argument, value in counts.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{argument}` must be a whole number, at least 1; got {value!r}.")
+        require_counts(max_samples=max_samples, every_n_validations=every_n_validations, chunk_bytes=chunk_bytes)
         self.layer = layer
         self.classifier = classifier
         self.data = data

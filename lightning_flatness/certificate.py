@@ -27,8 +27,6 @@ _PIECEWISE_LINEAR = frozenset(
     "channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle dropout feature_dropout "
     "constant_pad_nd pad".split()
 )
-
-
 # Curved, but what they connect does not depend on the values.
 _POINTWISE = frozenset(
     "silu gelu hardswish sigmoid tanh mish elu celu selu softplus softsign log_sigmoid_forward "
@@ -36,8 +34,6 @@ _POINTWISE = frozenset(
 )
 # Piecewise linear as long as one of their factors alone belongs to the tail.
 _OF_ONE_FACTOR = frozenset("mul mm addmm linear convolution maximum minimum max min where".split())
-
-
 # How far, in spreads, samples are moved: activations wake at different heights, and fall asleep again.
 _LEVELS = torch.tensor([1.0, 5.0, 30.0])
 
@@ -172,8 +168,8 @@ def _generic_points(recording: Recording, generator: torch.Generator) -> Iterato
         yield {slot: point.requires_grad_() for slot, point in zip(values, points, strict=True)}
 
 
-def _moved(value: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Return `value` moved by several of its spreads: up and down in turn, up from the largest, down from the least."""
+def _moved(value: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield `value` moved by several of its spreads: up and down in turn, up from the largest, down from the least."""
     flat, n = value.flatten(2), len(value)
     spread = (flat - flat.mean((0, 2), keepdim=True)).abs().mean()
     spread = torch.where(spread > 0, spread, 1.0)
@@ -181,12 +177,12 @@ def _moved(value: Tensor, generator: torch.Generator) -> list[Tensor]:
     flip = torch.rand((1, flat.shape[1], 1), generator=generator) - 0.5
     turn = (flip.sign() * (1 - 2 * ((samples + torch.arange(flat.shape[2])) % 2))).to(value)
     drawn = torch.rand(flat.shape, generator=generator)
-    points = [flat + turn * spread * 10 ** (2.5 * drawn - 1).to(value)]
+    yield (flat + turn * spread * 10 ** (2.5 * drawn - 1).to(value)).reshape(value.shape)
     for shift in range(len(_LEVELS) if n < 2 * len(_LEVELS) else 1):  # two samples for each level
         level = _LEVELS[(samples // 2 + shift) % len(_LEVELS)].to(value)
         rise = spread * level * (1 + drawn / 2).to(value)
-        points += [flat.amax((0, 2), keepdim=True) + rise, flat.amin((0, 2), keepdim=True) - rise]
-    return [point.reshape(value.shape) for point in points]
+        yield (flat.amax((0, 2), keepdim=True) + rise).reshape(value.shape)
+        yield (flat.amin((0, 2), keepdim=True) - rise).reshape(value.shape)
 
 
 def _scaled(candidate: Tensor, reference: Tensor, size: Tensor) -> bool:

@@ -124,8 +124,7 @@ def measure(
         raise ValueError(f"`max_samples` must be at least 1 or None; got {max_samples}.")
     if not isinstance(batches, Iterable):
         raise ValueError(f"`batches` must be an iterable of (inputs, targets); got {type(batches).__name__}.")
-    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
-        raise ValueError(f"`chunk_bytes` must be a whole number, at least 1; got {chunk_bytes!r}.")
+    require_counts(chunk_bytes=chunk_bytes)
     tap = Tap(model, layer, classifier, as_loss(loss), chunk_bytes)
     evaluation = Evaluation(device_of(model))
     parts: list[dict[str, Tensor]] = []
@@ -154,6 +153,17 @@ def measure(
         },
         samples={name: torch.cat([part[name] for part in parts]) for name in _QUANTITIES} if per_sample else None,
     )
+
+
+def require_counts(**counts: int | None) -> None:
+    """Refuse arguments that are neither None nor a whole number, at least 1.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for argument, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{argument}` must be a whole number, at least 1; got {value!r}.")
 
 
 def device_of(model: nn.Module) -> torch.device:

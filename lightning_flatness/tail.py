@@ -15,8 +15,6 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CLASSIFIERS = (nn.Linear, *CONVOLUTIONS)
 _MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "convolution")
 _LOG_SOFTMAX = ("_log_softmax", "log_softmax", "cross_entropy_loss")
-
-
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
