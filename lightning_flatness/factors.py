@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import lightning_flatness.functional as LF
+from lightning_flatness.functional.flatness import pairs_pay
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -223,7 +224,8 @@ class TailFactors:
         classes, filters, temperatures = len(self.head), self.jacobian.shape[1], len(LF.TEMPERATURES)
         pixels = prod(self.geometry.padded_shape(self.inputs.shape[2:]))
         weights = self.inputs.shape[1] * prod(self.geometry.kernel)
-        numbers = 3 * (classes + temperatures) * filters + 3 * temperatures * classes
+        rows = classes if pairs_pay(classes, filters, temperatures) else classes + temperatures
+        numbers = 3 * rows * filters + 3 * temperatures * classes
         numbers += pixels * min(2 * pixels, weights) + 2 * filters * min(pixels, weights)
         step = max(1, self.chunk_bytes // (numbers * self.jacobian.element_size()))
         with full_precision(self.logits.device):

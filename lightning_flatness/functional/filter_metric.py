@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_BLOCK = 256  # rows of a block of the metric: many enough for the matrix unit, few enough to leave out its other half
+# Rows of a block of the metric: as few as leave out most of its other half, but with many vectors the products pay.
+_FEW, _MANY = 128, 256
 _CACHE_NUMBERS = 2**19  # what is written is read again while it is in the processor's cache
 _CUDA_NUMBERS = 2**26  # a device wants few large steps
 
@@ -38,7 +40,7 @@ class FilterMetric(NamedTuple):
     def gram(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c c"]:
         """Return `v_c^T G v_c'` for every pair of vectors, shape (n, c, c)."""
         total = vectors.new_zeros(*vectors.shape[:2], vectors.shape[1])
-        for samples, rows, columns, block in self._half():
+        for samples, rows, columns, block in self._half(_FEW):
             chosen = vectors[samples]
             total[samples] += chosen[..., rows] @ block @ chosen[..., columns].mT
         return (total + total.mT) / 2
@@ -46,20 +48,27 @@ class FilterMetric(NamedTuple):
     def squares(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c"]:
         """Return `v_c^T G v_c` for every vector, shape (n, c)."""
         total = vectors.new_zeros(vectors.shape[:2])
-        for samples, rows, columns, block in self._half():
+        for samples, rows, columns, block in self._half(_MANY):
             chosen = vectors[samples]
-            total[samples] += ((chosen[..., rows] @ block) * chosen[..., columns]).sum(-1)
+            total[samples] += (chosen[..., rows] @ block).mul_(chosen[..., columns]).sum(-1)
         return total
 
-    def _half(self) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-        """Yield one half of the symmetric `G`, off its diagonal twice: samples, rows, columns, block of values."""
-        filters = len(self.kernel_gram)
-        for start in range(0, filters, _BLOCK):
-            rows, columns = slice(start, start + _BLOCK), slice(start, filters)
+    def _half(self, size: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+        """Yield one half of the symmetric `G`, off its diagonal twice: samples, rows, columns, block of values.
+
+        The next block overwrites the one before: fresh memory costs more than what is written into it.
+        """
+        count, filters = self.left.shape[:2]
+        store = self.left.new_empty(0)
+        for start in range(0, filters, size):
+            rows, columns = slice(start, start + size), slice(start, filters)
             kernels = self.kernel_gram[rows, columns].clone()
             kernels[:, len(kernels) :] *= 2
-            step = max(1, room(kernels) // kernels.numel())
-            for first in range(0, len(self.left), step):
-                samples = slice(first, first + step)
-                block = self.left[samples, rows] @ self.right[samples, columns].mT
-                yield samples, rows, columns, block * kernels
+            step = max(1, min(count, room(kernels) // kernels.numel()))
+            if len(store) < step * kernels.numel():
+                store = self.left.new_empty(step * kernels.numel())
+            for first in range(0, count, step):
+                samples = slice(first, min(first + step, count))
+                block = store[: (samples.stop - first) * kernels.numel()].view(-1, *kernels.shape)
+                torch.bmm(self.left[samples, rows], self.right[samples, columns].mT, out=block)
+                yield samples, rows, columns, block.mul_(kernels)

@@ -20,7 +20,7 @@ def test_gram_and_squares_in_blocks(block: int, numbers: int) -> None:
     vectors = torch.randn(5, 6, 7, dtype=torch.float64)
     metric = FilterMetric(kernels @ kernels.mT, factor, factor)
     whole = vectors @ (kernels @ kernels.mT * (factor @ factor.mT)) @ vectors.mT
-    with mock.patch.multiple(MODULE, _BLOCK=block, _CACHE_NUMBERS=numbers):
+    with mock.patch.multiple(MODULE, _FEW=block, _MANY=block, _CACHE_NUMBERS=numbers):
         torch.testing.assert_close(metric.gram(vectors), whole)
         torch.testing.assert_close(metric.squares(vectors), whole.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(metric.energy(), (factor @ factor.mT).diagonal(dim1=1, dim2=2))

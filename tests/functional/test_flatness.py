@@ -62,6 +62,20 @@ def test_relative_flatness_at_several_temperatures() -> None:
     torch.testing.assert_close(together, torch.cat(apart, 1))
 
 
+@pytest.mark.parametrize(("classes", "temperatures"), [(3, 7), (40, 1)], ids=["pairs of rows", "rows and means"])
+@pytest.mark.parametrize(("rival", "rest"), [(-80.0, 1.8e-35), (-95.0, 0.0)], ids=["normal", "subnormal"])
+def test_probabilities_count_as_long_as_they_have_all_digits(
+    classes: int, temperatures: int, rival: float, rest: float
+) -> None:
+    """`S_c |V_c - V_top|^2 = rest` for the one other class that is not masked."""
+    logits = torch.full((1, classes, temperatures), -torch.inf)
+    logits[:, 0], logits[:, 1] = 0.0, rival
+    rows, factor = torch.zeros(1, classes, 2), torch.ones(1, 2, 1)
+    rows[:, 1, 0] = 1.0
+    value = relative_flatness(logits, rows, FilterMetric(torch.eye(2), factor, factor))
+    torch.testing.assert_close(value, torch.full((1, temperatures), rest), rtol=1e-2, atol=0.0)
+
+
 @pytest.mark.parametrize(
     ("factors", "alignment"),
     [
