@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+_ADAPTIVE_MEANS = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 
 
 class Slot(NamedTuple):
@@ -67,7 +68,17 @@ class Operation(NamedTuple):
         if self.name in ("batch_norm", "native_batch_norm") and len(args) >= 8:
             output = _normalized(args)
             return output if self.name == "batch_norm" else (output, args[3][:0], args[4][:0])
+        if self.name == "mean":
+            return _averaged(*args, **kwargs)
+        if self.name in _ADAPTIVE_MEANS and set(args[1]) == {1}:
+            return _averaged(args[0], tuple(range(-len(args[1]), 0)), True)
         return self.function(*args, **kwargs)
+
+
+def _averaged(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the mean as a multiple of the sum: its own backward pass fills whole maps with one number."""
+    total = torch.sum(x, *args, **kwargs)
+    return total * (total.numel() / max(1, x.numel()))
 
 
 def _normalized(args: tuple[Any, ...]) -> Tensor:

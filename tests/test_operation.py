@@ -135,6 +135,27 @@ def test_a_repeated_batch_norm_is_the_same_one(dims: int, parameters: tuple[bool
     assert [part.numel() for part in statistics] == [0, 0] * (operation.name == "native_batch_norm")
 
 
+X = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+MEANS: dict[str, Callable[[], Tensor]] = {
+    "of all": lambda: X.mean(),
+    "of maps": lambda: X.mean((2, 3)),
+    "of columns, in another dtype": lambda: X.mean(-1, keepdim=True, dtype=torch.float32),
+    "pooled to one position": lambda: F.adaptive_avg_pool2d(X, 1),
+    "of signals, pooled": lambda: F.adaptive_avg_pool1d(X[0], 1),
+    "of volumes, pooled": lambda: F.adaptive_avg_pool3d(X, 1),
+    "pooled to a map": lambda: F.adaptive_avg_pool2d(X, (2, 1)),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("call", MEANS.values(), ids=MEANS)
+def test_a_repeated_mean_is_the_same_one(call: Callable[[], Tensor], mode: Any) -> None:
+    with mode(), Recorded() as record:
+        call()
+    (step,) = (step for step in record.operations if "mean" in step.name or "pool" in step.name)
+    torch.testing.assert_close(step.repeat(step.args, step.kwargs), step.function(*step.args, **step.kwargs))
+
+
 @pytest.mark.parametrize(
     ("dtype", "low", "after"),
     [
