@@ -19,10 +19,10 @@ from pathlib import Path
 import networks
 import torch
 from peers import installed, prepared
-from timing import best_ratio, interleaved, own_peak_megabytes, peak_megabytes, ratio, seconds
+from timing import best_ratio, interleaved, own_peak_megabytes, printed, ratio, seconds
 from torch import Tensor, nn
 from training import trained_on_digits
-from validation import SETTINGS, validation
+from validation import SETTINGS
 
 from lightning_flatness import measure
 from lightning_flatness.factors import TailFactors
@@ -30,6 +30,9 @@ from lightning_flatness.functional.operations import multiply_adds
 from lightning_flatness.tap import Tap
 
 THREADS = 2
+ALONE = Path(__file__).with_name("alone.py")
+# To the C library of Linux: give no memory back to the system, which would have to clear it and hand it out anew.
+PAGES_KEPT = "glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=17179869184"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PACKAGES = "asdfghjkl backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings PyHessian".split()
 Rows = Iterator[tuple[str, ...]]
@@ -59,15 +62,12 @@ def fresh(factors: TailFactors, name: str) -> object:
 
 def validations(rounds: int) -> Rows:
     """Yield validation time and peak memory with the monitor, as multiples of those without."""
-    yield "network", "samples", "batch", "time", "shortest", "counted", "peak memory", "target"
+    yield "network", "samples", "batch", "time", "shortest", "pages kept", "counted", "peak memory", "target"
     for name, target in (("resnet20", 1.05), ("resnet18", 1.03), ("resnet18-stem", 1.03)):
         setting = SETTINGS[name]
-        runs = {str(monitored): validation(setting, monitored) for monitored in (True, False)}
-        times = interleaved(runs, rounds)
-        with_it, without = (
-            peak_megabytes(f"{Path(__file__).parent}/memory.py", name, str(int(monitored)))
-            for monitored in (True, False)
-        )
+        both, shortest = printed(ALONE, "time", name, rounds)
+        kept, _ = printed(ALONE, "time", name, rounds, GLIBC_TUNABLES=PAGES_KEPT)
+        (with_it,), (without,) = (printed(ALONE, "memory", name, monitored) for monitored in (1, 0))
         model = networks.lively(setting.network())
         x, y = torch.randn(8, 3, setting.side, setting.side), torch.zeros(8).long()
         factors = recorded(model, x, y)
@@ -76,8 +76,9 @@ def validations(rounds: int) -> Rows:
             setting.title,
             f"{setting.samples:,}",
             f"{setting.batch}",
-            f"{ratio(times['True'], times['False']):.3f}",
-            f"{best_ratio(times['True'], times['False']):.3f}",
+            f"{both:.3f}",
+            f"{shortest:.3f}",
+            f"{kept:.3f}",
             f"{1 + share:.3f}",
             f"{with_it / without:.3f} of {without:.0f} MB",
             f"{target}",

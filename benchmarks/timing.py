@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -43,10 +44,11 @@ def best_ratio(times: list[float], base: list[float]) -> float:
     return min(times) / min(base)
 
 
-def peak_megabytes(*arguments: str) -> float:
-    """Return the peak resident memory of a Python process of its own, which prints it as its last line."""
-    output = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
-    return float(output.split()[-1])
+def printed(*arguments: object, **environment: str) -> list[float]:
+    """Return the numbers that a Python process of its own prints as its last line."""
+    command = [sys.executable, *map(str, arguments)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
+    return [float(word) for word in run.stdout.splitlines()[-1].split()]
 
 
 def own_peak_megabytes() -> float:

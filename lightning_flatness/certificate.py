@@ -188,8 +188,10 @@ def _moved(value: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
 def _scaled(candidate: Tensor, reference: Tensor, size: Tensor) -> bool:
     """Return whether two tensors agree up to rounding, that of numbers of this size at least."""
     eps = torch.finfo(reference.dtype).eps
-    bound = 1e4 * eps * reference.abs() + 1e2 * eps * torch.maximum(reference.abs().max(), size)
-    return bool(((candidate - reference).abs() <= bound).all())
+    bound = reference.abs()
+    largest = torch.maximum(bound.max(), size)
+    bound.mul_(1e4 * eps).add_(1e2 * eps * largest)
+    return bool(((candidate - reference).abs_() <= bound).all())
 
 
 def _channel_map(

@@ -136,14 +136,19 @@ def _sum_along_diagonal(gram: Tensor, axis: int, geometry: ConvGeometry) -> Tens
     both = (1 + axis, 1 + axis + len(geometry.kernel))
     size = gram.shape[both[0]]
     outputs = (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
-    total = gram.new_zeros([outputs if dim in both else length for dim, length in enumerate(gram.shape)])
+    views = []  # outputs, and the pixels that they see through one weight
     for offset in range(kernel):
-        seen = offset * dilation - padding[0]  # the pixel that output 0 sees through this weight
+        seen = offset * dilation - padding[0]  # by output 0
         first, last = max(0, -(seen // stride)), min(outputs - 1, (size - 1 - seen) // stride)
         if first <= last:
-            target = slice(first, last + 1)
             source = slice(seen + first * stride, seen + last * stride + 1, stride)
-            total[_at(both, target)] += gram[_at(both, source)]
+            views.append((_at(both, slice(first, last + 1)), gram[_at(both, source)]))
+    shape = [outputs if dim in both else length for dim, length in enumerate(gram.shape)]
+    whole = next((pixels for _, pixels in views if list(pixels.shape) == shape), None)
+    total = gram.new_zeros(shape) if whole is None else whole.clone(memory_format=torch.contiguous_format)
+    for target, pixels in views:
+        if pixels is not whole:
+            total[target] += pixels
     return total
 
 
