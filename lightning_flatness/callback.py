@@ -79,7 +79,9 @@ class FlatnessMonitor(Callback):
             raise ValueError(
                 f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}."
             )
-        require_counts(max_samples=max_samples, every_n_validations=every_n_validations, chunk_bytes=chunk_bytes)
+        require_counts(every_n_validations=every_n_validations, chunk_bytes=chunk_bytes)
+        if max_samples is not None:
+            require_counts(max_samples=max_samples)
         self.layer = layer
         self.classifier = classifier
         self.data = data

@@ -163,9 +163,9 @@ def _generic_points(recording: Recording, generator: torch.Generator) -> Iterato
 
     What two samples or positions share shows only where both are alive.
     """
-    values = {slot: _moved(point.detach(), generator) for slot, point in recorded_points(recording).items()}
-    for points in zip(*values.values(), strict=True):
-        yield {slot: point.requires_grad_() for slot, point in zip(values, points, strict=True)}
+    moved = {slot: _moved(point.detach(), generator) for slot, point in recorded_points(recording).items()}
+    for points in zip(*moved.values(), strict=True):
+        yield {slot: point.requires_grad_() for slot, point in zip(moved, points, strict=True)}
 
 
 def _moved(value: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import lightning_flatness.functional as LF
+from lightning_flatness.functional.filter_metric import MANY
 from lightning_flatness.functional.flatness import pairs_pay
 
 CHUNK_BYTES = 64 * 2**20
@@ -221,12 +222,14 @@ class TailFactors:
 
     def _by_chunks(self, function: Callable[[TailFactors], tuple[Tensor, ...]]) -> list[Tensor]:
         """Return what the function does, by chunks of samples under `chunk_bytes`, or smaller if memory is short."""
-        classes, filters, temperatures = len(self.head), self.jacobian.shape[1], len(LF.TEMPERATURES)
+        classes, filters, temperatures = len(self.head), self.jacobian.shape[1], 1 + len(LF.TEMPERATURES)
         pixels = prod(self.geometry.padded_shape(self.inputs.shape[2:]))
         weights = self.inputs.shape[1] * prod(self.geometry.kernel)
         rows = classes if pairs_pay(classes, filters, temperatures) else classes + temperatures
         numbers = 3 * rows * filters + 3 * temperatures * classes
         numbers += pixels * min(2 * pixels, weights) + 2 * filters * min(pixels, weights)
+        if self.logits.is_cuda:  # where a block of the metric holds all samples of a chunk
+            numbers += min(MANY, filters) * filters
         step = max(1, self.chunk_bytes // (numbers * self.jacobian.element_size()))
         with full_precision(self.logits.device):
             while True:

@@ -120,11 +120,11 @@ def measure(
         >>> report = measure(model, loader)  # doctest: +SKIP
         >>> report.relative_flatness  # doctest: +SKIP
     """
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"`max_samples` must be at least 1 or None; got {max_samples}.")
     if not isinstance(batches, Iterable):
         raise ValueError(f"`batches` must be an iterable of (inputs, targets); got {type(batches).__name__}.")
     require_counts(chunk_bytes=chunk_bytes)
+    if max_samples is not None:
+        require_counts(max_samples=max_samples)
     tap = Tap(model, layer, classifier, as_loss(loss), chunk_bytes)
     evaluation = Evaluation(device_of(model))
     parts: list[dict[str, Tensor]] = []
@@ -155,14 +155,14 @@ def measure(
     )
 
 
-def require_counts(**counts: int | None) -> None:
-    """Refuse arguments that are neither None nor a whole number, at least 1.
+def require_counts(**counts: object) -> None:
+    """Refuse arguments that are not a whole number, at least 1.
 
     Raises:
         ValueError: names the argument.
     """
     for argument, value in counts.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{argument}` must be a whole number, at least 1; got {value!r}.")
 
 

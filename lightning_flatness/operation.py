@@ -77,8 +77,10 @@ class Operation(NamedTuple):
 
 def _averaged(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return the mean as a multiple of the sum: its own backward pass fills whole maps with one number."""
+    if x.numel() == 0:
+        return torch.mean(x, *args, **kwargs)
     total = torch.sum(x, *args, **kwargs)
-    return total * (total.numel() / max(1, x.numel()))
+    return total * (total.numel() / x.numel())
 
 
 def _normalized(args: tuple[Any, ...]) -> Tensor:

@@ -177,7 +177,7 @@ class Tap:
         look = unproven or not logits.is_cuda  # later batches must not wait for the device
         return TailFactors(
             inputs=raised(tape.value(inputs)).to(slope.dtype),
-            jacobian=slope.flatten(2),
+            jacobian=slope.flatten(2).contiguous(),  # of one number, where the pooling follows at once
             bend=None if bend is None else bend.flatten(2),
             features=features,
             logits=logits.to(slope.dtype),

@@ -338,6 +338,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "name": ({"name": "twin", "layer": "net.conv1"}, r"got \['twin', 'twin'\]. Set `name"),
     "max_samples": ({"max_samples": 0}, "got 0"),
     "every_n_validations": ({"every_n_validations": -1}, "got -1"),
+    "every_n_validations left open": ({"every_n_validations": None}, "got None"),
     "chunk_bytes": ({"chunk_bytes": 0.5}, "got 0.5"),
     "layer": ({"layer": "net.conv9"}, r"net.conv1', 'net.conv2'\]; got 'net.conv9'"),
     "classifier": ({"classifier": "net"}, "got 'net'"),

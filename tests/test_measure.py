@@ -271,7 +271,9 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown classifier": ({"classifier": "fc"}, "fc.*head|head.*fc"),
     "classifier of another kind": ({"classifier": "norm"}, "norm.*head|head.*norm"),
     "no samples wanted": ({"max_samples": 0}, r"max_samples.*\b0\b"),
+    "half a sample wanted": ({"max_samples": 2.5}, r"max_samples.*2\.5"),
     "no memory": ({"chunk_bytes": 0}, r"chunk_bytes.*\b0\b"),
+    "memory left open": ({"chunk_bytes": None}, "chunk_bytes.*None"),
 }
 
 

@@ -139,6 +139,7 @@ X = torch.randn(2, 3, 4, 5, dtype=torch.float64)
 MEANS: dict[str, Callable[[], Tensor]] = {
     "of all": lambda: X.mean(),
     "of maps": lambda: X.mean((2, 3)),
+    "of no map": lambda: X[:, :, :0].mean((2, 3)),
     "of columns, in another dtype": lambda: X.mean(-1, keepdim=True, dtype=torch.float32),
     "pooled to one position": lambda: F.adaptive_avg_pool2d(X, 1),
     "of signals, pooled": lambda: F.adaptive_avg_pool1d(X[0], 1),
@@ -153,7 +154,11 @@ def test_a_repeated_mean_is_the_same_one(call: Callable[[], Tensor], mode: Any) 
     with mode(), Recorded() as record:
         call()
     (step,) = (step for step in record.operations if "mean" in step.name or "pool" in step.name)
-    torch.testing.assert_close(step.repeat(step.args, step.kwargs), step.function(*step.args, **step.kwargs))
+    leaf = step.args[0].clone().requires_grad_()
+    values = step.repeat((leaf, *step.args[1:]), step.kwargs), step.function(leaf, *step.args[1:], **step.kwargs)
+    torch.testing.assert_close(*values, equal_nan=True)
+    cotangent = torch.rand_like(values[0])
+    torch.testing.assert_close(*(torch.autograd.grad(value, leaf, cotangent)[0] for value in values))
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_flatness.functional.filter_metric import room
+
+
+def without_subnormals(probabilities: Tensor) -> Tensor:
+    """Return zero for float32 and float64 numbers that have lost digits: they make products ten times as slow."""
+    if probabilities.element_size() < 4:
+        return probabilities
+    return F.threshold(probabilities, torch.finfo(probabilities.dtype).tiny, 0.0)
 
 
 def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Rows of a block of the metric: as few as leave out most of its other half, but with many vectors the products pay.
-_FEW, _MANY = 128, 256
+# Rows of a block of the metric: few leave out more of its other half; large ones suit many vectors.
+_FEW, MANY = 128, 256
 _CACHE_NUMBERS = 2**19  # what is written is read again while it is in the processor's cache
 _CUDA_NUMBERS = 2**26  # a device wants few large steps
 
@@ -48,7 +48,7 @@ class FilterMetric(NamedTuple):
     def squares(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c"]:
         """Return `v_c^T G v_c` for every vector, shape (n, c)."""
         total = vectors.new_zeros(vectors.shape[:2])
-        for samples, rows, columns, block in self._half(_MANY):
+        for samples, rows, columns, block in self._half(MANY):
             chosen = vectors[samples]
             total[samples] += (chosen[..., rows] @ block).mul_(chosen[..., columns]).sum(-1)
         return total
@@ -56,19 +56,22 @@ class FilterMetric(NamedTuple):
     def _half(self, size: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:
         """Yield one half of the symmetric `G`, off its diagonal twice: samples, rows, columns, block of values.
 
-        The next block overwrites the one before: fresh memory costs more than what is written into it.
+        The next block may overwrite the one before: fresh memory costs more than what is written into it.
         """
         count, filters = self.left.shape[:2]
-        store = self.left.new_empty(0)
+        largest = min(size, filters) * filters
+        store = self.left.new_empty(min(count * largest, max(room(self.left), largest)))
         for start in range(0, filters, size):
             rows, columns = slice(start, start + size), slice(start, filters)
             kernels = self.kernel_gram[rows, columns].clone()
             kernels[:, len(kernels) :] *= 2
-            step = max(1, min(count, room(kernels) // kernels.numel()))
-            if len(store) < step * kernels.numel():
-                store = self.left.new_empty(step * kernels.numel())
+            step = max(1, len(store) // kernels.numel())
             for first in range(0, count, step):
                 samples = slice(first, min(first + step, count))
-                block = store[: (samples.stop - first) * kernels.numel()].view(-1, *kernels.shape)
-                torch.bmm(self.left[samples, rows], self.right[samples, columns].mT, out=block)
+                left, right = self.left[samples, rows], self.right[samples, columns].mT
+                if torch.is_grad_enabled():  # a graph has to keep every block
+                    yield samples, rows, columns, left @ right * kernels
+                    continue
+                block = store[: len(left) * kernels.numel()].view(-1, *kernels.shape)
+                torch.bmm(left, right, out=block)
                 yield samples, rows, columns, block.mul_(kernels)

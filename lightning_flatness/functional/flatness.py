@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.functional.curvature import confidence, curvature_diagonal
+from lightning_flatness.functional.curvature import confidence, curvature_diagonal, without_subnormals
 from lightning_flatness.functional.filter_metric import FilterMetric
 from lightning_flatness.functional.margin import affine_energy
 
@@ -49,9 +49,7 @@ def relative_flatness(
     Returns:
         Relative flatness per sample, shape (n, t); unit of the loss; lower is flatter.
     """
-    probabilities = logits.softmax(1)
-    # Subnormal numbers have lost their digits, and make products with them ten times as slow.
-    torch.threshold_(probabilities, torch.finfo(probabilities.dtype).tiny, 0.0)
+    probabilities = without_subnormals(logits.softmax(1))
     (classes, temperatures), filters = probabilities.shape[1:], rows.shape[-1]
     if pairs_pay(classes, filters, temperatures):
         gram = metric.gram(rows)

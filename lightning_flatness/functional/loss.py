@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal
+from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal, without_subnormals
 from lightning_flatness.functional.filter_metric import FilterMetric
 from lightning_flatness.functional.flatness import relative_flatness
 from lightning_flatness.functional.margin import binary_margin, margin_gap, output_margin, softmax_margin
@@ -56,7 +56,7 @@ class CrossEntropy:
         """
         shares = self._shares(logits[..., 0], _known(target))
         values = values - values.gather(-1, shares.argmax(-1, keepdim=True))
-        expected = torch.einsum("nct,nc->nt", logits.softmax(1), values)
+        expected = torch.einsum("nct,nc->nt", without_subnormals(logits.softmax(1)), values)
         return shares.sum(-1, keepdim=True) * expected - (shares * values).sum(-1, keepdim=True)
 
     def logit_energy(self, logits: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _class_weights(name: str, weights: Tensor | None) -> Tensor | None:
 
 def _variance(logits: Tensor) -> Tensor:
     """Return `s (1 - s)` without the rounding of `1 - s`."""
-    return logits.sigmoid() * (-logits).sigmoid()
+    return without_subnormals(logits.sigmoid() * (-logits).sigmoid())
 
 
 def _known(target: Tensor | None) -> Tensor:

@@ -15,12 +15,13 @@ MODULE = sys.modules[FilterMetric.__module__]
 
 @pytest.mark.parametrize("block", [1, 3, 7, 64])
 @pytest.mark.parametrize("numbers", [1, 40])
-def test_gram_and_squares_in_blocks(block: int, numbers: int) -> None:
+@pytest.mark.parametrize("gradients", [True, False])
+def test_gram_and_squares_in_blocks(block: int, numbers: int, gradients: bool) -> None:
     kernels, factor = torch.randn(7, 9, dtype=torch.float64), torch.randn(5, 7, 4, dtype=torch.float64)
     vectors = torch.randn(5, 6, 7, dtype=torch.float64)
     metric = FilterMetric(kernels @ kernels.mT, factor, factor)
     whole = vectors @ (kernels @ kernels.mT * (factor @ factor.mT)) @ vectors.mT
-    with mock.patch.multiple(MODULE, _FEW=block, _MANY=block, _CACHE_NUMBERS=numbers):
+    with torch.set_grad_enabled(gradients), mock.patch.multiple(MODULE, _FEW=block, MANY=block, _CACHE_NUMBERS=numbers):
         torch.testing.assert_close(metric.gram(vectors), whole)
         torch.testing.assert_close(metric.squares(vectors), whole.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(metric.energy(), (factor @ factor.mT).diagonal(dim1=1, dim2=2))

@@ -17,6 +17,7 @@ from lightning_flatness.functional import (
     head_relative_flatness,
     relative_flatness,
 )
+from lightning_flatness.functional.flatness import pairs_pay
 
 
 def affine(classes: int, scale: float) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -70,10 +71,25 @@ def test_probabilities_count_as_long_as_they_have_all_digits(
     """`S_c |V_c - V_top|^2 = rest` for the one other class that is not masked."""
     logits = torch.full((1, classes, temperatures), -torch.inf)
     logits[:, 0], logits[:, 1] = 0.0, rival
-    rows, factor = torch.zeros(1, classes, 2), torch.ones(1, 2, 1)
+    assert pairs_pay(classes, 8, temperatures) == (classes == 3)
+    rows, factor = torch.zeros(1, classes, 8), torch.ones(1, 8, 1)
     rows[:, 1, 0] = 1.0
-    value = relative_flatness(logits, rows, FilterMetric(torch.eye(2), factor, factor))
+    value = relative_flatness(logits, rows, FilterMetric(torch.eye(8), factor, factor))
     torch.testing.assert_close(value, torch.full((1, temperatures), rest), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+def test_relative_flatness_can_be_differentiated(classes: int) -> None:
+    logits, head, factor, kernels = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, classes), (classes, 4), (2, 4, 3), (4, 5))
+    )
+
+    def mean(logits: Tensor, head: Tensor, factor: Tensor, kernels: Tensor) -> Tensor:
+        metric = FilterMetric(kernels @ kernels.mT, factor, factor)
+        return relative_flatness(logits.unsqueeze(-1), centred_rows(logits, head), metric).mean()
+
+    assert torch.autograd.gradcheck(mean, (logits, head, factor, kernels))
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,13 @@ def test_patch_energy_is_the_squared_norm(name: str) -> None:
 
 
 @each_case
-def test_patch_gram(name: str) -> None:
+@pytest.mark.parametrize("operations", [(0, 1), (1, 0)], ids=["views", "rows"])
+def test_patch_gram(name: str, operations: tuple[int, int]) -> None:
     conv, x = case(name)
     geometry = ConvGeometry.of(conv)._replace(groups=1)
     rows = patches(x, geometry).squeeze(1)
-    assert_same(patch_gram(x, geometry), rows @ rows.mT)
+    with mock.patch.object(MODULE, "_patch_gram_operations", return_value=operations):
+        assert_same(patch_gram(x, geometry), rows @ rows.mT)
 
 
 @pytest.mark.parametrize(("stride", "way"), [(1, "views"), (4, "rows")])
@@ -88,7 +90,8 @@ def test_patch_gram_both_ways(stride: int, way: str, mode: str) -> None:
 
 
 @each_case
-def test_filter_gram(name: str) -> None:
+@pytest.mark.parametrize("gram_pays", [True, False], ids=["gram", "rows"])
+def test_filter_gram(name: str, gram_pays: bool) -> None:
     """Against autograd: `a_k` is the gradient of `sum_s M_ks z_ks` in the filter, padded to all groups."""
     conv, x = case(name)
     positions = conv(x).flatten(2).shape[2]
@@ -99,7 +102,9 @@ def test_filter_gram(name: str) -> None:
             for i in range(3)
         ]
     )
-    assert_same(filter_gram(x, jacobian, ConvGeometry.of(conv)), rows @ rows.mT)
+    geometry = ConvGeometry.of(conv)
+    with mock.patch.object(MODULE, "_gram_pays", return_value=gram_pays and geometry.groups == 1):
+        assert_same(filter_gram(x, jacobian, geometry), rows @ rows.mT)
 
 
 @pytest.mark.parametrize(("way", "channels", "filters", "side"), [("rows", 1, 4, 9), ("gram", 64, 64, 3)])
