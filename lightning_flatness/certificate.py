@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.functional import ConvGeometry, patches
-from lightning_flatness.operation import Operation, TapeError, is_low_precision, raised
+from lightning_flatness.operation import Operation, raised
+from lightning_flatness.replay import agree, excerpt, recorded_points, replayed_features
 from lightning_flatness.tail import NonFiniteError, Recording, refusal
 
 _PIECEWISE_LINEAR = frozenset(
@@ -77,15 +79,22 @@ def certify(recording: Recording, generic: bool = True) -> Certificate:
 def _certify(recording: Recording, generic: bool) -> Certificate:
     with torch.device("cpu"):  # of the random numbers, whatever the default device is
         _check_modules(recording)
-        generator = torch.Generator().manual_seed(0)
         if not generic:
-            return _certified(recording, recorded_points(recording), generator)
-        certificates: list[Certificate] = []
-        for points in _generic_points(recording, generator):
-            # Where all sleep, their derivatives are rounding: they count beside those of the first point.
-            least = certificates[0].sizes if certificates else None
-            certificates.append(_certified(recording, points, generator, least))
-        return _merged(recording, certificates)
+            return _certified(recording, recorded_points(recording), torch.Generator().manual_seed(0))
+        if (part := excerpt(recording)) is not None:
+            with suppress(Exception):  # what refuses, and why, is for the whole batch to say
+                return _certified_at_generic_points(part)
+        return _certified_at_generic_points(recording)
+
+
+def _certified_at_generic_points(recording: Recording) -> Certificate:
+    generator = torch.Generator().manual_seed(0)
+    certificates: list[Certificate] = []
+    for points in _generic_points(recording, generator):
+        # Where all sleep, their derivatives are rounding: they count beside those of the first point.
+        least = certificates[0].sizes if certificates else None
+        certificates.append(_certified(recording, points, generator, least))
+    return _merged(recording, certificates)
 
 
 def _merged(recording: Recording, certificates: list[Certificate]) -> Certificate:
@@ -135,27 +144,6 @@ def _certified(
         for step in operations
     )
     return Certificate(recording.signature, used[0], channels, silent, bool(silent.any()), (slope, bend), curved, fixed)
-
-
-def replayed_features(recording: Recording, points: dict[int, Tensor]) -> Tensor:
-    """Return the classifier's input, shape (n, j), as a function of the roots."""
-    call = recording.classifier
-    slot = recording.tape.slot(call.inputs)
-    if slot is None:
-        reason = recording.tape.doubt(call.end)
-        raise TapeError(reason or "the classifier's input does not depend on the convolution")
-    if len(call.inputs) != len(next(iter(points.values()))):
-        raise TapeError("the batch is folded between the convolution and the classifier")
-    features = recording.tape.replay(points, call.end)[slot]
-    if features.shape[2:].numel() != 1:
-        raise TapeError(f"the classifier's input must have shape (n, features), got {tuple(features.shape)}")
-    return features.flatten(1)
-
-
-def recorded_points(recording: Recording) -> dict[int, Tensor]:
-    """Return the recorded value of each root by its slot, fit to differentiate by."""
-    tape = recording.tape
-    return {slot: raised(tape.value(constant)).requires_grad_() for slot, constant, _ in recording.roots}
 
 
 def _generic_points(recording: Recording, generator: torch.Generator) -> Iterator[dict[int, Tensor]]:
@@ -271,25 +259,9 @@ def _check_modules(recording: Recording) -> None:
     rows = patches(raised(tape.value(inputs)[:2]), geometry).to(recording.weight.dtype)
     filters = recording.weight.unflatten(0, (geometry.groups, -1))
     observed = tape.value(z)[:2].flatten(2)
-    if not _same((filters @ rows.mT).flatten(1, 2) + recording.bias.unsqueeze(-1), observed):
+    if not agree((filters @ rows.mT).flatten(1, 2) + recording.bias.unsqueeze(-1), observed):
         raise refusal(recording, f"`{recording.layer}` does more than convolve with its `weight`")
     if call.weights is not None:
         features = raised(call.inputs.detach()).flatten(1)
-        if not _same(features @ call.weights[0].mT + call.weights[1], call.output):
+        if not agree(features @ call.weights[0].mT + call.weights[1], call.output):
             raise refusal(recording, f"`{call.name}` does more than multiply by its `weight`")
-
-
-def _same(computed: Tensor, observed: Tensor) -> bool:
-    """Return whether two results agree within the rounding of the observed one's arithmetic."""
-    tolerance = (
-        0.05
-        if is_low_precision(observed)
-        else 1e-9
-        if observed.dtype == torch.float64
-        else 1e-2
-        if observed.is_cuda
-        else 1e-3
-    )
-    finite = observed.isfinite()
-    difference = (computed.to(observed.dtype) - observed).abs()[finite]
-    return difference.numel() == 0 or bool(difference.max() <= tolerance * observed[finite].abs().max())

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.batch import checked_targets
-from lightning_flatness.certificate import Certificate, certify, recorded_points, replayed_features
+from lightning_flatness.certificate import Certificate, certify
 from lightning_flatness.eager import EAGER
 from lightning_flatness.factors import CHUNK_BYTES, KernelGram, TailFactors, full_precision
 from lightning_flatness.functional import ConvGeometry, CrossEntropy, Loss
 from lightning_flatness.operation import is_low_precision, raised, tensors
+from lightning_flatness.replay import recorded_points, replayed_features
 from lightning_flatness.tail import (
     CLASSIFIERS,
     CONVOLUTIONS,
@@ -69,8 +70,7 @@ class Tap:
         self._modules = modules_by_name(model)
         require_name(self._modules, layer, "layer", CONVOLUTIONS)
         require_name(self._modules, classifier, "classifier", CLASSIFIERS)
-        self.layer = layer
-        self.classifier = classifier
+        self.layer, self.classifier = layer, classifier
         self._settled = False  # whether the modules that matter are known
         self._compiled = any(
             hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()

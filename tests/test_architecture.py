@@ -20,6 +20,7 @@ ORDER = [
     "conditions",
     "rules",
     "tail",
+    "replay",
     "certificate",
     "tap",
     "evaluation",
