@@ -19,7 +19,7 @@ from pathlib import Path
 import networks
 import torch
 from peers import installed, prepared
-from timing import best_ratio, interleaved, own_peak_megabytes, printed, ratio, seconds
+from timing import THREADS, best_ratio, interleaved, printed, ratio
 from torch import Tensor, nn
 from training import trained_on_digits
 from validation import SETTINGS
@@ -29,9 +29,9 @@ from lightning_flatness.factors import TailFactors
 from lightning_flatness.functional.operations import multiply_adds
 from lightning_flatness.tap import Tap
 
-THREADS = 2
 ALONE = Path(__file__).with_name("alone.py")
-# To the C library of Linux: give no memory back to the system, which would have to clear it and hand it out anew.
+GLIBC = platform.libc_ver()[0] == "glibc"
+# Give no memory back to the system, which would have to clear it and hand it out anew; from glibc 2.35 on.
 PAGES_KEPT = "glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=17179869184"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PACKAGES = "asdfghjkl backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings PyHessian".split()
@@ -66,7 +66,7 @@ def validations(rounds: int) -> Rows:
     for name, target in (("resnet20", 1.05), ("resnet18", 1.03), ("resnet18-stem", 1.03)):
         setting = SETTINGS[name]
         both, shortest = printed(ALONE, "time", name, rounds)
-        kept, _ = printed(ALONE, "time", name, rounds, GLIBC_TUNABLES=PAGES_KEPT)
+        kept = f"{printed(ALONE, 'time', name, rounds, GLIBC_TUNABLES=PAGES_KEPT)[0]:.3f}" if GLIBC else "-"
         (with_it,), (without,) = (printed(ALONE, "memory", name, monitored) for monitored in (1, 0))
         model = networks.lively(setting.network())
         x, y = torch.randn(8, 3, setting.side, setting.side), torch.zeros(8).long()
@@ -78,7 +78,7 @@ def validations(rounds: int) -> Rows:
             f"{setting.batch}",
             f"{both:.3f}",
             f"{shortest:.3f}",
-            f"{kept:.3f}",
+            kept,
             f"{1 + share:.3f}",
             f"{with_it / without:.3f} of {without:.0f} MB",
             f"{target}",
@@ -170,12 +170,10 @@ def growth(rounds: int) -> Rows:
 
 def samples(rounds: int) -> Rows:
     """Yield time per sample and peak memory of `measure` as the set grows."""
-    yield "samples", "microseconds per sample", "peak memory of the process so far, MB"
-    model, x, y = networks.lively(networks.resnet20(width=4)), torch.randn(256, 3, 32, 32), torch.zeros(256).long()
-    measure(model, [(x, y)])
+    yield "samples", "microseconds per sample", "peak memory, MB"
     for count in (256, 2560, 50176):
-        took = seconds(lambda: measure(model, ((x, y) for _ in range(count // 256))))  # noqa: B023
-        yield f"{count}", f"{took / count * 1e6:.0f}", f"{own_peak_megabytes():.0f}"
+        took, megabytes = printed(ALONE, "samples", count)
+        yield f"{count}", f"{took * 1e6:.0f}", f"{megabytes:.0f}"
 
 
 def on_cuda(rounds: int) -> Rows:

@@ -13,6 +13,8 @@ from statistics import median
 
 import torch
 
+THREADS = 2
+
 
 def seconds(run: Callable[[], object]) -> float:
     """Return how long one call takes, with the device's work done."""

@@ -37,7 +37,7 @@ def recorded_points(recording: Recording) -> dict[int, Tensor]:
 
 
 def excerpt(recording: Recording) -> Recording | None:
-    """Return the recording of every so manieth sample of a large batch, as if the others had not been there.
+    """Return the recording of some 32 samples of a large batch, as if the others had not been there.
 
     Returns:
         The recording; None if the batch is not large, or if the excerpt alone does not give what the network computed
