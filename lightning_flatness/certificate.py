@@ -79,12 +79,30 @@ def certify(recording: Recording, generic: bool = True) -> Certificate:
 def _certify(recording: Recording, generic: bool) -> Certificate:
     with torch.device("cpu"):  # of the random numbers, whatever the default device is
         _check_modules(recording)
-        if not generic:
-            return _certified(recording, recorded_points(recording), torch.Generator().manual_seed(0))
-        if (part := excerpt(recording)) is not None:
-            with suppress(Exception):  # what refuses, and why, is for the whole batch to say
-                return _certified_at_generic_points(part)
-        return _certified_at_generic_points(recording)
+        certificate = _certified_somewhere(recording, generic)
+        return replace(certificate, channels=_completed(certificate, recording.classifier.inputs.shape[1]))
+
+
+def _completed(certificate: Certificate, features: int) -> Tensor:
+    """Return the channels with the features that no filter was seen to feed given to the silent filters.
+
+    Of the classifier's columns each is then counted once, which is all that the silent ones have to do with.
+    """
+    channels, silent = certificate.channels.clone(), certificate.silent.nonzero().flatten()
+    spare = torch.ones(features, dtype=torch.bool, device=channels.device)
+    spare[channels[~certificate.silent]] = False
+    left = spare.nonzero().flatten()[: len(silent)]
+    channels[silent[: len(left)]] = left
+    return channels
+
+
+def _certified_somewhere(recording: Recording, generic: bool) -> Certificate:
+    if not generic:
+        return _certified(recording, recorded_points(recording), torch.Generator().manual_seed(0))
+    if (part := excerpt(recording)) is not None:
+        with suppress(Exception):  # what refuses, and why, is for the whole batch to say
+            return _certified_at_generic_points(part)
+    return _certified_at_generic_points(recording)
 
 
 def _certified_at_generic_points(recording: Recording) -> Certificate:

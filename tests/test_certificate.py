@@ -79,6 +79,7 @@ def test_dead_channels(act: Callable[[Tensor], Tensor], dtype: torch.dtype) -> N
     model, (x, y) = with_dead_channels(case.model()).to(dtype).eval(), case.data()
     certificate = certify(recorded(model, x.to(dtype)))
     assert certificate.silent.tolist() == [True, act is not shuffled, False, False]
+    assert sorted(certificate.channels.tolist()) == [0, 1, 2, 3]
     with Tap(model) as tap, torch.no_grad():
         model(x.to(dtype))
         factors = tap.factors(y)
