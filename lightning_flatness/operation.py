@@ -45,6 +45,13 @@ class Operation(NamedTuple):
         return found
 
     @property
+    def constants(self) -> list[Constant]:
+        """Return the arguments that are tensors and do not depend on a root."""
+        found: list[Constant] = []
+        transform((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, Constant) else None)
+        return found
+
+    @property
     def depends_on_first_alone(self) -> bool:
         """Return whether the first argument, and no other, depends on a root."""
         return len(self.slots) == 1 and isinstance(self.args[0], Slot)

@@ -12,7 +12,14 @@ from lightning_flatness.tail import Recording
 from lightning_flatness.tape import Tape
 
 _EXCERPT = 32  # samples; fewer would leave less to tell a coincidence from a rule
-_SHAPED = ("view", "_unsafe_view", "reshape", "expand")  # their second argument is a shape
+_SHAPED = ("view", "_unsafe_view", "reshape")  # their second argument is a shape
+# What does the same to every sample, whatever the others are.
+_SAMPLE_BY_SAMPLE = frozenset(
+    "batch_norm native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm dropout add mean "
+    "relu leaky_relu hardtanh clamp clamp_min clamp_max silu gelu hardswish elu mish softplus "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d view _unsafe_view reshape flatten detach "
+    "addmm linear".split()
+)
 
 
 def replayed_features(recording: Recording, points: dict[int, Tensor]) -> Tensor:
@@ -40,13 +47,13 @@ def excerpt(recording: Recording) -> Recording | None:
     """Return the recording of some 32 samples of a large batch, as if the others had not been there.
 
     Returns:
-        The recording; None if the batch is not large, or if the excerpt alone does not give what the network computed
-        for these samples: they depend on others, or what belongs to a sample is not told from what does not.
+        The recording; None if the batch is not large, if its samples may be wired in different ways, or if the excerpt
+        alone does not give what the network computed for these samples.
     """
     call = recording.classifier
     samples = len(call.inputs)
     step = samples // _EXCERPT
-    if step < 2:
+    if step < 2 or not _wired_alike(recording, samples):
         return None
     inputs = call.inputs[::step]
     tape = _Excerpt(recording.tape, samples, step, call.inputs, inputs)
@@ -55,7 +62,27 @@ def excerpt(recording: Recording) -> Recording | None:
         features = replayed_features(part, recorded_points(part)).detach()
     except Exception:  # if it is not the excerpt's fault, the whole batch will say so
         return None
-    return part if agree(features, inputs.flatten(1)) else None
+    observed = inputs.flatten(1)
+    same = features.shape == observed.shape and bool(observed.isfinite().all()) and agree(features, observed)
+    return part if same else None
+
+
+def _wired_alike(recording: Recording, samples: int) -> bool:
+    """Return whether the samples differ in their numbers alone.
+
+    What is added to a whole map, a skip connection, can put filters to sleep, which later batches look out for. A
+    factor, an index or a mask for each sample could connect filters in one sample and not in another.
+    """
+    tape = recording.tape
+    maps = {tape.value(z).shape for _, z, _ in recording.roots}
+    for operation in tape.operations[: recording.classifier.end]:
+        if operation.name.rstrip("_") not in _SAMPLE_BY_SAMPLE:
+            return False
+        for value in (tape.value(constant.number) for constant in operation.constants):
+            added = operation.name in ("add", "add_") and value.shape in maps
+            if value.dim() > 1 and len(value) == samples and not added:
+                return False
+    return True
 
 
 class _Excerpt(Tape):
@@ -76,7 +103,8 @@ class _Excerpt(Tape):
 
 def _of_fewer(operation: Operation, samples: int, fewer: int) -> Operation:
     """Return the operation with the number of samples changed where it is written in a shape."""
-    if operation.name not in _SHAPED or operation.args[1][:1] != (samples,):
+    shaped = operation.name in _SHAPED and isinstance(operation.args[1], tuple)
+    if not shaped or operation.args[1][:1] != (samples,):
         return operation
     tensor, (_, *shape), *others = operation.args
     return operation._replace(args=(tensor, (fewer, *shape), *others))

@@ -63,6 +63,8 @@ def test_slots_and_constants_are_leaves_though_they_are_tuples() -> None:
 def test_which_arguments_belong_to_the_tail(args: Any, kwargs: Any, slots: list[int], first_alone: bool) -> None:
     operation = Operation(ATEN.div.Tensor, args, kwargs, (9,))
     assert operation.slots == [Slot(number) for number in slots]
+    assert all(isinstance(constant, Constant) for constant in operation.constants)
+    assert len(operation.constants) == str((args, kwargs)).count("Constant(")
     assert operation.depends_on_first_alone == first_alone
     assert operation.name == "div"
 

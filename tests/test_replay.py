@@ -14,17 +14,20 @@ from networks import Net
 from test_certificate import recorded
 from torch import Tensor, nn
 
+from lightning_flatness import certificate as certificates
 from lightning_flatness import replay
 from lightning_flatness.certificate import certify
 from lightning_flatness.replay import excerpt, recorded_points, replayed_features
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
 
+ORDINARY = ("relu", "relu in place", "silu", "residual", "residual in place", "projected shortcut", "conv3d", "dropout")
 SAMPLES = 64  # twice as many as an excerpt has
 
 
 def large(case: Case, samples: int = SAMPLES) -> tuple[nn.Module, Tensor]:
     x = case.data()[0]
-    return case.model().eval(), x.repeat(samples, *[1] * (x.dim() - 1))[:samples] + torch.randn(samples)[0] / 10
+    x = x.repeat(samples, *[1] * (x.dim() - 1))[:samples]
+    return case.model().eval(), x + torch.randn_like(x) / 10
 
 
 def named(cases: Any) -> dict[str, Any]:
@@ -34,8 +37,12 @@ def named(cases: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("case", **named(SUPPORTED))
 def test_an_excerpt_is_certified_like_the_whole(case: Case) -> None:
     whole = recorded(*large(case))
-    assert excerpt(whole) is not None
-    certificate = certify(whole)
+    whole_or_part = certificates._certified_at_generic_points
+    with mock.patch.object(certificates, "_certified_at_generic_points", wraps=whole_or_part) as certified:
+        certificate = certify(whole)
+    sizes = [len(call.args[0].classifier.inputs) for call in certified.call_args_list]
+    assert sizes == [SAMPLES if excerpt(whole) is None else SAMPLES // 2]
+    assert case.name not in ORDINARY or sizes == [SAMPLES // 2]
     with mock.patch.object(replay, "_EXCERPT", SAMPLES):
         expected = certify(whole)
     assert torch.equal(certificate.channels[~expected.silent], expected.channels[~expected.silent])
@@ -68,27 +75,64 @@ def test_an_excerpt_is_a_part_of_the_whole() -> None:
     assert len(some) == SAMPLES // 2 + 1
 
 
+def by_sample(even: Tensor, odd: Tensor) -> Tensor:
+    return torch.stack([even, odd]).repeat(SAMPLES // 2, *[1] * even.dim())
+
+
+def adapted(h: Tensor) -> Tensor:
+    """Every second sample's filters are mixed."""
+    matrices = by_sample(torch.eye(4).to(h), torch.ones(4, 4).to(h))
+    return (h.unsqueeze(1) * matrices[..., None, None]).sum(2).relu()
+
+
 def halves(h: Tensor) -> Tensor:
     first, second = h.relu().chunk(2)
     return torch.cat([first, second + first])
 
 
-# (after the convolution, samples): what an excerpt would not see, or not understand
-NO_EXCERPT: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
-    "few samples": (lambda net, h: h.relu(), SAMPLES - 1),
-    "the mean of the batch": (lambda net, h: h - h.mean(0), SAMPLES),
-    "the sample before": (lambda net, h: h + h.roll(1, 0), SAMPLES),
-    "the sample of an excerpt's step before": (lambda net, h: h + h.roll(2, 0), SAMPLES),
-    "halves of the batch": (lambda net, h: halves(h), SAMPLES),
-    "pairs": (lambda net, h: h.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2, 0), SAMPLES),
-    "the last sample": (lambda net, h: h + h[-1:], SAMPLES),
-    "half a batch before": (lambda net, h: h + h.roll(SAMPLES // 2, 0), SAMPLES),
+# (after the convolution, whether the closed form holds): what an excerpt would not see, or not understand
+NO_EXCERPT: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "the mean of the batch": (lambda h: h + h.mean(0), False),
+    "the sample before": (lambda h: h + h.roll(1, 0), False),
+    "the sample of an excerpt's step before": (lambda h: h + h.roll(2, 0), False),
+    "half a batch before": (lambda h: h + h.roll(SAMPLES // 2, 0), False),
+    "halves of the batch": (halves, False),
+    "pairs": (lambda h: h.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2, 0), False),
+    "the last sample": (lambda h: h + h[-1:], False),
+    "a matrix for each sample": (adapted, False),
+    "a factor for each sample": (lambda h: h * by_sample(h.new_ones(4, 1, 1), h.new_zeros(4, 1, 1)), True),
+    "an index for each sample": (lambda h: h.relu()[torch.arange(len(h))], True),
 }
 
 
 @pytest.mark.parametrize("name", NO_EXCERPT)
 def test_no_excerpt(name: str) -> None:
-    step, samples = NO_EXCERPT[name]
-    x = torch.randn(samples, *MAP[1:], dtype=torch.float64)
-    recording = recorded(Net(tail=lambda net, x: step(net, net.conv(x))).double().eval(), x)
+    step, exact = NO_EXCERPT[name]
+    x = torch.randn(SAMPLES, *MAP[1:], dtype=torch.float64)
+    recording = recorded(Net(tail=lambda net, x: step(net.conv(x))).double().eval(), x)
+    with mock.patch.object(replay, "replayed_features") as replayed:
+        assert excerpt(recording) is None
+    assert replayed.called == (name == "the mean of the batch")
     assert excerpt(recording) is None
+    if exact:
+        assert certify(recording).channels.tolist() == [0, 1, 2, 3]
+    else:
+        with pytest.raises(UnsupportedTailError):
+            certify(recording)
+
+
+def test_no_excerpt_of_a_small_batch_or_of_what_is_not_finite() -> None:
+    case = SUPPORTED[0]
+    assert excerpt(recorded(*large(case, SAMPLES - 1))) is None
+    model, x = large(case)
+    x[0] = torch.inf
+    assert excerpt(recorded(model, x)) is None
+    x[0] = 1
+    assert excerpt(recorded(model, x)) is not None
+
+
+def test_the_kept_values_stay_what_they_are() -> None:
+    recording = recorded(*large(next(case for case in SUPPORTED if case.name == "residual in place")))
+    before = [kept.value.clone() for kept in recording.tape._kept]
+    certify(recording)
+    assert all(map(torch.equal, before, (kept.value for kept in recording.tape._kept)))
