@@ -36,6 +36,8 @@ _POINTWISE = frozenset(
 )
 # Piecewise linear as long as one of their factors alone belongs to the tail.
 _OF_ONE_FACTOR = frozenset("mul mm addmm linear convolution maximum minimum max min where".split())
+# With these, a tensor that has a row for each sample only shifts it, or stands beside it, or is a layer's weight.
+_ALIKE = frozenset("add sub rsub cat addmm mm linear".split())
 # How far, in spreads, samples are moved: activations wake at different heights, and fall asleep again.
 _LEVELS = torch.tensor([1.0, 5.0, 30.0])
 
@@ -158,7 +160,9 @@ def _certified(
         raise refusal(recording, "a curved activation acts on several positions of a map at once")
     # With two branches, one may be saturated at this point and hide what the other does elsewhere.
     fixed = all(
-        len(step.slots) == 1 and (_is_piecewise_linear(step) or step.name.rstrip("_") in _POINTWISE)
+        len(step.slots) == 1
+        and (_is_piecewise_linear(step) or step.name.rstrip("_") in _POINTWISE)
+        and not _differs_by_sample(recording, step)
         for step in operations
     )
     return Certificate(recording.signature, used[0], channels, silent, bool(silent.any()), (slope, bend), curved, fixed)
@@ -242,6 +246,15 @@ def _acts_by_position(features: Tensor, point: Tensor, generator: torch.Generato
     (turned,) = torch.autograd.grad((slope * direction).sum(), point, materialize_grads=True)
     size = torch.maximum(ones.abs().max(), size)
     return _scaled(turned, direction * ones, size), size
+
+
+def _differs_by_sample(recording: Recording, operation: Operation) -> bool:
+    """Return whether the operation may connect filters in one sample and not in another, as a mask for each does."""
+    values = (recording.tape.value(constant.number) for constant in operation.constants)
+    samples = len(recording.classifier.inputs)
+    return operation.name.rstrip("_") not in _ALIKE and any(
+        value.dim() > 1 and len(value) == samples for value in values
+    )
 
 
 def _is_piecewise_linear(operation: Operation) -> bool:

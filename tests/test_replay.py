@@ -19,6 +19,7 @@ from lightning_flatness import replay
 from lightning_flatness.certificate import certify
 from lightning_flatness.replay import excerpt, recorded_points, replayed_features
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
+from lightning_flatness.tap import Tap
 
 ORDINARY = ("relu", "relu in place", "silu", "residual", "residual in place", "projected shortcut", "conv3d", "dropout")
 SAMPLES = 64  # twice as many as an excerpt has
@@ -119,6 +120,20 @@ def test_no_excerpt(name: str) -> None:
     else:
         with pytest.raises(UnsupportedTailError):
             certify(recording)
+
+
+def test_a_later_batch_that_is_wired_otherwise_is_refused() -> None:
+    """The first batch's matrices, one for each sample, leave the filters apart; the second's mix them."""
+    matrices = torch.eye(4).double().expand(6, 4, 4).clone()
+    model = Net(tail=lambda net, x: (net.conv(x).unsqueeze(1) * matrices.clone()[..., None, None]).sum(2).relu())
+    model, x = model.double().eval(), torch.randn(6, *MAP[1:], dtype=torch.float64)
+    with Tap(model) as tap, torch.no_grad():
+        model(x)
+        tap.factors()
+        matrices[3] = 1
+        model(x)
+        with pytest.raises(UnsupportedTailError):
+            tap.factors()
 
 
 def test_no_excerpt_of_a_small_batch_or_of_what_is_not_finite() -> None:
