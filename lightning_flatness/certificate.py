@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_flatness.functional import ConvGeometry, patches
 from lightning_flatness.operation import Operation, raised
-from lightning_flatness.replay import agree, excerpt, recorded_points, replayed_features
+from lightning_flatness.replay import agree, excerpt, has_rows_of_samples, recorded_points, replayed_features
 from lightning_flatness.tail import NonFiniteError, Recording, refusal
 
 _PIECEWISE_LINEAR = frozenset(
@@ -252,9 +252,7 @@ def _differs_by_sample(recording: Recording, operation: Operation) -> bool:
     """Return whether the operation may connect filters in one sample and not in another, as a mask for each does."""
     values = (recording.tape.value(constant.number) for constant in operation.constants)
     samples = len(recording.classifier.inputs)
-    return operation.name.rstrip("_") not in _ALIKE and any(
-        value.dim() > 1 and len(value) == samples for value in values
-    )
+    return operation.name.rstrip("_") not in _ALIKE and any(has_rows_of_samples(value, samples) for value in values)
 
 
 def _is_piecewise_linear(operation: Operation) -> bool:

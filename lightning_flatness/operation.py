@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+_Argument = TypeVar("_Argument")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 _ADAPTIVE_MEANS = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 
@@ -40,15 +41,16 @@ class Operation(NamedTuple):
     @property
     def slots(self) -> list[Slot]:
         """Return the arguments that depend on a root."""
-        found: list[Slot] = []
-        transform((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, Slot) else None)
-        return found
+        return self._arguments(Slot)
 
     @property
     def constants(self) -> list[Constant]:
         """Return the arguments that are tensors and do not depend on a root."""
-        found: list[Constant] = []
-        transform((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, Constant) else None)
+        return self._arguments(Constant)
+
+    def _arguments(self, kind: type[_Argument]) -> list[_Argument]:
+        found: list[_Argument] = []
+        transform((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, kind) else None)
         return found
 
     @property

@@ -76,13 +76,18 @@ def _wired_alike(recording: Recording, samples: int) -> bool:
     tape = recording.tape
     maps = {tape.value(z).shape for _, z, _ in recording.roots}
     for operation in tape.operations[: recording.classifier.end]:
-        if operation.name.rstrip("_") not in _SAMPLE_BY_SAMPLE:
+        name = operation.name.rstrip("_")
+        if name not in _SAMPLE_BY_SAMPLE:
             return False
         for value in (tape.value(constant.number) for constant in operation.constants):
-            added = operation.name in ("add", "add_") and value.shape in maps
-            if value.dim() > 1 and len(value) == samples and not added:
+            if has_rows_of_samples(value, samples) and not (name == "add" and value.shape in maps):
                 return False
     return True
+
+
+def has_rows_of_samples(value: Tensor, samples: int) -> bool:
+    """Return whether the tensor may have a row for each sample: its first dimension of several is their number."""
+    return value.dim() > 1 and len(value) == samples
 
 
 class _Excerpt(Tape):
@@ -96,9 +101,9 @@ class _Excerpt(Tape):
         self._slots = self._slots if slot is None else {**self._slots, id(part): slot}
 
     def value(self, constant: int) -> Tensor:
-        """Return a kept value, of the chosen samples if its first of several dimensions is that of the samples."""
+        """Return a kept value, of the chosen samples if it has a row for each."""
         value = super().value(constant)
-        return value[:: self._step] if value.dim() > 1 and len(value) == self._samples else value
+        return value[:: self._step] if has_rows_of_samples(value, self._samples) else value
 
 
 def _of_fewer(operation: Operation, samples: int, fewer: int) -> Operation:
