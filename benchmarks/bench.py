@@ -18,6 +18,7 @@ from pathlib import Path
 
 import networks
 import torch
+from multiply_adds import multiply_adds
 from peers import installed, prepared
 from timing import THREADS, best_ratio, interleaved, printed, ratio
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from validation import SETTINGS
 
 from lightning_flatness import measure
 from lightning_flatness.factors import TailFactors
-from lightning_flatness.functional.operations import multiply_adds
 from lightning_flatness.tap import Tap
 
 ALONE = Path(__file__).with_name("alone.py")

@@ -17,7 +17,7 @@ from lightning_flatness.alerts import Alert
 from lightning_flatness.batch import batch_targets, is_empty
 from lightning_flatness.evaluation import KEYS, Evaluation
 from lightning_flatness.factors import CHUNK_BYTES
-from lightning_flatness.functional import Loss, as_loss
+from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.measure import batch_factors, require_counts, undisturbed
 from lightning_flatness.probe import allowance, moved, network, own_batches
 from lightning_flatness.rules import AllOf, AnyOf, Rule

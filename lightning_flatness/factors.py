@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import lightning_flatness.functional as LF
-from lightning_flatness.functional.filter_metric import MANY
 from lightning_flatness.functional.flatness import pairs_pay
+from lightning_flatness.functional.gram import MANY
+from lightning_flatness.losses import CrossEntropy, Loss
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -99,7 +100,7 @@ class TailFactors:
     channels: Int[Tensor, " k"]
     geometry: LF.ConvGeometry
     target: Int[Tensor, " n"] | Float[Tensor, "n c"] | None = None
-    loss: LF.Loss = field(default_factory=LF.CrossEntropy)
+    loss: Loss = field(default_factory=CrossEntropy)
     chunk_bytes: int = CHUNK_BYTES
 
     def __len__(self) -> int:
@@ -156,7 +157,7 @@ class TailFactors:
 
     @cached_property
     def logit_energy(self) -> Float[Tensor, " n"]:
-        """Per-sample mean square of the logits about their mean, see `functional.CrossEntropy.logit_energy`."""
+        """Per-sample mean square of the logits about their mean, see `losses.CrossEntropy.logit_energy`."""
         return self.loss.logit_energy(self.logits)
 
     @cached_property

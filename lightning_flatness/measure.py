@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_flatness.batch import batch_inputs, batch_targets, is_empty
 from lightning_flatness.evaluation import Evaluation
 from lightning_flatness.factors import CHUNK_BYTES, TailFactors
-from lightning_flatness.functional import Loss, as_loss
+from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.tail import NonFiniteError
 from lightning_flatness.tap import Tap
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.batch import checked_targets
 from lightning_flatness.certificate import Certificate, certify
 from lightning_flatness.eager import EAGER
 from lightning_flatness.factors import CHUNK_BYTES, KernelGram, TailFactors, full_precision
-from lightning_flatness.functional import ConvGeometry, CrossEntropy, Loss
+from lightning_flatness.functional import ConvGeometry
+from lightning_flatness.losses import CrossEntropy, Loss, checked_targets
 from lightning_flatness.operation import is_low_precision, raised, tensors
 from lightning_flatness.replay import recorded_points, replayed_features
 from lightning_flatness.tail import (

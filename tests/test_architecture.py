@@ -14,6 +14,7 @@ PACKAGE = ROOT / "lightning_flatness"
 # An import points to an earlier line of this list, or to a neighbour in the same folder.
 ORDER = [
     "functional",
+    "losses",
     "factors",
     "metrics operation eager oracle detectors alerts",
     "tape watch batch",
@@ -42,7 +43,7 @@ ALONE = {f"{room}.py": OURS for room in ("detectors", "alerts", "watch", "condit
     "oracle.py": {"torch"}
 }
 HELPERS = {"conftest.py", "cases.py", "fuzz_inputs.py", "fuzz_tails.py", "metrics/checks.py", "networks.py"}
-WHOLES = "architecture cli compilers cuda faults fuzz interplay loop nodes optuna precision processes sharding".split()
+WHOLES = "architecture multiply_adds cli compilers cuda faults fuzz interplay loop nodes optuna precision processes sharding".split()
 TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in WHOLES}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import lightning_flatness.functional as LF
 from lightning_flatness import oracle
 from lightning_flatness.factors import TailFactors, full_precision
-from lightning_flatness.functional import as_loss
+from lightning_flatness.losses import as_loss
 from lightning_flatness.tap import Tap
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -1,7 +1,6 @@
 """Pure functions of tensors: one value per sample, no state, no model."""
 
 from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal
-from lightning_flatness.functional.filter_metric import FilterMetric
 from lightning_flatness.functional.flatness import (
     affine_hessian_trace,
     attribution,
@@ -9,7 +8,7 @@ from lightning_flatness.functional.flatness import (
     hessian_trace,
     relative_flatness,
 )
-from lightning_flatness.functional.loss import BinaryCrossEntropy, CrossEntropy, Loss, as_loss
+from lightning_flatness.functional.gram import FilterMetric
 from lightning_flatness.functional.margin import (
     affine_energy,
     binary_margin,
@@ -32,14 +31,10 @@ from lightning_flatness.functional.temperature import TEMPERATURES, at_temperatu
 
 __all__ = [
     "TEMPERATURES",
-    "BinaryCrossEntropy",
     "ConvGeometry",
-    "CrossEntropy",
     "FilterMetric",
-    "Loss",
     "affine_energy",
     "affine_hessian_trace",
-    "as_loss",
     "at_temperature",
     "attribution",
     "binary_margin",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.functional.filter_metric import room
+from lightning_flatness.functional.gram import room
 
 
 def without_subnormals(probabilities: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_flatness.functional.curvature import confidence, curvature_diagonal, without_subnormals
-from lightning_flatness.functional.filter_metric import FilterMetric
+from lightning_flatness.functional.gram import FilterMetric
 from lightning_flatness.functional.margin import affine_energy
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional import TEMPERATURES, FilterMetric, as_loss, at_temperature
+from lightning_flatness.functional import TEMPERATURES, FilterMetric, at_temperature
+from lightning_flatness.losses import as_loss
 
 
 def one_sample(scale: float, hot: float, classes: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from metrics.checks import CASES, check, factors, split, value_of
 
-import lightning_flatness.functional as LF
+from lightning_flatness.losses import as_loss
 from lightning_flatness.metrics import (
     AffineHessianTrace,
     FlatnessFactors,
@@ -51,7 +51,7 @@ def test_scale_free_flatness_equals_two_passes(name: str, loss: str) -> None:
     """With the temperature of the whole set known beforehand: divide logits and classifier by it, measure again."""
     whole = factors(name)
     labels = whole.target if loss == "cross_entropy" else torch.rand(whole.logits.shape, dtype=torch.float64)
-    whole = replace(whole, loss=LF.as_loss(loss), target=labels)
+    whole = replace(whole, loss=as_loss(loss), target=labels)
     centred = whole.logits - (whole.logits.mean(1, keepdim=True) if loss == "cross_entropy" else 0)
     tau = centred.square().mean().sqrt()
     scaled = replace(whole, logits=whole.logits / tau, head=whole.head / tau)

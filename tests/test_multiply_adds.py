@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_flatness.functional.operations import multiply_adds
+from benchmarks.multiply_adds import multiply_adds
 from lightning_flatness.tap import Tap
 
 

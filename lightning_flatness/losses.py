@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal, without_subnormals
-from lightning_flatness.functional.filter_metric import FilterMetric
 from lightning_flatness.functional.flatness import relative_flatness
+from lightning_flatness.functional.gram import FilterMetric
 from lightning_flatness.functional.margin import binary_margin, margin_gap, output_margin, softmax_margin
 
 
@@ -216,3 +217,61 @@ def _known(target: Tensor | None) -> Tensor:
     if target is None:
         raise ValueError("This quantity needs the true classes: got no target. Pass `target`.")
     return target
+
+
+def checked_targets(target: Any, samples: int, classes: int, loss: Loss, look: bool = True) -> Tensor:
+    """Return the targets in the form that the loss reads, after checking them.
+
+    Cross-entropy reads class indices, shape (n,), or probabilities of the classes, floating, shape (n, c). Binary
+    cross-entropy reads labels in [0, 1] of shape (n, c), for one logit also of shape (n,).
+
+    Args:
+        target: what the batch holds as targets.
+        samples: number of samples `n` that the network saw.
+        classes: number of logits `c`.
+        loss: of the training.
+        look: also compare the values with their range; on an accelerator this waits for the device.
+
+    Raises:
+        ValueError: if they are none of these or outside of their range, or the number of logits does not fit the loss.
+    """
+    _check_weights(loss, classes)
+    if not isinstance(target, Tensor) or target.layout != torch.strided:
+        came = getattr(target, "layout", type(target).__name__)
+        raise ValueError(f"Targets must be a dense tensor; got {came}. Say how to get it: `target=...`.")
+    binary = isinstance(loss, BinaryCrossEntropy)
+    if binary and target.shape == (samples,) and classes == 1:
+        target = target.unsqueeze(1)
+    indices = not binary and not target.is_floating_point()
+    shape = (samples,) if indices else (samples, classes)
+    either = (
+        f"integer class indices of shape {(samples,)} or probabilities of the classes of shape {(samples, classes)}"
+    )
+    wanted = f"labels in [0, 1] of shape {shape}" if binary else either
+    if target.shape != shape or target.is_complex() or (indices and target.dtype == torch.bool):
+        raise ValueError(
+            f"Targets must be {wanted}; got {target.dtype} of shape {tuple(target.shape)}. "
+            "Say how to get them: `target=lambda batch: ...`; for another loss than cross-entropy: `loss=...`."
+        )
+    target = target.long() if indices else target if target.is_floating_point() else target.float()
+    if look and samples:
+        _check_range(target, classes if indices else None)
+    return target
+
+
+def _check_weights(loss: Loss, classes: int) -> None:
+    """Check that the loss is one for so many logits."""
+    if classes == 1 and not isinstance(loss, BinaryCrossEntropy):
+        raise ValueError('Cross-entropy needs two logits or more; got one. Pass `loss="bce_with_logits"`.')
+    for name in ("weight", "pos_weight"):
+        weights = getattr(loss, name, None)
+        if weights is not None and weights.numel() not in (1, classes):
+            raise ValueError(f"`loss.{name}` must have one entry per logit, ({classes},); got {tuple(weights.shape)}.")
+
+
+def _check_range(target: Tensor, classes: int | None) -> None:
+    """Check that class indices lie in [0, c), anything else in [0, 1]."""
+    low, high = (bound.item() for bound in torch.aminmax(target))
+    if not (low >= 0 and (high <= 1 if classes is None else high < classes)):
+        span = "[0, 1]" if classes is None else f"[0, {classes}) for {classes} logits"
+        raise ValueError(f"Targets must lie in {span}; got values from {low} to {high}.")
