@@ -26,7 +26,7 @@ ORDER = [
     "tap",
     "evaluation",
     "measure",
-    "probe learning_rate figures sinks",
+    "probe figures sinks",
     "actions",
     "alarm",
     "callback",

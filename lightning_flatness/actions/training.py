@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_flatness.actions.learning_rate import cut_learning_rate, is_known, learning_rates, warn_if_lost
 from lightning_flatness.alerts import Action, Alert
-from lightning_flatness.learning_rate import cut_learning_rate, is_known, learning_rates, warn_if_lost
 
 
 class StopTraining(Action):

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.optim.swa_utils import SWALR
 
-from lightning_flatness.learning_rate import cut_learning_rate, is_known, learning_rates, warn_if_lost
+from lightning_flatness.actions.learning_rate import cut_learning_rate, is_known, learning_rates, warn_if_lost
 
 STEPS, FACTOR, FLOOR = 24, 0.5, 4e-3
 TRIGGERS = [(step,) for step in range(STEPS - 1)] + [(3, 9), (0, 5, 13), (7, 8)]

@@ -1,0 +1,6 @@
+"""What an alert can do to a training: stop it, cut the learning rate, notify somebody."""
+
+from lightning_flatness.actions.learning_rate import cut_learning_rate, learning_rates
+from lightning_flatness.actions.training import Notify, ReduceLR, StopTraining, escalation
+
+__all__ = ["Notify", "ReduceLR", "StopTraining", "cut_learning_rate", "escalation", "learning_rates"]
