@@ -1,11 +1,11 @@
 """Exact flatness of convolutional networks, watched while they train."""
 
 from lightning_flatness.actions import Notify, ReduceLR, StopTraining
-from lightning_flatness.alerts import Action, Alert
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.factors import TailFactors
 from lightning_flatness.measure import FlatnessReport, measure
 from lightning_flatness.rules import AllOf, AnyOf, Rule
+from lightning_flatness.rules.alert import Action, Alert
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
 from lightning_flatness.tap import Tap
 

@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_flatness.alarm import Alarm
-from lightning_flatness.alerts import Alert
+from lightning_flatness.alerting import Alarm
 from lightning_flatness.batch import batch_targets, is_empty
 from lightning_flatness.evaluation import KEYS, Evaluation
 from lightning_flatness.factors import CHUNK_BYTES
@@ -21,6 +20,7 @@ from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.measure import batch_factors, require_counts, undisturbed
 from lightning_flatness.probe import allowance, moved, network, own_batches
 from lightning_flatness.rules import AllOf, AnyOf, Rule
+from lightning_flatness.rules.alert import Alert
 from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
 from lightning_flatness.tap import Tap
 

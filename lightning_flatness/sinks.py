@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_flatness.alerts import Alert
+from lightning_flatness.rules.alert import Alert
 
 _TITLE_LENGTH = 63  # W&B asks for less than 64 characters
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader
 
-from lightning_flatness.alerts import Alert
+from lightning_flatness.rules.alert import Alert
 from lightning_flatness.sinks import Sinks, log_step
 
 KEY, REASON, DONE = "flatness/relative", "flatness/relative rose x 2.3 since step 4.", "Training stops."

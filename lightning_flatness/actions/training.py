@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_flatness.actions.learning_rate import cut_learning_rate, is_known, learning_rates, warn_if_lost
-from lightning_flatness.alerts import Action, Alert
+from lightning_flatness.rules.alert import Action, Alert
 
 
 class StopTraining(Action):

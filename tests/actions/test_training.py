@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader
 
 from lightning_flatness.actions.training import Notify, ReduceLR, StopTraining, escalation
-from lightning_flatness.alerts import Action, Alert
+from lightning_flatness.rules.alert import Action, Alert
 
 ALERT = Alert("rule", "flatness/relative", 2.3, 1.0, 8, 1, "flatness/relative rose x 2.3.")
 BATCHES = 4

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lightning_flatness import detectors
-from lightning_flatness.detectors import WINDOW
+from lightning_flatness.rules.detectors import WINDOW
 
 
 def window(*values: float) -> list[detectors.Observation]:

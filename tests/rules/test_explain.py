@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_flatness.alerts import FACTORS, attribution
+from lightning_flatness.rules.explain import FACTORS, attribution
 
 BEFORE = {
     **dict.fromkeys(FACTORS, 2.0),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lightning_flatness import detectors
-from lightning_flatness.alerts import attribution, moved
-from lightning_flatness.detectors import Observation
-from lightning_flatness.watch import Breach, State
+from lightning_flatness.rules.detectors import Observation
+from lightning_flatness.rules.explain import attribution, moved
+from lightning_flatness.rules.watch import Breach, State
 
 REFERENCES = {
     "settled": "the settled level",

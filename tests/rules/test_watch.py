@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_flatness.rules import AllOf, AnyOf, Rule
-from lightning_flatness.watch import Watch
+from lightning_flatness.rules.watch import Watch
 
 
 def firings(rule: Watch, values: list[float]) -> list[int]:

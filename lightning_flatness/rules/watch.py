@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lightning_flatness.alerts import Action, Alert
-from lightning_flatness.detectors import Observation
+from lightning_flatness.rules.alert import Action, Alert
+from lightning_flatness.rules.detectors import Observation
 
 
 class Breach(NamedTuple):
