@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
-from lightning_flatness.figures import flatness_curves
+from lightning_flatness.reporting.figures import flatness_curves
 
 _LOGGERS = ("tensorboard", "csv", "wandb")
 

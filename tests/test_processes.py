@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core import rank_zero
 from test_callback import Classifier, given_batches, images, trainer
-from test_sinks import records
+from test_loggers import records
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining

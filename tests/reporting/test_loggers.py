@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch.utils.data import DataLoader
 
 from lightning_flatness.rules.alert import Alert
-from lightning_flatness.sinks import Sinks, log_step
+from lightning_flatness.reporting.loggers import Sinks, log_step
 
 KEY, REASON, DONE = "flatness/relative", "flatness/relative rose x 2.3 since step 4.", "Training stops."
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_flatness.figures import flatness_curves
+from lightning_flatness.reporting.figures import flatness_curves
 
 HISTORY = {
     "epoch": [0, 1, 2, 3],
