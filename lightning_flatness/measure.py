@@ -13,7 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_flatness.batch import batch_inputs, batch_targets, is_empty
+from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
 from lightning_flatness.evaluation import Evaluation
 from lightning_flatness.factors import CHUNK_BYTES, TailFactors
 from lightning_flatness.losses import Loss, as_loss

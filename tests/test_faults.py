@@ -125,7 +125,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "a rule": ("lightning_flatness.rules.Rule.observe", 2, BUT_FOR_THE_SECOND, {}),
     "an action": ("lightning_flatness.actions.training.Notify.act", 2, ALL, {}),
     "showing an alert": ("lightning_flatness.reporting.loggers.Sinks.alert", 2, ALL, {}),
-    "drawing samples": ("lightning_flatness.probe.training_probe", 2, BUT_FOR_THE_SECOND, {"data": "train"}),
+    "drawing samples": ("lightning_flatness.data.sampling.training_probe", 2, BUT_FOR_THE_SECOND, {"data": "train"}),
     "moving batches": ("lightning_flatness.callback.moved", 2, BUT_FOR_THE_SECOND, OWN),
     "the network": ("lightning_flatness.callback.network", 2, BUT_FOR_THE_SECOND, OWN),
     "own passes": ("lightning_flatness.measure.batch_inputs", 2, AFTER_THE_FIRST, OWN),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_flatness.batch import batch_inputs, batch_targets, is_empty
+from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
 
 SOFT = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
 INDICES = torch.tensor([1, 0])

@@ -13,7 +13,7 @@ from networks import Net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset, default_collate
 
-from lightning_flatness.probe import moved, network, share_of, training_probe
+from lightning_flatness.data.sampling import moved, network, share_of, training_probe
 
 
 class Numbers(Dataset):
