@@ -24,7 +24,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from lightning_flatness import Tap
-from lightning_flatness.evaluation import Evaluation
+from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.examples.digits import ResidualBlock, digits_split
 
 OUTPUT = Path(__file__).with_name("signals.csv.gz")

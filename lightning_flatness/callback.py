@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.alerting import Alarm
 from lightning_flatness.data.batches import batch_targets, is_empty
-from lightning_flatness.evaluation import KEYS, Evaluation
+from lightning_flatness.metrics.evaluation import KEYS, Evaluation
 from lightning_flatness.factors import CHUNK_BYTES
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.measure import batch_factors, require_counts, undisturbed

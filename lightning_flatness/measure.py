@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
-from lightning_flatness.evaluation import Evaluation
+from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.factors import CHUNK_BYTES, TailFactors
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.tail import NonFiniteError

@@ -11,7 +11,7 @@ from test_callback import Classifier, images, trainer, values_of
 from torch.utils.data import DataLoader
 
 from lightning_flatness import FlatnessMonitor, UnsupportedTailError, measure, oracle
-from lightning_flatness.evaluation import Evaluation
+from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.tap import Tap
 
 pytestmark = pytest.mark.cuda

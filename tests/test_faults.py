@@ -119,7 +119,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "factors": ("lightning_flatness.tap.TailFactors", 2, AFTER_THE_FIRST, {}),
     "a chunk": ("lightning_flatness.factors.TailFactors._chunk_curvature", 2, AFTER_THE_FIRST, {}),
     "adding up": ("lightning_flatness.callback.Evaluation.update", 2, AFTER_THE_FIRST, {}),
-    "a metric": ("lightning_flatness.evaluation.MarginStatistics.update", 2, AFTER_THE_FIRST, {}),
+    "a metric": ("lightning_flatness.metrics.evaluation.MarginStatistics.update", 2, AFTER_THE_FIRST, {}),
     "the means": ("lightning_flatness.callback.Evaluation.compute", 2, BUT_FOR_THE_SECOND, {}),
     "logging": ("lightning.pytorch.LightningModule.log_dict", 2, BUT_FOR_THE_SECOND, {}),
     "a rule": ("lightning_flatness.rules.Rule.observe", 2, BUT_FOR_THE_SECOND, {}),

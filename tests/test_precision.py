@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness import FlatnessMonitor
-from lightning_flatness.evaluation import Evaluation
+from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.factors import TailFactors
 from lightning_flatness.measure import batch_factors, undisturbed
 from lightning_flatness.tap import Tap

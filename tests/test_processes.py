@@ -23,7 +23,7 @@ from test_loggers import records
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
-from lightning_flatness.evaluation import KEYS
+from lightning_flatness.metrics.evaluation import KEYS
 
 pytestmark = [
     pytest.mark.timeout(120),

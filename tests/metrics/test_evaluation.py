@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness.metrics
 from lightning_flatness import FlatnessMonitor, measure
-from lightning_flatness.evaluation import Evaluation
+from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
 from lightning_flatness.factors import TailFactors
 
