@@ -21,7 +21,7 @@ from lightning_flatness.measure import batch_factors, require_counts, undisturbe
 from lightning_flatness.data.sampling import allowance, moved, network, own_batches
 from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.rules.alert import Alert
-from lightning_flatness.tail import NonFiniteError, UnsupportedTailError
+from lightning_flatness.recording.recorded_pass import NonFiniteError, UnsupportedTailError
 from lightning_flatness.tap import Tap
 
 

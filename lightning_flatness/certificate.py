@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.functional import ConvGeometry, patches
-from lightning_flatness.operation import Operation, raised
+from lightning_flatness.recording.operation import Operation, raised
 from lightning_flatness.replay import agree, excerpt, has_rows_of_samples, recorded_points, replayed_features
-from lightning_flatness.tail import NonFiniteError, Recording, refusal
+from lightning_flatness.recording.recorded_pass import NonFiniteError, Recording, refusal
 
 _PIECEWISE_LINEAR = frozenset(
     "relu leaky_relu rrelu rrelu_with_noise hardtanh hardsigmoid relu6 clamp clamp_min clamp_max threshold "

@@ -17,7 +17,7 @@ from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empt
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.factors import CHUNK_BYTES, TailFactors
 from lightning_flatness.losses import Loss, as_loss
-from lightning_flatness.tail import NonFiniteError
+from lightning_flatness.recording.recorded_pass import NonFiniteError
 from lightning_flatness.tap import Tap
 
 _QUANTITIES = (

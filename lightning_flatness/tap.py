@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.certificate import Certificate, certify
-from lightning_flatness.eager import EAGER
+from lightning_flatness.recording.eager import EAGER
 from lightning_flatness.factors import CHUNK_BYTES, KernelGram, TailFactors, full_precision
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.losses import CrossEntropy, Loss, checked_targets
-from lightning_flatness.operation import is_low_precision, raised, tensors
+from lightning_flatness.recording.operation import is_low_precision, raised, tensors
 from lightning_flatness.replay import recorded_points, replayed_features
-from lightning_flatness.tail import (
+from lightning_flatness.recording.recorded_pass import (
     CLASSIFIERS,
     CONVOLUTIONS,
     Call,
@@ -29,7 +29,7 @@ from lightning_flatness.tail import (
     require_name,
     require_own_weight,
 )
-from lightning_flatness.tape import RECORDER, Tape, unrecorded
+from lightning_flatness.recording.graph import RECORDER, Tape, unrecorded
 
 
 class Tap:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_flatness import oracle
 from lightning_flatness.certificate import Certificate, certify
-from lightning_flatness.tail import NonFiniteError, Recording, UnsupportedTailError
+from lightning_flatness.recording.recorded_pass import NonFiniteError, Recording, UnsupportedTailError
 from lightning_flatness.tap import Tap
 
 CASES = {case.name: case for case in (*SUPPORTED, *UNSUPPORTED)}

@@ -19,8 +19,8 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_flatness import FlatnessMonitor, measure
-from lightning_flatness.tail import UnsupportedTailError
-from lightning_flatness.tape import Tape
+from lightning_flatness.recording.recorded_pass import UnsupportedTailError
+from lightning_flatness.recording.graph import Tape
 
 
 @pytest.fixture(autouse=True)

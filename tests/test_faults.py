@@ -35,10 +35,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, Notify, Rule
-from lightning_flatness.eager import EAGER
+from lightning_flatness.recording.eager import EAGER
 from lightning_flatness.factors import TailFactors
 from lightning_flatness.tap import Tap
-from lightning_flatness.tape import RECORDER
+from lightning_flatness.recording.graph import RECORDER
 
 ERRORS: list[Callable[[], BaseException]] = [lambda: RuntimeError("fault"), KeyboardInterrupt]
 each_error = pytest.mark.parametrize("error", ERRORS, ids=["error", "interrupt"])
@@ -104,14 +104,14 @@ OWN = {"data": given_batches()}
 FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "the sums": ("lightning_flatness.callback.Evaluation.__init__", 2, BUT_FOR_THE_SECOND, {}),
     "the tap": ("lightning_flatness.callback.Tap.__init__", 2, AFTER_THE_FIRST, {}),
-    "the stance": ("lightning_flatness.eager.EagerStance.enter", 1, AFTER_THE_FIRST, {}),
-    "the recorder": ("lightning_flatness.tape._Recorder.hold", 1, AFTER_THE_FIRST, {}),
+    "the stance": ("lightning_flatness.recording.eager.EagerStance.enter", 1, AFTER_THE_FIRST, {}),
+    "the recorder": ("lightning_flatness.recording.graph._Recorder.hold", 1, AFTER_THE_FIRST, {}),
     "the hooks": ("lightning_flatness.tap.Tap._install", 1, AFTER_THE_FIRST, {}),
     "counting samples": ("lightning_flatness.callback.FlatnessMonitor._samples_left", 3, AFTER_THE_FIRST, {}),
     "a batch's start": ("lightning_flatness.tap.Tap.clear", 5, AFTER_THE_FIRST, {}),
     "the convolution's hook": ("lightning_flatness.tap.WeightCopies.of", 2, NONE, {}),
-    "before an operation": ("lightning_flatness.tape.Tape._before", 8, NONE, {}),
-    "after an operation": ("lightning_flatness.tape.Tape._bind", 9, NONE, {}),
+    "before an operation": ("lightning_flatness.recording.graph.Tape._before", 8, NONE, {}),
+    "after an operation": ("lightning_flatness.recording.graph.Tape._bind", 9, NONE, {}),
     "targets": ("lightning_flatness.callback.batch_targets", 2, AFTER_THE_FIRST, {}),
     "the other hooks": ("lightning_flatness.tap.Tap._install", 2, AFTER_THE_FIRST, {}),
     "certificate": ("lightning_flatness.tap.certify", 1, AFTER_THE_FIRST, {}),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_flatness.operation import tensors
+from lightning_flatness.recording.operation import tensors
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs")
 _TARGET_KEYS = ("label", "labels", "target", "targets", "y", "class")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_flatness.operation import (
+from lightning_flatness.recording.operation import (
     Constant,
     Operation,
     Slot,

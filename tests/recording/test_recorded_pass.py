@@ -16,7 +16,7 @@ from networks import Net, conv2d
 from torch import Tensor, nn
 
 from lightning_flatness.factors import TailFactors
-from lightning_flatness.tail import UnsupportedTailError, WeightCopies
+from lightning_flatness.recording.recorded_pass import UnsupportedTailError, WeightCopies
 from lightning_flatness.tap import Tap
 
 Output = namedtuple("Output", "features logits")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lightning_flatness.eager import EagerStance
+from lightning_flatness.recording.eager import EagerStance
 
 
 def stance() -> str:
