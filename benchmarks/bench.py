@@ -26,8 +26,8 @@ from training import trained_on_digits
 from validation import SETTINGS
 
 from lightning_flatness import measure
-from lightning_flatness.factors import TailFactors
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
+from lightning_flatness.curvature.pooled.measurement import Tap
 
 ALONE = Path(__file__).with_name("alone.py")
 GLIBC = platform.libc_ver()[0] == "glibc"

@@ -16,7 +16,7 @@ import torch
 
 from lightning_flatness import Tap
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule, digits_split
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
 from lightning_flatness.functional import pearson
 from lightning_flatness.metrics import FlatnessMarginCorrelation
 

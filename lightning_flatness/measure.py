@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
 from lightning_flatness.metrics.evaluation import Evaluation
-from lightning_flatness.factors import CHUNK_BYTES, TailFactors
+from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, TailFactors
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.recording.recorded_pass import NonFiniteError
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.measurement import Tap
 
 _QUANTITIES = (
     "relative_flatness",

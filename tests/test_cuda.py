@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_flatness import FlatnessMonitor, UnsupportedTailError, measure, oracle
 from lightning_flatness.metrics.evaluation import Evaluation
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.measurement import Tap
 
 pytestmark = pytest.mark.cuda
 CASES = {case.name: case for case in SUPPORTED}

@@ -36,8 +36,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, Notify, Rule
 from lightning_flatness.recording.eager import EAGER
-from lightning_flatness.factors import TailFactors
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
+from lightning_flatness.curvature.pooled.measurement import Tap
 from lightning_flatness.recording.graph import RECORDER
 
 ERRORS: list[Callable[[], BaseException]] = [lambda: RuntimeError("fault"), KeyboardInterrupt]
@@ -106,18 +106,18 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "the tap": ("lightning_flatness.callback.Tap.__init__", 2, AFTER_THE_FIRST, {}),
     "the stance": ("lightning_flatness.recording.eager.EagerStance.enter", 1, AFTER_THE_FIRST, {}),
     "the recorder": ("lightning_flatness.recording.graph._Recorder.hold", 1, AFTER_THE_FIRST, {}),
-    "the hooks": ("lightning_flatness.tap.Tap._install", 1, AFTER_THE_FIRST, {}),
+    "the hooks": ("lightning_flatness.curvature.pooled.measurement.Tap._install", 1, AFTER_THE_FIRST, {}),
     "counting samples": ("lightning_flatness.callback.FlatnessMonitor._samples_left", 3, AFTER_THE_FIRST, {}),
-    "a batch's start": ("lightning_flatness.tap.Tap.clear", 5, AFTER_THE_FIRST, {}),
-    "the convolution's hook": ("lightning_flatness.tap.WeightCopies.of", 2, NONE, {}),
+    "a batch's start": ("lightning_flatness.curvature.pooled.measurement.Tap.clear", 5, AFTER_THE_FIRST, {}),
+    "the convolution's hook": ("lightning_flatness.curvature.pooled.measurement.WeightCopies.of", 2, NONE, {}),
     "before an operation": ("lightning_flatness.recording.graph.Tape._before", 8, NONE, {}),
     "after an operation": ("lightning_flatness.recording.graph.Tape._bind", 9, NONE, {}),
     "targets": ("lightning_flatness.callback.batch_targets", 2, AFTER_THE_FIRST, {}),
-    "the other hooks": ("lightning_flatness.tap.Tap._install", 2, AFTER_THE_FIRST, {}),
-    "certificate": ("lightning_flatness.tap.certify", 1, AFTER_THE_FIRST, {}),
-    "replay": ("lightning_flatness.tap.replayed_features", 2, AFTER_THE_FIRST, {}),
-    "factors": ("lightning_flatness.tap.TailFactors", 2, AFTER_THE_FIRST, {}),
-    "a chunk": ("lightning_flatness.factors.TailFactors._chunk_curvature", 2, AFTER_THE_FIRST, {}),
+    "the other hooks": ("lightning_flatness.curvature.pooled.measurement.Tap._install", 2, AFTER_THE_FIRST, {}),
+    "certificate": ("lightning_flatness.curvature.pooled.measurement.certify", 1, AFTER_THE_FIRST, {}),
+    "replay": ("lightning_flatness.curvature.pooled.measurement.replayed_features", 2, AFTER_THE_FIRST, {}),
+    "factors": ("lightning_flatness.curvature.pooled.measurement.TailFactors", 2, AFTER_THE_FIRST, {}),
+    "a chunk": ("lightning_flatness.curvature.pooled.derivatives.TailFactors._chunk_curvature", 2, AFTER_THE_FIRST, {}),
     "adding up": ("lightning_flatness.callback.Evaluation.update", 2, AFTER_THE_FIRST, {}),
     "a metric": ("lightning_flatness.metrics.evaluation.MarginStatistics.update", 2, AFTER_THE_FIRST, {}),
     "the means": ("lightning_flatness.callback.Evaluation.compute", 2, BUT_FOR_THE_SECOND, {}),

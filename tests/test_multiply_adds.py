@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from benchmarks.multiply_adds import multiply_adds
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.measurement import Tap
 
 
 def test_network_and_monitor() -> None:

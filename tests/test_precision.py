@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness import FlatnessMonitor
 from lightning_flatness.metrics.evaluation import Evaluation
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
 from lightning_flatness.measure import batch_factors, undisturbed
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.measurement import Tap
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: Net(conv2d(32, inputs=16), head=nn.Linear(32, 10)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import lightning_flatness.functional as LF
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
 from lightning_flatness.metrics.flatness import FactorsMetric
 
 _COMPARED = {"aceht": "affine_hessian_trace", "margin_bound": "margin_bound", "output_margin": "output_margin"}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
 from lightning_flatness.metrics import (
     AffineHessianTrace,
     FlatnessFactors,

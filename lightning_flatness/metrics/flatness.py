@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 import lightning_flatness.functional as LF
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
 
 
 class FactorsMetric(Metric):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 import lightning_flatness.functional as LF
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
 from lightning_flatness.metrics.flatness import FactorsMetric, SampleMean
 
 

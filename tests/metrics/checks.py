@@ -15,8 +15,8 @@ import torch
 from cases import SUPPORTED
 from torchmetrics import Metric
 
-from lightning_flatness.factors import TailFactors
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
+from lightning_flatness.curvature.pooled.measurement import Tap
 
 CASES = {case.name: case for case in SUPPORTED}
 SPLITS = {"whole": [5], "uneven": [1, 3, 1], "single": [1] * 5, "with an empty one": [2, 0, 3]}

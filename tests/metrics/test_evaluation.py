@@ -20,7 +20,7 @@ import lightning_flatness.metrics
 from lightning_flatness import FlatnessMonitor, measure
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
 
 CPU = torch.device("cpu")
 METRICS = [getattr(lightning_flatness.metrics, name) for name in lightning_flatness.metrics.__all__]

@@ -15,9 +15,9 @@ from cases import Case
 from networks import Net, conv2d
 from torch import Tensor, nn
 
-from lightning_flatness.factors import TailFactors
+from lightning_flatness.curvature.pooled.derivatives import TailFactors
 from lightning_flatness.recording.recorded_pass import UnsupportedTailError, WeightCopies
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.measurement import Tap
 
 Output = namedtuple("Output", "features logits")
 

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.certificate import Certificate, certify
+from lightning_flatness.curvature.pooled.certificate import Certificate, certify
 from lightning_flatness.recording.eager import EAGER
-from lightning_flatness.factors import CHUNK_BYTES, KernelGram, TailFactors, full_precision
+from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, KernelGram, TailFactors, full_precision
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.losses import CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.operation import is_low_precision, raised, tensors
-from lightning_flatness.replay import recorded_points, replayed_features
+from lightning_flatness.curvature.pooled.subset import recorded_points, replayed_features
 from lightning_flatness.recording.recorded_pass import (
     CLASSIFIERS,
     CONVOLUTIONS,

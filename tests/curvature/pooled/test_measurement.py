@@ -21,10 +21,10 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from lightning_flatness import oracle
-from lightning_flatness.certificate import certify
+from lightning_flatness.curvature.pooled.certificate import certify
 from lightning_flatness.recording.operation import TapeError
 from lightning_flatness.recording.recorded_pass import UnsupportedTailError
-from lightning_flatness.tap import Tap
+from lightning_flatness.curvature.pooled.measurement import Tap
 from lightning_flatness.recording.graph import RECORDER
 
 CASES = {case.name: case for case in SUPPORTED}
@@ -180,7 +180,7 @@ def test_certifies_once_and_again_when_the_tail_changes() -> None:
     for model.deep in (True, False):
         expected[model.deep] = oracle.hessian_trace(model, "conv", x, y)
     counts = []
-    with mock.patch("lightning_flatness.tap.certify", wraps=certify) as spy, Tap(model) as tap:
+    with mock.patch("lightning_flatness.curvature.pooled.measurement.certify", wraps=certify) as spy, Tap(model) as tap:
         for model.deep in (True, True, False, False, True):
             run(model, x)
             assert_same(tap.factors(y).hessian_trace, expected[model.deep])
@@ -223,7 +223,7 @@ def test_an_error_of_the_tap_does_not_reach_the_network(monkeypatch: pytest.Monk
     case = CASES["relu"]
     model, (x, y) = case.model().eval(), case.data()
     plain = run(model, x)
-    monkeypatch.setattr("lightning_flatness.tap.WeightCopies.of", lambda copies, module: 1 / 0)
+    monkeypatch.setattr("lightning_flatness.curvature.pooled.measurement.WeightCopies.of", lambda copies, module: 1 / 0)
     with Tap(model) as tap:
         assert torch.equal(run(model, x), plain)
         with pytest.raises(UnsupportedTailError, match="ZeroDivisionError"):
