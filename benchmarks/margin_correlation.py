@@ -15,8 +15,8 @@ import lightning as L
 import torch
 
 from lightning_flatness import Tap
-from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule, digits_split
 from lightning_flatness.curvature.pooled.derivatives import TailFactors
+from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule, digits_split
 from lightning_flatness.functional import pearson
 from lightning_flatness.metrics import FlatnessMarginCorrelation
 

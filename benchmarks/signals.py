@@ -24,8 +24,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from lightning_flatness import Tap
-from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.examples.digits import ResidualBlock, digits_split
+from lightning_flatness.metrics.evaluation import Evaluation
 
 OUTPUT = Path(__file__).with_name("signals.csv.gz")
 CHOOSING = range(10)

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_flatness import rules as ready_made
 from lightning_flatness.actions import escalation
+from lightning_flatness.reporting.loggers import Sinks
 from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.rules.alert import Action, Alert
-from lightning_flatness.reporting.loggers import Sinks
 
 _LOADER = re.compile(r"/dataloader_idx_\d+$")
 

@@ -13,16 +13,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_flatness.alerting import Alarm
-from lightning_flatness.data.batches import batch_targets, is_empty
-from lightning_flatness.metrics.evaluation import KEYS, Evaluation
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
+from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.data.batches import batch_targets, is_empty
+from lightning_flatness.data.sampling import allowance, moved, network, own_batches
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.measure import batch_factors, require_counts, undisturbed
-from lightning_flatness.data.sampling import allowance, moved, network, own_batches
+from lightning_flatness.metrics.evaluation import KEYS, Evaluation
+from lightning_flatness.recording.recorded_pass import NonFiniteError, UnsupportedTailError
 from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.rules.alert import Alert
-from lightning_flatness.recording.recorded_pass import NonFiniteError, UnsupportedTailError
-from lightning_flatness.curvature.pooled.measurement import Tap
 
 
 class FlatnessMonitor(Callback):

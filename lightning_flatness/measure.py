@@ -13,12 +13,12 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
-from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, TailFactors
-from lightning_flatness.losses import Loss, as_loss
-from lightning_flatness.recording.recorded_pass import NonFiniteError
 from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
+from lightning_flatness.losses import Loss, as_loss
+from lightning_flatness.metrics.evaluation import Evaluation
+from lightning_flatness.recording.recorded_pass import NonFiniteError
 
 _QUANTITIES = (
     "relative_flatness",

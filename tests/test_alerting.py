@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from test_callback import KEYS, Classifier, Watch, images, trainer
+from lightning_runs import KEYS, Classifier, Watch, images, trainer
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_flatness import AllOf, AnyOf, FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining

@@ -25,9 +25,11 @@ CORE = {"torch", "lightning", "torchmetrics", "jaxtyping"}
 # What these may import besides the standard library, in functions as well.
 OURS = {"lightning_flatness"}
 ALONE = {"rules": OURS, "keys": OURS, "oracle": {"torch"}}
-HELPERS = {"conftest.py", "cases.py", "fuzz_inputs.py", "fuzz_tails.py", "metrics/checks.py", "networks.py"}
+HELPERS = {"conftest.py", "metrics/checks.py"} | {
+    f"{name}.py" for name in "cases fuzz_inputs fuzz_tails lightning_runs networks wandb_files".split()
+}
 WHOLES = """
-    architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes optuna processes sharding
+    architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes optuna precisions processes sharding
 """.split()
 TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in WHOLES}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_runs import KEYS, Classifier, Network, assert_same, everything, hooks, report_of, trainer, values_of
 from networks import Net, conv2d
-from test_callback import KEYS, Classifier, Network, assert_same, everything, hooks, report_of, trainer, values_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_flatness import FlatnessMonitor, measure
-from lightning_flatness.recording.recorded_pass import UnsupportedTailError
 from lightning_flatness.recording.graph import Tape
+from lightning_flatness.recording.recorded_pass import UnsupportedTailError
 
 
 @pytest.fixture(autouse=True)

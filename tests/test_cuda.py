@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from cases import SUPPORTED, UNSUPPORTED, Case
-from test_callback import Classifier, images, trainer, values_of
+from lightning_runs import Classifier, images, trainer, values_of
 from torch.utils.data import DataLoader
 
 from lightning_flatness import FlatnessMonitor, UnsupportedTailError, measure, oracle
-from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.metrics.evaluation import Evaluation
 
 pytestmark = pytest.mark.cuda
 CASES = {case.name: case for case in SUPPORTED}

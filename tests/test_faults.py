@@ -19,7 +19,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from test_callback import (
+from lightning_runs import (
     Broken,
     Classifier,
     assert_same,
@@ -35,9 +35,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, Notify, Rule
-from lightning_flatness.recording.eager import EAGER
 from lightning_flatness.curvature.pooled.derivatives import TailFactors
 from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.recording.eager import EAGER
 from lightning_flatness.recording.graph import RECORDER
 
 ERRORS: list[Callable[[], BaseException]] = [lambda: RuntimeError("fault"), KeyboardInterrupt]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_callback import Classifier, hooks, trainer
+from lightning_runs import Classifier, hooks, trainer
 
 from lightning_flatness import FlatnessMonitor
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning_runs import Classifier, given_batches, images, trainer
 from lightning_utilities.core import rank_zero
-from test_callback import Classifier, given_batches, images, trainer
-from test_loggers import records
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from wandb_files import records
 
 from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
 from lightning_flatness.metrics.evaluation import KEYS

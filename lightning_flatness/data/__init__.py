@@ -1,0 +1,1 @@
+"""Batches, samples and whose they are."""

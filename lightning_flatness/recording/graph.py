@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from lightning_flatness.recording.operation import LOW_PRECISION, Constant, Operation, Slot, TapeError, raised, tensors, transform
+from lightning_flatness.recording.operation import (
+    LOW_PRECISION,
+    Constant,
+    Operation,
+    Slot,
+    TapeError,
+    raised,
+    tensors,
+    transform,
+)
 
 _SMALL = 2**14  # numbers; the parameters of a normalisation are fewer
 _READS_A_NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.recording.operation import raised
 from lightning_flatness.recording.graph import Tape
+from lightning_flatness.recording.operation import raised
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CLASSIFIERS = (nn.Linear, *CONVOLUTIONS)

@@ -1,0 +1,1 @@
+"""What people see besides numbers: loggers and figures."""

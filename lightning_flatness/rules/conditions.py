@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_flatness import detectors
+from lightning_flatness.rules import detectors
 from lightning_flatness.rules.detectors import Observation
 from lightning_flatness.rules.explain import attribution, moved
 from lightning_flatness.rules.watch import Breach, State

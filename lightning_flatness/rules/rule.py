@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_flatness import conditions
+from lightning_flatness.rules import conditions
 from lightning_flatness.rules.alert import Action
 from lightning_flatness.rules.explain import context_keys
 from lightning_flatness.rules.watch import Breach, State, Watch

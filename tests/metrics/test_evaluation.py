@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness.metrics
 from lightning_flatness import FlatnessMonitor, measure
-from lightning_flatness.metrics.evaluation import Evaluation
-from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
 from lightning_flatness.curvature.pooled.derivatives import TailFactors
+from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
+from lightning_flatness.metrics.evaluation import Evaluation
 
 CPU = torch.device("cpu")
 METRICS = [getattr(lightning_flatness.metrics, name) for name in lightning_flatness.metrics.__all__]
-PAGE = Path(__file__).parents[1] / "docs" / "keys.md"
+PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
 FACTORS = ("confidence", "head", "kernel", "features", "alignment")
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from lightning_flatness.recording.operation import TapeError, raised
 from lightning_flatness.recording.graph import Tape, unrecorded
+from lightning_flatness.recording.operation import TapeError, raised
 
 SHAPE = (2, 4, 3, 3)
 OTHER = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))

@@ -16,8 +16,8 @@ from networks import Net, conv2d
 from torch import Tensor, nn
 
 from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.recording.recorded_pass import UnsupportedTailError, WeightCopies
 from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.recording.recorded_pass import UnsupportedTailError, WeightCopies
 
 Output = namedtuple("Output", "features logits")
 

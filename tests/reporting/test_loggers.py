@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader
+from wandb_files import records
 
-from lightning_flatness.rules.alert import Alert
 from lightning_flatness.reporting.loggers import Sinks, log_step
+from lightning_flatness.rules.alert import Alert
 
 KEY, REASON, DONE = "flatness/relative", "flatness/relative rose x 2.3 since step 4.", "Training stops."
 
@@ -84,23 +83,6 @@ def test_tensorboard_shows_text_and_mark_at_the_step_of_the_metrics() -> None:
     assert [each.step for each in texts] == [each.step for each in metric] == trainer.callbacks[0].steps
     assert [each.tensor_proto.string_val for each in texts] == [[f"{REASON} {DONE}".encode()]] * 2
     assert "alert" not in Path(trainer.loggers[1].log_dir, "metrics.csv").read_text()
-
-
-def records(path: Path) -> Iterator[Any]:
-    """Records of a W&B file: a header, then blocks of 32 KiB with pieces of protobuf messages."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, message = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        message += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # the whole message, or its last piece
-            yield Record.FromString(message)
-            message = b""
 
 
 def test_wandb_has_an_alert_of_the_run(tmp_path: Path) -> None:

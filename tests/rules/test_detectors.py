@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lightning_flatness import detectors
+from lightning_flatness.rules import detectors
 from lightning_flatness.rules.detectors import WINDOW
 
 

@@ -127,7 +127,7 @@ def test_each_ready_made_rule_fires_in_its_own_case(disturbance: str, suffix: st
 
 @pytest.mark.slow
 def test_the_published_results_are_what_these_rules_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     judge = importlib.import_module("judge")
     results = judge.results()

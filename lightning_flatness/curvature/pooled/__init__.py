@@ -1,0 +1,1 @@
+"""A convolution under global pooling, in closed form."""

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_flatness.curvature.pooled.subset import (
+    agree,
+    excerpt,
+    has_rows_of_samples,
+    recorded_points,
+    replayed_features,
+)
 from lightning_flatness.functional import ConvGeometry, patches
 from lightning_flatness.recording.operation import Operation, raised
-from lightning_flatness.curvature.pooled.subset import agree, excerpt, has_rows_of_samples, recorded_points, replayed_features
 from lightning_flatness.recording.recorded_pass import NonFiniteError, Recording, refusal
 
 _PIECEWISE_LINEAR = frozenset(

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.curvature.pooled.certificate import Certificate, certify
-from lightning_flatness.recording.eager import EAGER
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, KernelGram, TailFactors, full_precision
+from lightning_flatness.curvature.pooled.subset import recorded_points, replayed_features
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.losses import CrossEntropy, Loss, checked_targets
+from lightning_flatness.recording.eager import EAGER
+from lightning_flatness.recording.graph import RECORDER, Tape, unrecorded
 from lightning_flatness.recording.operation import is_low_precision, raised, tensors
-from lightning_flatness.curvature.pooled.subset import recorded_points, replayed_features
 from lightning_flatness.recording.recorded_pass import (
     CLASSIFIERS,
     CONVOLUTIONS,
@@ -29,7 +30,6 @@ from lightning_flatness.recording.recorded_pass import (
     require_name,
     require_own_weight,
 )
-from lightning_flatness.recording.graph import RECORDER, Tape, unrecorded
 
 
 class Tap:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_flatness.recording.graph import Tape
 from lightning_flatness.recording.operation import Operation, TapeError, is_low_precision, raised
 from lightning_flatness.recording.recorded_pass import Recording
-from lightning_flatness.recording.graph import Tape
 
 _EXCERPT = 32  # samples; fewer would leave less to tell a coincidence from a rule
 _SHAPED = ("view", "_unsafe_view", "reshape")  # their second argument is a shape

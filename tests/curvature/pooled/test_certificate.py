@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_flatness import oracle
 from lightning_flatness.curvature.pooled.certificate import Certificate, certify
-from lightning_flatness.recording.recorded_pass import NonFiniteError, Recording, UnsupportedTailError
 from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.recording.recorded_pass import NonFiniteError, Recording, UnsupportedTailError
 
 CASES = {case.name: case for case in (*SUPPORTED, *UNSUPPORTED)}
 STRAIGHT = "relu,relu in place,relu6,leaky relu,hardtanh,identity,prelu,saturated relu6".split(",")

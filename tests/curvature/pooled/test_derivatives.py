@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import lightning_flatness.functional as LF
 from lightning_flatness import oracle
 from lightning_flatness.curvature.pooled.derivatives import TailFactors, full_precision
-from lightning_flatness.losses import as_loss
 from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.losses import as_loss
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: Net(conv2d(32, inputs=16), head=nn.Linear(32, 10)),

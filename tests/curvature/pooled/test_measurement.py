@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lightning_flatness import oracle
 from lightning_flatness.curvature.pooled.certificate import certify
-from lightning_flatness.recording.operation import TapeError
-from lightning_flatness.recording.recorded_pass import UnsupportedTailError
 from lightning_flatness.curvature.pooled.measurement import Tap
 from lightning_flatness.recording.graph import RECORDER
+from lightning_flatness.recording.operation import TapeError
+from lightning_flatness.recording.recorded_pass import UnsupportedTailError
 
 CASES = {case.name: case for case in SUPPORTED}
 MODES: dict[str, Callable[[], Any]] = {

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from lightning_flatness import certificate as certificates
 from lightning_flatness import replay
 from lightning_flatness.curvature.pooled.certificate import certify
+from lightning_flatness.curvature.pooled.measurement import Tap
 from lightning_flatness.curvature.pooled.subset import excerpt, recorded_points, replayed_features
 from lightning_flatness.recording.recorded_pass import NonFiniteError, UnsupportedTailError
-from lightning_flatness.curvature.pooled.measurement import Tap
 
 ORDINARY = ("relu", "relu in place", "silu", "residual", "residual in place", "projected shortcut", "conv3d", "dropout")
 SAMPLES = 64  # twice as many as an excerpt has

@@ -12,16 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning_runs import trainer
 from networks import Net, conv2d, residual
-from test_callback import trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness import FlatnessMonitor
-from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.measure import batch_factors, undisturbed
 from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.measure import batch_factors, undisturbed
+from lightning_flatness.metrics.evaluation import Evaluation
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: Net(conv2d(32, inputs=16), head=nn.Linear(32, 10)),
