@@ -1,0 +1,103 @@
+"""Every key that is logged, in one table: what it is, its unit and direction, and which methods give it.
+
+The evaluation, the rules, the figures, the report and the demo read this table, and a test compares it with
+`docs/keys.md`. Standard library only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+RELATIVE = "flatness/relative"
+TRACE = "flatness/trace"
+SCALE_FREE = "flatness/scale_free"
+CONFIDENCE = "flatness/confidence"
+MARGIN = "margin/mean"
+
+
+class Key(NamedTuple):
+    """One quantity that a validation logs.
+
+    Attributes:
+        name: of the key, as in `flatness/relative`.
+        title: in figures and tables.
+        unit: of the value; "none" for a pure number. "loss" is the unit of the loss, nats for cross-entropy.
+        direction: which way is better, in words; "none of its own" where neither is.
+        source: letters of the sources in `docs/keys.md`.
+        better: `"lower"`, `"higher"` or None.
+        methods: the methods that give it.
+    """
+
+    name: str
+    title: str
+    unit: str
+    direction: str
+    source: str
+    better: Literal["lower", "higher"] | None = None
+    methods: tuple[str, ...] = ("pooled",)
+
+
+_FLAT = "lower is flatter"
+_SAFE = "higher is better"
+_OURS = "this package"
+_TABLE = (
+    Key(RELATIVE, "Relative flatness", "loss", _FLAT, "[P], [T]", "lower"),
+    Key(TRACE, "Hessian trace", "loss per squared weight", _FLAT, "[T]", "lower"),
+    Key(SCALE_FREE, "Scale-free flatness", "loss", _FLAT, "this package, after [G]", "lower"),
+    Key(CONFIDENCE, "Uncertainty 1 - |S|²", "none", "lower is more confident", "[M]", "lower"),
+    Key("flatness/head", "Head factor", "squared weight", "none of its own", _OURS),
+    Key("flatness/kernel", "Kernel factor", "squared weight", "none of its own", _OURS),
+    Key("flatness/features", "Feature factor", "squared feature per squared weight", "none of its own", _OURS),
+    Key("flatness/alignment", "Alignment factor", "none", _FLAT, _OURS, "lower"),
+    Key("flatness/aceht", "Hessian trace of the classifier", "loss per squared weight", _FLAT, "[M]", "lower"),
+    Key(
+        "flatness/margin_correlation",
+        "Correlation of trace and margin bound",
+        "none",
+        "none; near 1 the margins predict the flatness",
+        "[M]",
+    ),
+    Key(MARGIN, "Mean output margin", "logit", _SAFE, "[M], signed", "higher"),
+    Key("margin/std", "Standard deviation of the margins", "logit", "none", "[M]"),
+    Key("margin/skewness", "Skewness of the margins", "none", "lower (left) is better in [M]", "[M]", "lower"),
+    Key("margin/min", "Smallest margin", "logit", _SAFE, "[M]", "higher"),
+    *(
+        Key(f"margin/q{percent:02}", f"Margin, {percent} % quantile", "logit", _SAFE, _OURS, "higher")
+        for percent in (1, 5, 25, 50, 75, 95, 99)
+    ),
+    Key("margin/negative", "Share of negative margins", "none, 0 to 1", "lower is better", _OURS, "lower"),
+    Key("margin/softmax_mean", "Mean softmax margin", "none, -1 to 1", _SAFE, "[M], signed", "higher"),
+    Key("margin/bound", "Margin bound of the trace", "loss per squared weight", _FLAT, "[M]", "lower"),
+)
+
+KEYS: dict[str, Key] = {key.name: key for key in _TABLE}
+"""Every key by its name, in the order of the documentation."""
+
+FACTORS = (CONFIDENCE, "flatness/head", "flatness/kernel", "flatness/features", "flatness/alignment")
+"""The keys whose product is `flatness/relative`."""
+
+
+def keys_of(method: str) -> tuple[str, ...]:
+    """Return the names of the keys that a method gives.
+
+    Args:
+        method: as in `Key.methods`.
+
+    Example:
+        >>> keys_of("pooled")[:2]
+        ('flatness/relative', 'flatness/trace')
+    """
+    return tuple(name for name, key in KEYS.items() if method in key.methods)
+
+
+def key_suffix(key: str) -> str:
+    """Return what follows the quantity in a key: the monitor's name and Lightning's loader index.
+
+    Args:
+        key: as it is logged.
+
+    Example:
+        >>> key_suffix("margin/mean/train/dataloader_idx_1")
+        '/train/dataloader_idx_1'
+    """
+    return "".join(f"/{part}" for part in key.split("/")[2:])

@@ -1,0 +1,30 @@
+"""The table of keys: what the documentation says, and what an evaluation yields."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_flatness.keys import FACTORS, KEYS, Key, key_suffix, keys_of
+
+PAGE = (Path(__file__).parents[1] / "docs" / "keys.md").read_text(encoding="utf-8")
+ROWS = [re.split(r" \| ", line.strip("| ")) for line in PAGE.splitlines() if re.match(r"\| `(flatness|margin)/", line)]
+
+
+def test_the_page_has_the_table() -> None:
+    documented = [(row[0].strip("`"), *row[2:]) for row in ROWS]
+    assert documented == [(key.name, key.unit, key.direction, key.source) for key in KEYS.values()]
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_a_direction_in_words_is_the_one_that_rules_and_figures_use(key: Key) -> None:
+    assert (key.better or "none") in key.direction
+    assert key.methods
+
+
+def test_factors_are_keys_and_keys_know_their_suffix() -> None:
+    assert set(FACTORS) < set(keys_of("pooled")) == set(KEYS)
+    assert keys_of("no method") == ()
+    assert [key_suffix(f"margin/mean{suffix}") for suffix in ("", "/a", "/a/b")] == ["", "/a", "/a/b"]
