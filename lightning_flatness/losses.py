@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal, without_subnormals
 from lightning_flatness.functional.flatness import relative_flatness
-from lightning_flatness.functional.gram import FilterMetric
+from lightning_flatness.functional.gram import HadamardGram
 from lightning_flatness.functional.margin import binary_margin, margin_gap, output_margin, softmax_margin
 
 
@@ -31,36 +31,36 @@ class CrossEntropy:
     weight: Tensor | None = None
     label_smoothing: float = 0.0
 
-    def mass(self, logits: Tensor, target: Tensor | None) -> Tensor:
+    def label_weight(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Return `|a|_1`, shape (n,); it is 1 where neither class weights nor given probabilities change it."""
         if self.weight is None and (target is None or target.dim() == 1):
             return logits.new_ones(len(logits))
-        return self._shares(logits, _known(target)).sum(-1)
+        return self._weighted_target(logits, _known(target)).sum(-1)
 
     def curvature_trace(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Return `Tr B`, shape (n,)."""
-        return self.mass(logits, target) * confidence(logits)
+        return self.label_weight(logits, target) * confidence(logits)
 
     def curvature_diagonal(self, logits: Tensor, head: Tensor, target: Tensor | None) -> Tensor:
         """Return `Q_kk` with `Q = V^T B V`, shape (n, k)."""
-        return self.mass(logits, target).unsqueeze(1) * curvature_diagonal(logits, head)
+        return self.label_weight(logits, target).unsqueeze(1) * curvature_diagonal(logits, head)
 
-    def relative_flatness(self, logits: Tensor, head: Tensor, metric: FilterMetric, target: Tensor | None) -> Tensor:
+    def relative_flatness(self, logits: Tensor, head: Tensor, gram: HadamardGram, target: Tensor | None) -> Tensor:
         """Return `Tr(B V G V^T)` for logits of shape (n, c, t), shape (n, t)."""
-        flatness = relative_flatness(logits, centred_rows(logits[..., 0], head), metric)
-        return self.mass(logits[..., 0], target).unsqueeze(1) * flatness
+        flatness = relative_flatness(logits, centred_rows(logits[..., 0], head), gram)
+        return self.label_weight(logits[..., 0], target).unsqueeze(1) * flatness
 
-    def label_slope(self, logits: Tensor, values: Tensor, target: Tensor | None) -> Tensor:
+    def logit_gradient_product(self, logits: Tensor, values: Tensor, target: Tensor | None) -> Tensor:
         """Return `sum_c (|a|_1 S - a)_c u_c` for logits (n, c, t) and values `u` of shape (n, c), shape (n, t).
 
         The values are taken relative to the likeliest class of the label: no cancellation when it is sure.
         """
-        shares = self._shares(logits[..., 0], _known(target))
+        shares = self._weighted_target(logits[..., 0], _known(target))
         values = values - values.gather(-1, shares.argmax(-1, keepdim=True))
         expected = torch.einsum("nct,nc->nt", without_subnormals(logits.softmax(1)), values)
         return shares.sum(-1, keepdim=True) * expected - (shares * values).sum(-1, keepdim=True)
 
-    def logit_energy(self, logits: Tensor) -> Tensor:
+    def logit_mean_square(self, logits: Tensor) -> Tensor:
         """Return the mean square of the logits about the mean of their sample, shape (n,).
 
         Masked classes (logits of minus infinity) do not count.
@@ -80,13 +80,13 @@ class CrossEntropy:
 
     def trace_bound(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Return `|a|_1 (1 - gamma^2) >= Tr B`, shape (n,)."""
-        return self.mass(logits, target) * margin_gap(logits, self._class(target))
+        return self.label_weight(logits, target) * margin_gap(logits, self._class(target))
 
     def _class(self, target: Tensor | None) -> Tensor:
         target = _known(target)
         return target if target.dim() == 1 else target.argmax(-1)
 
-    def _shares(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _weighted_target(self, logits: Tensor, target: Tensor) -> Tensor:
         classes = logits.shape[-1]
         shares = (F.one_hot(target, classes) if target.dim() == 1 else target).to(logits)
         shares = (1 - self.label_smoothing) * shares + self.label_smoothing / classes
@@ -108,27 +108,27 @@ class BinaryCrossEntropy:
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
 
-    def mass(self, logits: Tensor, target: Tensor | None) -> Tensor:
+    def label_weight(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Return `m`, shape (n, c); it depends on the labels only through `pos_weight`."""
-        mass = torch.ones_like(logits)
+        label_weight = torch.ones_like(logits)
         if self.pos_weight is not None:
-            mass = mass + (self.pos_weight.to(logits) - 1) * _known(target).to(logits)
-        return mass if self.weight is None else mass * self.weight.to(logits)
+            label_weight = label_weight + (self.pos_weight.to(logits) - 1) * _known(target).to(logits)
+        return label_weight if self.weight is None else label_weight * self.weight.to(logits)
 
     def curvature_trace(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Return `Tr B`, shape (n,)."""
-        return (self.mass(logits, target) * _variance(logits)).sum(-1)
+        return (self.label_weight(logits, target) * _variance(logits)).sum(-1)
 
     def curvature_diagonal(self, logits: Tensor, head: Tensor, target: Tensor | None) -> Tensor:
         """Return `Q_kk` with `Q = V^T B V`, shape (n, k)."""
-        return (self.mass(logits, target) * _variance(logits)) @ head.square()
+        return (self.label_weight(logits, target) * _variance(logits)) @ head.square()
 
-    def relative_flatness(self, logits: Tensor, head: Tensor, metric: FilterMetric, target: Tensor | None) -> Tensor:
+    def relative_flatness(self, logits: Tensor, head: Tensor, gram: HadamardGram, target: Tensor | None) -> Tensor:
         """Return `Tr(B V G V^T)` for logits of shape (n, c, t), shape (n, t)."""
-        squares = metric.squares(head.expand(len(logits), -1, -1))
-        return torch.einsum("nct,nc->nt", _variance(logits), self.mass(logits[..., 0], target) * squares)
+        squares = gram.quadratic_forms(head.expand(len(logits), -1, -1))
+        return torch.einsum("nct,nc->nt", _variance(logits), self.label_weight(logits[..., 0], target) * squares)
 
-    def label_slope(self, logits: Tensor, values: Tensor, target: Tensor | None) -> Tensor:
+    def logit_gradient_product(self, logits: Tensor, values: Tensor, target: Tensor | None) -> Tensor:
         """Return `sum_c (d loss / d phi_c) u_c` for logits (n, c, t) and values `u` of shape (n, c), shape (n, t)."""
         labels = _known(target).to(logits)
         positive = labels if self.pos_weight is None else self.pos_weight.to(logits) * labels
@@ -136,7 +136,7 @@ class BinaryCrossEntropy:
         rising = torch.einsum("nct,nc->nt", logits.sigmoid(), (1 - labels) * values)
         return rising - torch.einsum("nct,nc->nt", (-logits).sigmoid(), positive * values)
 
-    def logit_energy(self, logits: Tensor) -> Tensor:
+    def logit_mean_square(self, logits: Tensor) -> Tensor:
         """Return the mean square of the logits, shape (n,); masked labels (infinite logits) do not count."""
         seen = logits.isfinite()
         return logits.where(seen, 0.0).square().sum(-1) / seen.sum(-1).clamp_min(1)
@@ -151,7 +151,7 @@ class BinaryCrossEntropy:
 
     def trace_bound(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Return `|m|_1 / 4 (1 - gamma^2) >= Tr B` with the least sure label's `gamma = |2 s - 1|`, shape (n,)."""
-        return self.mass(logits, target).sum(-1) * _variance(logits.abs().amin(-1))
+        return self.label_weight(logits, target).sum(-1) * _variance(logits.abs().amin(-1))
 
 
 Loss = CrossEntropy | BinaryCrossEntropy

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_flatness.functional import FilterMetric
+from lightning_flatness.functional import HadamardGram
 from lightning_flatness.losses import Loss, as_loss, checked_targets
 
 CLASSES, SAMPLES = 4, 6
@@ -82,7 +82,7 @@ def test_equals_torchs_own_loss(case: Case) -> None:
     logits = 2 * torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
     head, values = torch.randn(CLASSES, 3, dtype=torch.float64), torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
     square = torch.randn(SAMPLES, 3, 3, dtype=torch.float64)
-    metric = FilterMetric(torch.ones(3, 3).double(), square, square)
+    metric = HadamardGram(torch.ones(3, 3).double(), square, square)
     slope, curvature = derivatives(case, logits, target)
     kappa = loss.relative_flatness(logits[..., None], head, metric, target)[:, 0]
     pulled_back = head.mT @ curvature @ head
@@ -93,7 +93,7 @@ def test_equals_torchs_own_loss(case: Case) -> None:
             pulled_back.diagonal(dim1=1, dim2=2),
         ),
         "contraction": (kappa, (pulled_back * (square @ square.mT)).sum((1, 2))),
-        "slope": (loss.label_slope(logits[..., None], values, target)[:, 0], (slope * values).sum(1)),
+        "slope": (loss.logit_gradient_product(logits[..., None], values, target)[:, 0], (slope * values).sum(1)),
     }
     for value, expected in pairs.values():
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
@@ -108,10 +108,12 @@ def test_slope_and_margins_of_confident_samples_keep_their_precision(name: str, 
     sign = 2 * (F.one_hot(y, CLASSES).double() if y.dim() == 1 else y) - 1
     logits, values = 30 * sign + torch.randn(SAMPLES, CLASSES), torch.randn(SAMPLES, CLASSES)
     logits = logits.float()
-    exact = loss.label_slope(logits.double()[..., None], values.double(), y)
+    exact = loss.logit_gradient_product(logits.double()[..., None], values.double(), y)
     assert (exact.abs() > 0).all()
     assert (exact.abs() < 1e-11).all()
-    torch.testing.assert_close(loss.label_slope(logits[..., None], values, y).double(), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        loss.logit_gradient_product(logits[..., None], values, y).double(), exact, rtol=1e-4, atol=0
+    )
     bound, exact_bound = (loss.trace_bound(phi, y) for phi in (logits, logits.double()))
     torch.testing.assert_close(bound.double(), exact_bound, rtol=1e-4, atol=0)
 
@@ -130,9 +132,9 @@ def test_binary_margins_are_those_of_two_classes() -> None:
 def test_masked_classes_do_not_count(name: str) -> None:
     loss, logits = as_loss(name), torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
     masked = torch.cat([logits, torch.full((SAMPLES, 2), -torch.inf, dtype=torch.float64)], 1)
-    torch.testing.assert_close(loss.logit_energy(masked), loss.logit_energy(logits))
+    torch.testing.assert_close(loss.logit_mean_square(masked), loss.logit_mean_square(logits))
     torch.testing.assert_close(loss.curvature_trace(masked, None), loss.curvature_trace(logits, None))
-    assert (loss.logit_energy(masked[:, -2:]) == 0).all()
+    assert (loss.logit_mean_square(masked[:, -2:]) == 0).all()
 
 
 class FocalLoss(nn.CrossEntropyLoss):

@@ -8,9 +8,9 @@ from lightning_flatness.functional.flatness import (
     hessian_trace,
     relative_flatness,
 )
-from lightning_flatness.functional.gram import FilterMetric
+from lightning_flatness.functional.gram import HadamardGram
 from lightning_flatness.functional.margin import (
-    affine_energy,
+    affine_squared_norm,
     binary_margin,
     margin_bound,
     margin_gap,
@@ -19,10 +19,10 @@ from lightning_flatness.functional.margin import (
 )
 from lightning_flatness.functional.patches import (
     ConvGeometry,
-    filter_factors,
     filter_gram,
-    patch_energy,
+    gram_factors,
     patch_gram,
+    patch_squared_norm,
     patches,
 )
 from lightning_flatness.functional.rank import head_rank_bound, rank_bound
@@ -32,9 +32,9 @@ from lightning_flatness.functional.temperature import TEMPERATURES, at_temperatu
 __all__ = [
     "TEMPERATURES",
     "ConvGeometry",
-    "FilterMetric",
-    "affine_energy",
+    "HadamardGram",
     "affine_hessian_trace",
+    "affine_squared_norm",
     "at_temperature",
     "attribution",
     "binary_margin",
@@ -42,16 +42,16 @@ __all__ = [
     "confidence",
     "curvature_diagonal",
     "distribution",
-    "filter_factors",
     "filter_gram",
+    "gram_factors",
     "head_rank_bound",
     "head_relative_flatness",
     "hessian_trace",
     "margin_bound",
     "margin_gap",
     "output_margin",
-    "patch_energy",
     "patch_gram",
+    "patch_squared_norm",
     "patches",
     "pearson",
     "rank_bound",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.functional.gram import room
+from lightning_flatness.functional.gram import block_numel
 
 
 def without_subnormals(probabilities: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"])
         The diagonal, shape (n, k), in the squared unit of the classifier's weights.
     """
     others = logits.softmax(-1).scatter(-1, logits.argmax(-1, keepdim=True), 0.0).unsqueeze(1)
-    step, parts = max(1, room(head) // max(1, head.numel())), []
+    step, parts = max(1, block_numel(head) // max(1, head.numel())), []
     for start in range(0, max(1, len(logits)), step):
         samples = slice(start, start + step)
         rows = centred_rows(logits[samples], head)

@@ -7,11 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_flatness.functional.curvature import confidence, curvature_diagonal, without_subnormals
-from lightning_flatness.functional.gram import FilterMetric
-from lightning_flatness.functional.margin import affine_energy
+from lightning_flatness.functional.gram import HadamardGram
+from lightning_flatness.functional.margin import affine_squared_norm
 
 
-def hessian_trace(filter_energy: Float[Tensor, "n k"], curvature_diagonal: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+def hessian_trace(
+    filter_squared_norm: Float[Tensor, "n k"], curvature_diagonal: Float[Tensor, "n k"]
+) -> Float[Tensor, " n"]:
     r"""Return `Tr H = sum_k R_kk Q_kk`, the trace of the loss's Hessian in the filters.
 
     A curved activation adds `sum_k t_k`, which is linear in the label, see `TailFactors`.
@@ -19,17 +21,17 @@ def hessian_trace(filter_energy: Float[Tensor, "n k"], curvature_diagonal: Float
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 
     Args:
-        filter_energy: `R_kk`, the diagonal of `filter_gram`, shape (n, k).
+        filter_squared_norm: `R_kk`, the diagonal of `filter_gram`, shape (n, k).
         curvature_diagonal: `Q_kk` with `Q = V^T B V`, see `curvature_diagonal`, shape (n, k).
 
     Returns:
         The trace per sample, shape (n,); loss per squared weight; lower is flatter.
     """
-    return (filter_energy * curvature_diagonal).sum(-1)
+    return (filter_squared_norm * curvature_diagonal).sum(-1)
 
 
 def relative_flatness(
-    logits: Float[Tensor, "n c t"], rows: Float[Tensor, "n c k"], metric: FilterMetric
+    logits: Float[Tensor, "n c t"], rows: Float[Tensor, "n c k"], gram: HadamardGram
 ) -> Float[Tensor, "n t"]:
     r"""Return `kappa = sum_{k,k'} <W_k, W_k'> Tr H_{kk'}`, relative flatness of the filters.
 
@@ -44,7 +46,7 @@ def relative_flatness(
     Args:
         logits: unnormalised scores at one or several temperatures, shape (n, c, t).
         rows: of the classifier, see `centred_rows`, shape (n, c, k).
-        metric: `G`.
+        gram: `G`.
 
     Returns:
         Relative flatness per sample, shape (n, t); unit of the loss; lower is flatter.
@@ -52,11 +54,11 @@ def relative_flatness(
     probabilities = without_subnormals(logits.softmax(1))
     (classes, temperatures), filters = probabilities.shape[1:], rows.shape[-1]
     if pairs_pay(classes, filters, temperatures):
-        gram = metric.gram(rows)
-        squares = gram.diagonal(dim1=1, dim2=2)
-        distances = squares.unsqueeze(2) + squares.unsqueeze(1) - 2 * gram
+        products = gram.inner_products(rows)
+        squares = products.diagonal(dim1=1, dim2=2)
+        distances = squares.unsqueeze(2) + squares.unsqueeze(1) - 2 * products
         return (distances @ probabilities).mul_(probabilities).sum(1) / 2
-    squares = metric.squares(torch.cat([rows, probabilities.mT @ rows], 1))
+    squares = gram.quadratic_forms(torch.cat([rows, probabilities.mT @ rows], 1))
     return (probabilities * squares[:, :classes, None]).sum(1) - squares[:, classes:]
 
 
@@ -84,7 +86,7 @@ def affine_hessian_trace(features: Float[Tensor, "n j"], logits: Float[Tensor, "
         >>> affine_hessian_trace(torch.tensor([[2.0]]), torch.tensor([[1.0, 1.0]]))
         tensor([2.5000])
     """
-    return affine_energy(features) * confidence(logits)
+    return affine_squared_norm(features) * confidence(logits)
 
 
 def head_relative_flatness(

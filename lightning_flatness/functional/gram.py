@@ -10,22 +10,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 # Rows of a block of the metric: few leave out more of its other half; large ones suit many vectors.
-_FEW, MANY = 128, 256
+_SMALL_BLOCK_ROWS, BLOCK_ROWS = 128, 256
 _CACHE_NUMBERS = 2**19  # what is written is read again while it is in the processor's cache
 _CUDA_NUMBERS = 2**26  # a device wants few large steps
 
 
-def room(tensor: Tensor) -> int:
+def block_numel(tensor: Tensor) -> int:
     """Return how many numbers of a temporary tensor there should be at once."""
     return _CUDA_NUMBERS if tensor.is_cuda else _CACHE_NUMBERS
 
 
-class FilterMetric(NamedTuple):
+class HadamardGram(NamedTuple):
     """`G = (W W^T) * R`, entry by entry, a symmetric (k, k) matrix per sample.
 
     Attributes:
         kernel_gram: `W W^T`, shape (k, k).
-        left: first factor of `R`, see `filter_factors`, shape (n, k, r).
+        left: first factor of `R`, see `gram_factors`, shape (n, k, r).
         right: second factor of `R`, shape (n, k, r).
     """
 
@@ -33,22 +33,22 @@ class FilterMetric(NamedTuple):
     left: Float[Tensor, "n k r"]
     right: Float[Tensor, "n k r"]
 
-    def energy(self) -> Float[Tensor, "n k"]:
+    def squared_norms(self) -> Float[Tensor, "n k"]:
         """Return `R_kk`, the squared norm of each feature's gradient in its filter, shape (n, k)."""
         return (self.left * self.right).sum(-1)
 
-    def gram(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c c"]:
+    def inner_products(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c c"]:
         """Return `v_c^T G v_c'` for every pair of vectors, shape (n, c, c)."""
         total = vectors.new_zeros(*vectors.shape[:2], vectors.shape[1])
-        for samples, rows, columns, block in self._half(_FEW):
+        for samples, rows, columns, block in self._half(_SMALL_BLOCK_ROWS):
             chosen = vectors[samples]
             total[samples] += chosen[..., rows] @ block @ chosen[..., columns].mT
         return (total + total.mT) / 2
 
-    def squares(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c"]:
+    def quadratic_forms(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c"]:
         """Return `v_c^T G v_c` for every vector, shape (n, c)."""
         total = vectors.new_zeros(vectors.shape[:2])
-        for samples, rows, columns, block in self._half(MANY):
+        for samples, rows, columns, block in self._half(BLOCK_ROWS):
             chosen = vectors[samples]
             total[samples] += (chosen[..., rows] @ block).mul_(chosen[..., columns]).sum(-1)
         return total
@@ -60,7 +60,7 @@ class FilterMetric(NamedTuple):
         """
         count, filters = self.left.shape[:2]
         largest = min(size, filters) * filters
-        store = self.left.new_empty(min(count * largest, max(room(self.left), largest)))
+        store = self.left.new_empty(min(count * largest, max(block_numel(self.left), largest)))
         for start in range(0, filters, size):
             rows, columns = slice(start, start + size), slice(start, filters)
             kernels = self.kernel_gram[rows, columns].clone()

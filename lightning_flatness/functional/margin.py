@@ -102,10 +102,10 @@ def margin_bound(
         >>> margin_bound(torch.tensor([[2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([0]))
         tensor([5.])
     """
-    return affine_energy(features) * margin_gap(logits, target)
+    return affine_squared_norm(features) * margin_gap(logits, target)
 
 
-def affine_energy(features: Float[Tensor, "n j"]) -> Float[Tensor, " n"]:
+def affine_squared_norm(features: Float[Tensor, "n j"]) -> Float[Tensor, " n"]:
     """Return `|x|^2 + 1`, the squared norm of an affine classifier's input with the 1 that its bias sees."""
     return features.square().sum(-1) + 1
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-MOVE = 20
+COPY_COST = 20
 """Multiply-adds of a matrix product in the time of copying or adding one number, measured on CPUs."""
 
 
@@ -92,7 +92,7 @@ def patches(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[T
     return grouped.reshape(n, geometry.groups, prod(space[:dims]), channels // geometry.groups * prod(space[dims:]))
 
 
-def patch_energy(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n g s"]:
+def patch_squared_norm(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n g s"]:
     """Return `|P_s|^2`, the squared norm of every patch, by group, shape (n, g, s)."""
     n, channels, *space = inputs.shape
     energy = inputs.square().reshape(n, geometry.groups, channels // geometry.groups, *space).sum(2)
@@ -173,11 +173,11 @@ def filter_gram(
     Returns:
         The Gram matrices, shape (n, k, k).
     """
-    left, right = filter_factors(inputs, jacobian, geometry)
+    left, right = gram_factors(inputs, jacobian, geometry)
     return left @ right.mT
 
 
-def filter_factors(
+def gram_factors(
     inputs: Float[Tensor, "n i ..."], jacobian: Float[Tensor, "n k s"], geometry: ConvGeometry
 ) -> tuple[Float[Tensor, "n k r"], Float[Tensor, "n k r"]]:
     r"""Return two matrices whose product `left right^T` is `R`, see `filter_gram`.
@@ -226,14 +226,14 @@ def _patch_gram_operations(inputs: Tensor, geometry: ConvGeometry) -> tuple[int,
     by_views = numbers * channels
     for kernel, before, after in zip(geometry.kernel, seen, outputs, strict=True):
         numbers = numbers // before**2 * after**2
-        by_views += MOVE * kernel * numbers
-    return by_views, positions**2 * weights + MOVE * positions * weights
+        by_views += COPY_COST * kernel * numbers
+    return by_views, positions**2 * weights + COPY_COST * positions * weights
 
 
 def _gram_pays(inputs: Tensor, jacobian: Tensor, geometry: ConvGeometry) -> bool:
     """Return whether `M T M^T` takes fewer operations than `a a^T`."""
     filters, positions = jacobian.shape[1:]
     weights = inputs.shape[1] // geometry.groups * prod(geometry.kernel)
-    by_rows = filters * positions * weights + filters**2 * weights + MOVE * geometry.groups * positions * weights
+    by_rows = filters * positions * weights + filters**2 * weights + COPY_COST * geometry.groups * positions * weights
     by_gram = min(_patch_gram_operations(inputs, geometry)) + filters * positions**2 + filters**2 * positions
     return geometry.groups == 1 and by_gram <= by_rows

@@ -121,7 +121,7 @@ class ScaleFreeFlatness(FactorsMetric):
     def update(self, factors: TailFactors) -> None:
         """Add the samples of one batch."""
         self.curve += factors.scaled_flatness.sum(0, dtype=self.curve.dtype)
-        self.energy += factors.logit_energy.sum(dtype=self.energy.dtype)
+        self.energy += factors.logit_mean_square.sum(dtype=self.energy.dtype)
         self.samples += len(factors)
 
     def compute(self) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional import FilterMetric, centred_rows, confidence, curvature_diagonal, relative_flatness
+from lightning_flatness.functional import HadamardGram, centred_rows, confidence, curvature_diagonal, relative_flatness
 
 
 def curvature(logits: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def test_all_forms_are_the_curvature(name: str, dtype: torch.dtype) -> None:
     logits = LOGITS[name]().to(dtype)
     n, classes = logits.shape
     head, square = normal(classes, 4).to(dtype), normal(n, 4, 4).to(dtype)
-    metric = FilterMetric(torch.ones(4, 4).to(dtype), square, square)
+    metric = HadamardGram(torch.ones(4, 4).to(dtype), square, square)
     exact = curvature(logits)
     pulled_back = head.double().mT @ exact @ head.double()
     rows = centred_rows(logits, head)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_flatness import oracle
 from lightning_flatness.functional import (
-    FilterMetric,
+    HadamardGram,
     affine_hessian_trace,
     attribution,
     centred_rows,
@@ -56,7 +56,7 @@ def test_float32_at_a_confidence_of_one_minus_1e_12(classes: int) -> None:
 
 def test_relative_flatness_at_several_temperatures() -> None:
     logits, factor = torch.randn(4, 3), torch.randn(4, 2, 5)
-    rows, metric = centred_rows(logits, torch.randn(3, 2)), FilterMetric(torch.ones(2, 2), factor, factor)
+    rows, metric = centred_rows(logits, torch.randn(3, 2)), HadamardGram(torch.ones(2, 2), factor, factor)
     temperatures = torch.tensor([0.5, 1.0, 4.0])
     together = relative_flatness(logits.unsqueeze(-1) / temperatures, rows, metric)
     apart = [relative_flatness((logits / temperature).unsqueeze(-1), rows, metric) for temperature in temperatures]
@@ -74,7 +74,7 @@ def test_probabilities_count_as_long_as_they_have_all_digits(
     assert pairs_pay(classes, 8, temperatures) == (classes == 3)
     rows, factor = torch.zeros(1, classes, 8), torch.ones(1, 8, 1)
     rows[:, 1, 0] = 1.0
-    value = relative_flatness(logits, rows, FilterMetric(torch.eye(8), factor, factor))
+    value = relative_flatness(logits, rows, HadamardGram(torch.eye(8), factor, factor))
     torch.testing.assert_close(value, torch.full((1, temperatures), rest), rtol=1e-2, atol=0.0)
 
 
@@ -86,7 +86,7 @@ def test_relative_flatness_can_be_differentiated(classes: int) -> None:
     )
 
     def mean(logits: Tensor, head: Tensor, factor: Tensor, kernels: Tensor) -> Tensor:
-        metric = FilterMetric(kernels @ kernels.mT, factor, factor)
+        metric = HadamardGram(kernels @ kernels.mT, factor, factor)
         return relative_flatness(logits.unsqueeze(-1), centred_rows(logits, head), metric).mean()
 
     assert torch.autograd.gradcheck(mean, (logits, head, factor, kernels))

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from lightning_flatness.functional import FilterMetric
+from lightning_flatness.functional import HadamardGram
 
-MODULE = sys.modules[FilterMetric.__module__]
+MODULE = sys.modules[HadamardGram.__module__]
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 64])
@@ -19,9 +19,12 @@ MODULE = sys.modules[FilterMetric.__module__]
 def test_gram_and_squares_in_blocks(block: int, numbers: int, gradients: bool) -> None:
     kernels, factor = torch.randn(7, 9, dtype=torch.float64), torch.randn(5, 7, 4, dtype=torch.float64)
     vectors = torch.randn(5, 6, 7, dtype=torch.float64)
-    metric = FilterMetric(kernels @ kernels.mT, factor, factor)
+    metric = HadamardGram(kernels @ kernels.mT, factor, factor)
     whole = vectors @ (kernels @ kernels.mT * (factor @ factor.mT)) @ vectors.mT
-    with torch.set_grad_enabled(gradients), mock.patch.multiple(MODULE, _FEW=block, MANY=block, _CACHE_NUMBERS=numbers):
-        torch.testing.assert_close(metric.gram(vectors), whole)
-        torch.testing.assert_close(metric.squares(vectors), whole.diagonal(dim1=1, dim2=2))
-    torch.testing.assert_close(metric.energy(), (factor @ factor.mT).diagonal(dim1=1, dim2=2))
+    with (
+        torch.set_grad_enabled(gradients),
+        mock.patch.multiple(MODULE, _SMALL_BLOCK_ROWS=block, BLOCK_ROWS=block, _CACHE_NUMBERS=numbers),
+    ):
+        torch.testing.assert_close(metric.inner_products(vectors), whole)
+        torch.testing.assert_close(metric.quadratic_forms(vectors), whole.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(metric.squared_norms(), (factor @ factor.mT).diagonal(dim1=1, dim2=2))

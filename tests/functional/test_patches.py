@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.functional import ConvGeometry, filter_gram, patch_energy, patch_gram, patches
+from lightning_flatness.functional import ConvGeometry, filter_gram, patch_gram, patch_squared_norm, patches
 
 MODULE = sys.modules[ConvGeometry.__module__]  # its name is also its main function's
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -65,7 +65,7 @@ def test_patches_times_filters_is_the_convolution(name: str) -> None:
 def test_patch_energy_is_the_squared_norm(name: str) -> None:
     conv, x = case(name)
     geometry = ConvGeometry.of(conv)
-    assert_same(patch_energy(x, geometry), patches(x, geometry).square().sum(-1))
+    assert_same(patch_squared_norm(x, geometry), patches(x, geometry).square().sum(-1))
 
 
 @each_case

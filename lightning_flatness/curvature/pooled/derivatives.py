@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lightning_flatness.functional as LF
 from lightning_flatness.functional.flatness import pairs_pay
-from lightning_flatness.functional.gram import MANY
+from lightning_flatness.functional.gram import BLOCK_ROWS
 from lightning_flatness.losses import CrossEntropy, Loss
 
 CHUNK_BYTES = 64 * 2**20
@@ -24,7 +24,7 @@ CHUNK_BYTES = 64 * 2**20
 class LayerCurvature(NamedTuple):
     """What one pass over the samples yields; the first dimension of every entry is that of the samples."""
 
-    filter_energy: Tensor
+    filter_squared_norm: Tensor
     relative_flatness: Tensor
     scaled_flatness: Tensor
 
@@ -156,9 +156,9 @@ class TailFactors:
         return self._curvature.scaled_flatness
 
     @cached_property
-    def logit_energy(self) -> Float[Tensor, " n"]:
-        """Per-sample mean square of the logits about their mean, see `losses.CrossEntropy.logit_energy`."""
-        return self.loss.logit_energy(self.logits)
+    def logit_mean_square(self) -> Float[Tensor, " n"]:
+        """Per-sample mean square of the logits about their mean, see `losses.CrossEntropy.logit_mean_square`."""
+        return self.loss.logit_mean_square(self.logits)
 
     @cached_property
     def confidence(self) -> Float[Tensor, " n"]:
@@ -168,7 +168,7 @@ class TailFactors:
     @cached_property
     def affine_hessian_trace(self) -> Float[Tensor, " n"]:
         """Per-sample Hessian trace of the affine classifier on its own input, see `functional.affine_hessian_trace`."""
-        return LF.affine_energy(self.features) * self.confidence
+        return LF.affine_squared_norm(self.features) * self.confidence
 
     @cached_property
     def head_relative_flatness(self) -> Float[Tensor, " n"]:
@@ -188,7 +188,7 @@ class TailFactors:
     @cached_property
     def margin_bound(self) -> Float[Tensor, " n"]:
         """Per-sample bound of `affine_hessian_trace` by the margin, see `functional.margin_bound`."""
-        return LF.affine_energy(self.features) * self.loss.trace_bound(self.logits, self.target)
+        return LF.affine_squared_norm(self.features) * self.loss.trace_bound(self.logits, self.target)
 
     @cached_property
     def head_energy(self) -> Float[Tensor, ""]:
@@ -208,8 +208,8 @@ class TailFactors:
     def _filter_energy(self) -> Float[Tensor, "n k"]:
         """`R_kk`, shape (n, k)."""
         if "_curvature" in self.__dict__:
-            return self._curvature.filter_energy  # found on its way; alone it costs far less than the rest
-        return self._by_chunks(lambda chunk: (chunk._metric.energy(),))[0]
+            return self._curvature.filter_squared_norm  # found on its way; alone it costs far less than the rest
+        return self._by_chunks(lambda chunk: (chunk._metric.squared_norms(),))[0]
 
     @cached_property
     def _curvature_diagonal(self) -> Float[Tensor, "n j"]:
@@ -218,8 +218,8 @@ class TailFactors:
             return self.loss.curvature_diagonal(self.logits, self.head, self.target)
 
     @property
-    def _metric(self) -> LF.FilterMetric:
-        return LF.FilterMetric(self.kernel_gram, *LF.filter_factors(self.inputs, self.jacobian, self.geometry))
+    def _metric(self) -> LF.HadamardGram:
+        return LF.HadamardGram(self.kernel_gram, *LF.gram_factors(self.inputs, self.jacobian, self.geometry))
 
     def _by_chunks(self, function: Callable[[TailFactors], tuple[Tensor, ...]]) -> list[Tensor]:
         """Return what the function does, by chunks of samples under `chunk_bytes`, or smaller if memory is short."""
@@ -230,7 +230,7 @@ class TailFactors:
         numbers = 3 * rows * filters + 3 * temperatures * classes
         numbers += pixels * min(2 * pixels, weights) + 2 * filters * min(pixels, weights)
         if self.logits.is_cuda:  # where a block of the metric holds all samples of a chunk
-            numbers += min(MANY, filters) * filters
+            numbers += min(BLOCK_ROWS, filters) * filters
         step = max(1, self.chunk_bytes // (numbers * self.jacobian.element_size()))
         with full_precision(self.logits.device):
             while True:
@@ -251,14 +251,14 @@ class TailFactors:
         if self.bend is not None:
             added = self._activation_curvature(self.bend) * self.kernel_gram.diagonal()
             flatness = flatness + self._label_term(scaled, added) / taus
-        return LayerCurvature(metric.energy(), flatness[:, 0], flatness[:, 1:])
+        return LayerCurvature(metric.squared_norms(), flatness[:, 0], flatness[:, 1:])
 
     def _activation_curvature(self, bend: Float[Tensor, "n k s"]) -> Float[Tensor, "n k"]:
         """Return `sum_s (d2 p_k / d z_ks^2) |P_s|^2`, the trace of feature k's own Hessian in its filter."""
         grouped = bend.unflatten(1, (self.geometry.groups, -1))
-        energy = LF.patch_energy(self.inputs, self.geometry).unsqueeze(2)
+        energy = LF.patch_squared_norm(self.inputs, self.geometry).unsqueeze(2)
         return (grouped * energy).sum(-1).flatten(1)
 
     def _label_term(self, logits: Float[Tensor, "n c t"], added: Float[Tensor, "n k"]) -> Float[Tensor, "n t"]:
         """Return `sum_k t_k`, what the curvature of the activation adds through the slope of the loss."""
-        return self.loss.label_slope(logits, added @ self.head[:, self.channels].mT, self.target)
+        return self.loss.logit_gradient_product(logits, added @ self.head[:, self.channels].mT, self.target)
