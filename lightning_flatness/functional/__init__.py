@@ -1,16 +1,18 @@
-"""Pure functions of tensors: one value per sample, no state, no model."""
+"""Pure functions of tensors: they keep no state, know no model, and most return one value per sample."""
 
 from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal
 from lightning_flatness.functional.flatness import (
     affine_hessian_trace,
+    affine_squared_norm,
+    affine_trace,
     attribution,
     head_relative_flatness,
     hessian_trace,
+    linear_relative_flatness,
     relative_flatness,
 )
 from lightning_flatness.functional.gram import HadamardGram
 from lightning_flatness.functional.margin import (
-    affine_squared_norm,
     binary_margin,
     margin_bound,
     margin_gap,
@@ -19,7 +21,6 @@ from lightning_flatness.functional.margin import (
 )
 from lightning_flatness.functional.patches import (
     ConvGeometry,
-    filter_gram,
     gram_factors,
     patch_gram,
     patch_squared_norm,
@@ -35,6 +36,7 @@ __all__ = [
     "HadamardGram",
     "affine_hessian_trace",
     "affine_squared_norm",
+    "affine_trace",
     "at_temperature",
     "attribution",
     "binary_margin",
@@ -42,11 +44,11 @@ __all__ = [
     "confidence",
     "curvature_diagonal",
     "distribution",
-    "filter_gram",
     "gram_factors",
     "head_rank_bound",
     "head_relative_flatness",
     "hessian_trace",
+    "linear_relative_flatness",
     "margin_bound",
     "margin_gap",
     "output_margin",

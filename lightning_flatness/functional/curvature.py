@@ -1,4 +1,4 @@
-"""Curvature of the cross-entropy in the logits, and its pull-back through the classifier."""
+"""Curvature of the cross-entropy in the logits, and its pull-back through the linear classifier."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from torch import Tensor
 from lightning_flatness.functional.gram import block_numel
 
 
-def without_subnormals(probabilities: Tensor) -> Tensor:
-    """Return zero for float32 and float64 numbers that have lost digits: they make products ten times as slow."""
+def without_subnormals(probabilities: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return the probabilities with subnormal float32 and float64 values set to zero.
+
+    Subnormal values have lost digits, and they slow products down tenfold on CPUs.
+    """
     if probabilities.element_size() < 4:
         return probabilities
     return F.threshold(probabilities, torch.finfo(probabilities.dtype).tiny, 0.0)
 
 
 def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-    r"""Return `1 - |S|^2`, the trace of the softmax curvature `diag(S) - S S^T`.
+    r"""Return the uncertainty of each prediction, the trace of the softmax curvature.
 
-    With `e` the probability outside the top class it is computed as
-    `e (1 + S_top) - sum_{c != top} S_c^2`, which keeps full relative precision however confident the
-    prediction is; `1 - |S|^2` as written would be rounding noise as soon as `1 - S_top` is near the
-    machine epsilon.
+    $$\operatorname{Tr} \bigl(\operatorname{diag}(S) - S S^\top\bigr) = 1 - \lVert S \rVert^2
+    = e\,(1 + S_t) - \sum_{c \ne t} S_c^2$$
+
+    with the softmax \(S\), its largest entry \(S_t\) and \(e = \sum_{c \ne t} S_c\). The value is computed in the last
+    form, which keeps full relative precision. The form \(1 - \lVert S \rVert^2\) is rounding noise once \(1 - S_t\) is
+    near machine epsilon.
 
     Args:
         logits: unnormalised scores, shape (n, c).
 
     Returns:
-        Values in [0, 1 - 1/c], shape (n,); no unit; lower is more confident, and flatter.
+        Values in [0, 1 - 1/c], shape (n,); no unit; higher is less sure, lower is flatter.
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import confidence
         >>> confidence(torch.tensor([[0.0, 0.0]]))
         tensor([0.5000])
     """
@@ -44,18 +50,27 @@ def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
 
 
 def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n k"]:
-    r"""Return `Q_kk`, the diagonal of the softmax curvature pulled back, `Q = V^T (diag(S) - S S^T) V`.
+    r"""Return the diagonal of the softmax curvature, pulled back through the linear classifier.
 
-    It does not depend on the label. With `t` the row of the predicted class and sums over the others,
-    `Q_kk = sum_c S_c (V_ck - t_k)^2 - (sum_c S_c (V_ck - t_k))^2`: every term is of the order of `1 - S_t`, however
-    small that is, and no precision is lost when a prediction is confident, or when its row is near another.
+    $$Q_{kk} = \sum_c S_c U_{ck}^2 - \Bigl(\sum_c S_c U_{ck}\Bigr)^2, \qquad
+    Q = V^\top \bigl(\operatorname{diag}(S) - S S^\top\bigr) V$$
+
+    with the softmax \(S\), the classifier's weight \(V\) and its rows relative to that of the predicted class,
+    \(U_{ck} = V_{ck} - V_{tk}\). Every term is of the order of \(1 - S_t\), so no precision is lost when a prediction
+    is sure. The diagonal does not depend on the label.
 
     Args:
         logits: unnormalised scores, shape (n, c).
-        head: weight `V` of the classifier, one column per feature, shape (c, k).
+        head: weight \(V\) of the classifier, one column per feature, shape (c, k).
 
     Returns:
-        The diagonal, shape (n, k), in the squared unit of the classifier's weights.
+        The diagonal, shape (n, k); loss per squared feature.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import curvature_diagonal
+        >>> curvature_diagonal(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+        tensor([[1., 0.]])
     """
     others = logits.softmax(-1).scatter(-1, logits.argmax(-1, keepdim=True), 0.0).unsqueeze(1)
     step, parts = max(1, block_numel(head) // max(1, head.numel())), []
@@ -68,9 +83,23 @@ def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"])
 
 
 def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n c k"]:
-    """Return the classifier's rows relative to that of the predicted class, shape (n, c, k).
+    r"""Return the classifier's rows relative to that of the predicted class, \(U_{ck} = V_{ck} - V_{tk}\).
 
-    The softmax curvature is blind to the shift, and sums over classes lose no precision when a prediction is
-    confident.
+    The softmax curvature annihilates a shift that all classes share. After this one, sums over classes lose no
+    precision when a prediction is sure.
+
+    Args:
+        logits: unnormalised scores, shape (n, c).
+        head: weight \(V\) of the classifier, shape (c, k).
+
+    Returns:
+        The rows, shape (n, c, k), in the unit of the weight; the row of the predicted class is zero.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import centred_rows
+        >>> centred_rows(torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0], [3.0]]))
+        tensor([[[2.],
+                 [0.]]])
     """
     return head - head[logits.argmax(-1)].unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Hessian trace and relative flatness, per sample, in closed form; and what they are made of."""
+"""Hessian trace and relative flatness per sample, in closed form, and the factors of relative flatness."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ from torch import Tensor
 
 from lightning_flatness.functional.curvature import confidence, curvature_diagonal, without_subnormals
 from lightning_flatness.functional.gram import HadamardGram
-from lightning_flatness.functional.margin import affine_squared_norm
 
 
 def hessian_trace(
     filter_squared_norm: Float[Tensor, "n k"], curvature_diagonal: Float[Tensor, "n k"]
 ) -> Float[Tensor, " n"]:
-    r"""Return `Tr H = sum_k R_kk Q_kk`, the trace of the loss's Hessian in the filters.
+    r"""Return the Hessian trace of a convolution's filters under global pooling.
 
-    A curved activation adds `sum_k t_k`, which is linear in the label, see `TailFactors`.
+    $$\operatorname{Tr} H = \sum_k R_{kk} Q_{kk}$$
+
+    with \(R_{kk} = \lVert a_k \rVert^2\), the squared norm of the gradient of feature \(k\) in filter \(k\) (see
+    `gram_factors`), and \(Q = V^\top B V\), the curvature \(B\) of the loss pulled back through the classifier \(V\).
+    A curved activation adds a label term, which is not included here.
 
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 
     Args:
-        filter_squared_norm: `R_kk`, the diagonal of `filter_gram`, shape (n, k).
-        curvature_diagonal: `Q_kk` with `Q = V^T B V`, see `curvature_diagonal`, shape (n, k).
+        filter_squared_norm: \(R_{kk}\), shape (n, k), see `HadamardGram.squared_norms`.
+        curvature_diagonal: \(Q_{kk}\), shape (n, k), see the function `curvature_diagonal`.
 
     Returns:
-        The trace per sample, shape (n,); loss per squared weight; lower is flatter.
+        The trace, shape (n,); loss per squared weight; lower is flatter.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import hessian_trace
+        >>> hessian_trace(torch.tensor([[4.0, 1.0]]), torch.tensor([[0.5, 3.0]]))
+        tensor([5.])
     """
     return (filter_squared_norm * curvature_diagonal).sum(-1)
 
@@ -33,23 +42,36 @@ def hessian_trace(
 def relative_flatness(
     logits: Float[Tensor, "n c t"], rows: Float[Tensor, "n c k"], gram: HadamardGram
 ) -> Float[Tensor, "n t"]:
-    r"""Return `kappa = sum_{k,k'} <W_k, W_k'> Tr H_{kk'}`, relative flatness of the filters.
+    r"""Return relative flatness of a convolution's filters under cross-entropy and global pooling.
 
-    With `Tr H_{kk'} = R_kk' Q_kk'` it is `Tr(B V G V^T)`, `G = (W W^T) * R` entry by entry: for the softmax
-    curvature the variance of the classifier's row of a class drawn from `S`, under the metric `G`. By counted
-    multiply-adds it is taken from the distances between all pairs of rows, or from the squares of the rows and
-    of their mean at every temperature. Unlike the trace it does not change when a filter is rescaled and the
-    next layer undoes it.
+    $$\kappa = \sum_{k,k'} \langle W_k, W_{k'} \rangle \operatorname{Tr} H_{kk'}
+    = \operatorname{Tr} \bigl(B V G V^\top\bigr), \qquad G = (W W^\top) \odot R$$
 
-    Source: Petzka et al., NeurIPS 2021; for convolutions under global average pooling arXiv 2603.09016.
+    with the filters \(W_k\), the blocks \(H_{kk'}\) of the Hessian between two filters, whose trace is
+    \(R_{kk'} Q_{kk'}\), the curvature \(B = \operatorname{diag}(S) - S S^\top\) and the classifier's weight \(V\). It
+    is the variance, in the inner product \(G\), of the classifier's row of a class that is drawn from the softmax
+    \(S\). The variance follows from the distances between all pairs of rows, or from the rows and their mean at every
+    temperature; the way with fewer multiply-adds is taken. Rescaling a filter and undoing it in the next layer
+    changes the trace but not relative flatness.
+
+    Source: Petzka et al., NeurIPS 2021, arXiv 2001.00939; for convolutions under global average pooling Taleghani,
+    Mohammadi, Marchetti, arXiv 2603.09016.
 
     Args:
         logits: unnormalised scores at one or several temperatures, shape (n, c, t).
-        rows: of the classifier, see `centred_rows`, shape (n, c, k).
-        gram: `G`.
+        rows: of the classifier, shape (n, c, k), see `centred_rows`.
+        gram: \(G\).
 
     Returns:
-        Relative flatness per sample, shape (n, t); unit of the loss; lower is flatter.
+        Relative flatness, shape (n, t); unit of the loss; lower is flatter.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import HadamardGram, centred_rows, relative_flatness
+        >>> logits, head = torch.zeros(1, 2), torch.tensor([[2.0], [0.0]])
+        >>> gram = HadamardGram(torch.tensor([[3.0]]), left=torch.ones(1, 1, 1), right=torch.ones(1, 1, 1))
+        >>> relative_flatness(logits.unsqueeze(-1), centred_rows(logits, head), gram)
+        tensor([[3.]])
     """
     probabilities = without_subnormals(logits.softmax(1))
     (classes, temperatures), filters = probabilities.shape[1:], rows.shape[-1]
@@ -63,75 +85,154 @@ def relative_flatness(
 
 
 def pairs_pay(classes: int, filters: int, temperatures: int) -> bool:
-    """Return whether `relative_flatness` takes fewer operations from pairs of rows than from their means."""
+    """Return whether `relative_flatness` needs fewer multiply-adds from pairs of rows than from rows and means."""
     return classes**2 * (filters + temperatures) < temperatures * filters * (classes + filters)
 
 
-def affine_hessian_trace(features: Float[Tensor, "n j"], logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-    r"""Return `(|x|^2 + 1) (1 - |S|^2)`, the Hessian trace of an affine classifier under cross-entropy (ACEHT).
+def affine_trace(features: Float[Tensor, "n j"], curvature_trace: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    r"""Return the Hessian trace of an affine layer, weight and bias, from the trace of the loss's curvature.
 
-    The trace over weight and bias; the 1 belongs to the bias. In a network `x` is the classifier's own input.
+    $$\operatorname{Tr} H = (\lVert x \rVert^2 + 1) \operatorname{Tr} B$$
 
-    Source: "On flat minima, large margins and generalizability".
+    with the layer's input \(x\) and the curvature \(B\) of any loss in the layer's output. The 1 belongs to the bias.
+    An upper bound of \(\operatorname{Tr} B\) gives an upper bound of the Hessian trace.
 
     Args:
-        features: `x`, the input of the classifier, shape (n, j).
-        logits: its output, shape (n, c).
+        features: \(x\), shape (n, j).
+        curvature_trace: \(\operatorname{Tr} B\), shape (n,), as in `losses.CrossEntropy.curvature_trace`.
 
     Returns:
-        The trace per sample, shape (n,); loss per squared weight; lower is flatter.
+        The trace, shape (n,); loss per squared weight; lower is flatter.
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import affine_trace
+        >>> affine_trace(torch.tensor([[2.0]]), torch.tensor([0.5]))
+        tensor([2.5000])
+    """
+    return affine_squared_norm(features) * curvature_trace
+
+
+def affine_squared_norm(features: Float[Tensor, "n j"]) -> Float[Tensor, " n"]:
+    r"""Return \(\lVert x \rVert^2 + 1\), the squared norm of an affine layer's input and the constant 1 of its bias."""
+    return features.square().sum(-1) + 1
+
+
+def linear_relative_flatness(
+    features: Float[Tensor, "n j"], curvature_diagonal: Float[Tensor, "n j"]
+) -> Float[Tensor, " n"]:
+    r"""Return relative flatness of a linear layer from the curvature of the loss, pulled back through its weight.
+
+    $$\kappa = \lVert x \rVert^2 \sum_j Q_{jj}, \qquad Q = V^\top B V$$
+
+    with the layer's input \(x\), its weight \(V\) and the curvature \(B\) of any loss in its output. The bias does not
+    contribute.
+
+    Source: Petzka et al., NeurIPS 2021, arXiv 2001.00939.
+
+    Args:
+        features: \(x\), shape (n, j).
+        curvature_diagonal: \(Q_{jj}\), shape (n, j), as in `losses.CrossEntropy.curvature_diagonal`.
+
+    Returns:
+        Relative flatness, shape (n,); unit of the loss; lower is flatter.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import linear_relative_flatness
+        >>> linear_relative_flatness(torch.ones(1, 2), torch.tensor([[2.0, 0.5]]))
+        tensor([5.])
+    """
+    return features.square().sum(-1) * curvature_diagonal.sum(-1)
+
+
+def affine_hessian_trace(features: Float[Tensor, "n j"], logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    r"""Return the Hessian trace of an affine classifier under cross-entropy (ACEHT).
+
+    $$\operatorname{Tr} H = (\lVert x \rVert^2 + 1)(1 - \lVert S \rVert^2)$$
+
+    with the classifier's own input \(x\) and the softmax \(S\) of its output: `affine_trace` with the trace
+    `confidence` of the softmax curvature.
+
+    Source: "On flat minima, large margins and generalizability", submission to ICLR 2021.
+
+    Args:
+        features: \(x\), shape (n, j).
+        logits: output of the classifier, shape (n, c).
+
+    Returns:
+        The trace over weight and bias, shape (n,); loss per squared weight; lower is flatter.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import affine_hessian_trace
         >>> affine_hessian_trace(torch.tensor([[2.0]]), torch.tensor([[1.0, 1.0]]))
         tensor([2.5000])
     """
-    return affine_squared_norm(features) * confidence(logits)
+    return affine_trace(features, confidence(logits))
 
 
 def head_relative_flatness(
     features: Float[Tensor, "n j"], logits: Float[Tensor, "n c"], weight: Float[Tensor, "c j"]
 ) -> Float[Tensor, " n"]:
-    r"""Return `|x|^2 (sum_c S_c |V_c|^2 - |V^T S|^2)`, relative flatness of the linear classifier.
+    r"""Return relative flatness of the linear classifier under cross-entropy.
 
-    Its bias has no part in it. Computed without cancellation, see `curvature_diagonal`.
+    $$\kappa = \lVert x \rVert^2 \Bigl(\sum_c S_c \lVert V_c \rVert^2 - \lVert V^\top S \rVert^2\Bigr)$$
 
-    Source: Petzka et al., NeurIPS 2021; "On flat minima, large margins and generalizability".
+    with the classifier's own input \(x\), its weight \(V\) with rows \(V_c\) and the softmax \(S\) of its output. It is
+    computed without cancellation, as `linear_relative_flatness` with the diagonal `curvature_diagonal`.
+
+    Source: Petzka et al., NeurIPS 2021, arXiv 2001.00939; "On flat minima, large margins and generalizability",
+    submission to ICLR 2021.
 
     Args:
-        features: `x`, the input of the classifier, shape (n, j).
-        logits: its output, shape (n, c).
-        weight: `V`, shape (c, j).
+        features: \(x\), shape (n, j).
+        logits: output of the classifier, shape (n, c).
+        weight: \(V\), shape (c, j).
 
     Returns:
-        Relative flatness per sample, shape (n,); unit of the loss; lower is flatter.
+        Relative flatness, shape (n,); unit of the loss; lower is flatter.
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import head_relative_flatness
         >>> head_relative_flatness(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
         tensor([4.5000])
     """
-    return features.square().sum(-1) * curvature_diagonal(logits, weight).sum(-1)
+    return linear_relative_flatness(features, curvature_diagonal(logits, weight))
 
 
 def attribution(
-    relative: Tensor, confidence: Tensor, head: Tensor, kernel: Tensor, features: Tensor
+    relative: Float[Tensor, ""],
+    confidence: Float[Tensor, ""],
+    head: Float[Tensor, ""],
+    kernel: Float[Tensor, ""],
+    features: Float[Tensor, ""],
 ) -> dict[str, Tensor]:
-    r"""Return the five factors of relative flatness, `kappa = c v w r g`: their product is `kappa`.
+    r"""Return the five factors whose product is mean relative flatness.
 
-    The change of `log kappa` since a reference is the sum of the changes of the five logarithms. Where a curved
-    activation adds its label term, it is in `kappa` and so in `g`, which may then be negative: it has no
-    logarithm there, and the product holds all the same.
+    $$\kappa = c\, v\, w\, r\, g$$
+
+    with the factors described below. The change of \(\log \kappa\) since a reference is the sum of the changes of the
+    five logarithms. The label term of a curved activation is part of \(\kappa\) and therefore of \(g\). It can make
+    both negative; the product still holds, but the logarithms do not exist.
 
     Args:
-        relative: mean relative flatness `kappa`.
-        confidence: `c`, mean trace of the loss's curvature in the logits.
-        head: `v = |V|_F^2`.
-        kernel: `w = |W|_F^2`.
-        features: `r`, mean of `Tr R`.
+        relative: \(\kappa\), mean relative flatness.
+        confidence: \(c\), mean trace of the loss's curvature in the logits, see the function `confidence`.
+        head: \(v = \lVert V \rVert_F^2\), squared norm of the classifier's weight.
+        kernel: \(w = \lVert W \rVert_F^2\), squared norm of the convolution's filters.
+        features: \(r\), mean of \(\operatorname{Tr} R\), the squared norm of the features' gradients in the filters.
 
     Returns:
-        The four given factors and `alignment`, `g = kappa / (c v w r)`; 0 where one of the others is 0.
+        The four given factors under their names, and `alignment`, \(g = \kappa / (c v w r)\), without unit. It is 0
+        where one of the other factors is 0.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import attribution
+        >>> attribution(*map(torch.tensor, (6.0, 0.5, 2.0, 3.0, 4.0)))["alignment"]
+        tensor(0.5000)
     """
     size = confidence * head * kernel * features
     alignment = torch.where(size == 0, 0.0, relative / size)

@@ -1,4 +1,4 @@
-"""The metric in which relative flatness measures how far classes are apart."""
+"""The Hadamard Gram matrix: the inner product in which relative flatness compares rows of the classifier."""
 
 from __future__ import annotations
 
@@ -9,24 +9,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Rows of a block of the metric: few leave out more of its other half; large ones suit many vectors.
+# Rows of one block of the matrix. Smaller blocks skip more of the redundant half; larger ones suit many vectors.
 _SMALL_BLOCK_ROWS, BLOCK_ROWS = 128, 256
-_CACHE_NUMBERS = 2**19  # what is written is read again while it is in the processor's cache
-_CUDA_NUMBERS = 2**26  # a device wants few large steps
+_CPU_BLOCK_NUMEL = 2**19  # small enough for the processor's cache, from which a block is read again
+_CUDA_BLOCK_NUMEL = 2**26  # a GPU prefers few large steps
 
 
 def block_numel(tensor: Tensor) -> int:
-    """Return how many numbers of a temporary tensor there should be at once."""
-    return _CUDA_NUMBERS if tensor.is_cuda else _CACHE_NUMBERS
+    """Return how many elements a temporary tensor should have at once on the device of this tensor."""
+    return _CUDA_BLOCK_NUMEL if tensor.is_cuda else _CPU_BLOCK_NUMEL
 
 
 class HadamardGram(NamedTuple):
-    """`G = (W W^T) * R`, entry by entry, a symmetric (k, k) matrix per sample.
+    r"""The symmetric matrix of each sample that weights relative flatness, computed block by block.
+
+    $$G = (W W^\top) \odot R, \qquad R = \mathrm{left}\; \mathrm{right}^\top$$
+
+    with the filters \(W\), the entrywise product \(\odot\) and the Gram matrix \(R\) of the features' gradients,
+    given by the two factors of `gram_factors`. The matrix is never in memory as a whole.
 
     Attributes:
-        kernel_gram: `W W^T`, shape (k, k).
-        left: first factor of `R`, see `gram_factors`, shape (n, k, r).
-        right: second factor of `R`, shape (n, k, r).
+        kernel_gram: \(W W^\top\), shape (k, k).
+        left: first factor of \(R\), shape (n, k, r).
+        right: second factor of \(R\), shape (n, k, r).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import HadamardGram
+        >>> gram = HadamardGram(torch.tensor([[3.0]]), left=torch.ones(1, 1, 4), right=torch.ones(1, 1, 4))
+        >>> gram.squared_norms(), gram.quadratic_forms(torch.tensor([[[10.0]]]))
+        (tensor([[4.]]), tensor([[1200.]]))
     """
 
     kernel_gram: Float[Tensor, "k k"]
@@ -34,11 +46,11 @@ class HadamardGram(NamedTuple):
     right: Float[Tensor, "n k r"]
 
     def squared_norms(self) -> Float[Tensor, "n k"]:
-        """Return `R_kk`, the squared norm of each feature's gradient in its filter, shape (n, k)."""
+        r"""Return \(R_{kk}\), the squared norm of each feature's gradient in its filter, shape (n, k)."""
         return (self.left * self.right).sum(-1)
 
     def inner_products(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c c"]:
-        """Return `v_c^T G v_c'` for every pair of vectors, shape (n, c, c)."""
+        r"""Return \(v_c^\top G\, v_{c'}\) for every pair of vectors, shape (n, c, c)."""
         total = vectors.new_zeros(*vectors.shape[:2], vectors.shape[1])
         for samples, rows, columns, block in self._half(_SMALL_BLOCK_ROWS):
             chosen = vectors[samples]
@@ -46,7 +58,7 @@ class HadamardGram(NamedTuple):
         return (total + total.mT) / 2
 
     def quadratic_forms(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c"]:
-        """Return `v_c^T G v_c` for every vector, shape (n, c)."""
+        r"""Return \(v_c^\top G\, v_c\) for every vector, shape (n, c)."""
         total = vectors.new_zeros(vectors.shape[:2])
         for samples, rows, columns, block in self._half(BLOCK_ROWS):
             chosen = vectors[samples]
@@ -54,9 +66,10 @@ class HadamardGram(NamedTuple):
         return total
 
     def _half(self, size: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-        """Yield one half of the symmetric `G`, off its diagonal twice: samples, rows, columns, block of values.
+        """Yield the upper triangle of `G` in blocks of rows; entries right of the diagonal block are doubled.
 
-        The next block may overwrite the one before: fresh memory costs more than what is written into it.
+        Each block comes as its samples, rows, columns and values. The next block may overwrite the values, because
+        allocating memory costs more than writing to it.
         """
         count, filters = self.left.shape[:2]
         largest = min(size, filters) * filters
@@ -69,7 +82,7 @@ class HadamardGram(NamedTuple):
             for first in range(0, count, step):
                 samples = slice(first, min(first + step, count))
                 left, right = self.left[samples, rows], self.right[samples, columns].mT
-                if torch.is_grad_enabled():  # a graph has to keep every block
+                if torch.is_grad_enabled():  # the autograd graph keeps every block, so each needs its own memory
                     yield samples, rows, columns, left @ right * kernels
                     continue
                 block = store[: len(left) * kernels.numel()].view(-1, *kernels.shape)

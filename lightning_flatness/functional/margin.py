@@ -6,23 +6,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_flatness.functional.flatness import affine_trace
+
 
 def output_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], signed: bool = True) -> Float[Tensor, " n"]:
-    r"""Return `gamma = phi_y - max_{j != y} phi_j`, the margin of the true class in the logits.
+    r"""Return the margin of the true class in the logits.
 
-    Source: "On flat minima, large margins and generalizability" (its definition is the absolute value).
+    $$\gamma = \varphi_y - \max_{j \ne y} \varphi_j$$
+
+    with the logits \(\varphi\) and the true class \(y\).
+
+    Source: "On flat minima, large margins and generalizability", submission to ICLR 2021, which takes the absolute
+    value.
 
     Args:
-        logits: unnormalised scores, shape (n, c), c >= 2.
-        target: class indices, shape (n,).
-        signed: negative where the sample is misclassified; False gives the absolute value.
+        logits: \(\varphi\), shape (n, c) with c >= 2.
+        target: class indices \(y\), shape (n,).
+        signed: if True, the margin is negative where the sample is misclassified; if False, its absolute value.
 
     Returns:
-        Margins, shape (n,); unit of the logits; higher is better; 0 for a tie; infinite where either of the two
-        classes is masked by a logit of minus infinity.
+        Margins, shape (n,); unit of the logits; higher is better. A tie has margin 0. The margin is infinite where one
+        of the two classes is masked by a logit of minus infinity.
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import output_margin
         >>> output_margin(torch.tensor([[3.0, 1.0], [3.0, 1.0]]), torch.tensor([0, 1]))
         tensor([ 2., -2.])
     """
@@ -32,20 +40,26 @@ def output_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], signe
 
 
 def softmax_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], signed: bool = True) -> Float[Tensor, " n"]:
-    r"""Return `gamma = S_y - max_{j != y} S_j`, the margin of the true class in the softmax `S`.
+    r"""Return the margin of the true class in the softmax.
 
-    Source: "On flat minima, large margins and generalizability" (its definition is the absolute value).
+    $$\gamma = S_y - \max_{j \ne y} S_j$$
+
+    with the softmax \(S\) of the logits and the true class \(y\).
+
+    Source: "On flat minima, large margins and generalizability", submission to ICLR 2021, which takes the absolute
+    value.
 
     Args:
-        logits: unnormalised scores, shape (n, c), c >= 2.
-        target: class indices, shape (n,).
-        signed: negative where the sample is misclassified; False gives the absolute value.
+        logits: unnormalised scores, shape (n, c) with c >= 2.
+        target: class indices \(y\), shape (n,).
+        signed: if True, the margin is negative where the sample is misclassified; if False, its absolute value.
 
     Returns:
         Margins in [-1, 1], shape (n,); no unit; higher is better.
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import softmax_margin
         >>> softmax_margin(torch.tensor([[3.0, 3.0, 0.0]]), torch.tensor([1]))
         tensor([0.])
     """
@@ -53,20 +67,24 @@ def softmax_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], sign
 
 
 def margin_gap(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    r"""Return `1 - gamma^2` for the softmax margin `gamma`, precise at any confidence.
+    r"""Return one minus the squared softmax margin, without cancellation.
 
-    The product of `1 - gamma = sum_{c != y} S_c + S_j` and `1 + gamma = sum_{c != j} S_c + S_y`, with `j` the
-    strongest rival: sums of positive numbers, without the rounding of `1 - (S_y - S_j)`.
+    $$1 - \gamma^2 = \Bigl(\sum_{c \ne y} S_c + S_j\Bigr) \Bigl(\sum_{c \ne j} S_c + S_y\Bigr)$$
+
+    with the softmax \(S\), the true class \(y\), its strongest rival \(j\) and \(\gamma = S_y - S_j\). The two factors
+    are \(1 - \gamma\) and \(1 + \gamma\) as sums of positive numbers, so they keep full relative precision however
+    sure the prediction is.
 
     Args:
-        logits: unnormalised scores, shape (n, c), c >= 2.
-        target: class indices, shape (n,).
+        logits: unnormalised scores, shape (n, c) with c >= 2.
+        target: class indices \(y\), shape (n,).
 
     Returns:
         Values in [0, 1], shape (n,); no unit; lower is better for a correctly classified sample.
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import margin_gap
         >>> margin_gap(torch.tensor([[40.0, 0.0]]), torch.tensor([0]))
         tensor([1.6993e-17])
     """
@@ -83,15 +101,19 @@ def margin_gap(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"]) -> Float
 def margin_bound(
     features: Float[Tensor, "n j"], logits: Float[Tensor, "n c"], target: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    r"""Return `(|x|^2 + 1) (1 - gamma^2)`, a bound of the affine classifier's Hessian trace by the softmax margin.
+    r"""Return an upper bound of the affine classifier's Hessian trace by the softmax margin.
 
-    It follows from `1 - |S|^2 <= 1 - S_top^2 <= 1 - gamma^2`, see `affine_hessian_trace`.
+    $$(\lVert x \rVert^2 + 1)(1 - \gamma^2)$$
 
-    Source: "On flat minima, large margins and generalizability".
+    with the classifier's own input \(x\) and the softmax margin \(\gamma\): `affine_trace` with the bound
+    \(1 - \gamma^2 \ge 1 - S_t^2 \ge 1 - \lVert S \rVert^2\) of the curvature's trace, where \(S_t\) is the largest
+    entry of the softmax \(S\). It bounds `affine_hessian_trace`.
+
+    Source: "On flat minima, large margins and generalizability", submission to ICLR 2021.
 
     Args:
-        features: `x`, the input of the affine classifier, shape (n, j).
-        logits: unnormalised scores, shape (n, c), c >= 2.
+        features: \(x\), shape (n, j).
+        logits: output of the classifier, shape (n, c) with c >= 2.
         target: class indices, shape (n,).
 
     Returns:
@@ -99,39 +121,40 @@ def margin_bound(
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import margin_bound
         >>> margin_bound(torch.tensor([[2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([0]))
         tensor([5.])
     """
-    return affine_squared_norm(features) * margin_gap(logits, target)
-
-
-def affine_squared_norm(features: Float[Tensor, "n j"]) -> Float[Tensor, " n"]:
-    """Return `|x|^2 + 1`, the squared norm of an affine classifier's input with the 1 that its bias sees."""
-    return features.square().sum(-1) + 1
+    return affine_trace(features, margin_gap(logits, target))
 
 
 def binary_margin(logits: Float[Tensor, "n c"], labels: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-    r"""Return `min_c (2 y_c - 1) phi_c`, the margin of several binary decisions.
+    r"""Return the smallest margin of several binary decisions.
 
-    The smallest of the decisions' own margins: positive where all of them are right. For one logit it is the
-    output margin of the two classes whose logits are 0 and `phi`.
+    $$\gamma = \min_c\, (2 y_c - 1)\, \varphi_c$$
+
+    with one logit \(\varphi_c\) and one label \(y_c\) per decision. It is positive where all decisions are right. With
+    a single logit it is the output margin of two classes whose logits are 0 and \(\varphi\).
 
     Args:
-        logits: one logit per label, shape (n, c).
-        labels: 1 where the label holds, 0 where not; above 1/2 counts as 1, shape (n, c).
+        logits: \(\varphi\), shape (n, c).
+        labels: 1 where the label holds, 0 where it does not, shape (n, c); soft labels above 1/2 count as 1.
 
     Returns:
         Margins, shape (n,); unit of the logits; higher is better.
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import binary_margin
         >>> binary_margin(torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 0.0]]))
         tensor([1.])
     """
     return torch.where(labels > 0.5, logits, -logits).amin(-1)
 
 
-def _true_and_rival(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the true class's score and the largest of the others, shapes (n, 1)."""
+def _true_and_rival(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n 1"]]:
+    """Return the score of the true class and the largest other score."""
     index = target.unsqueeze(-1)
     return scores.gather(-1, index), scores.scatter(-1, index, -torch.inf).amax(-1, keepdim=True)

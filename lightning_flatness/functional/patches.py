@@ -1,4 +1,4 @@
-"""Input patches of a convolution, and the Gram matrices that they make."""
+"""Input patches of a convolution, their Gram matrix, and the Gram matrix of the gradients in the filters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 COPY_COST = 20
-"""Multiply-adds of a matrix product in the time of copying or adding one number, measured on CPUs."""
+"""Cost of copying or adding one number, in multiply-adds of a matrix product, as measured on CPUs."""
 
 
 class ConvGeometry(NamedTuple):
-    """How a convolution's output positions see its input; one entry per spatial dimension."""
+    """The geometry of a convolution: which inputs each output position sees.
+
+    Attributes:
+        kernel: kernel size, one entry per spatial dimension.
+        stride: one entry per spatial dimension.
+        padding: before and after the input, one pair per spatial dimension.
+        dilation: one entry per spatial dimension.
+        groups: number of groups.
+        padding_mode: `"zeros"` or another mode of `torch.nn.Conv2d`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import ConvGeometry
+        >>> ConvGeometry.of(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)).output_shape(torch.Size([10, 10]))
+        torch.Size([4, 4])
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -27,7 +42,7 @@ class ConvGeometry(NamedTuple):
 
     @classmethod
     def of(cls, convolution: nn.Module) -> ConvGeometry:
-        """Read the geometry of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
+        """Return the geometry of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
         conv: Any = convolution
         span = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         if conv.padding == "same":
@@ -47,23 +62,23 @@ class ConvGeometry(NamedTuple):
 
     @property
     def unpadded(self) -> ConvGeometry:
-        """Return the same geometry for an input that has been padded."""
+        """Return the geometry for an input that is already padded."""
         return self._replace(padding=tuple((0, 0) for _ in self.padding), padding_mode="zeros")
 
     def pad(self, inputs: Tensor) -> Tensor:
-        """Return the inputs with the convolution's own padding applied."""
+        """Return the inputs with the convolution's padding, shape (n, channels, *padded space)."""
         if not any(map(any, self.padding)):
             return inputs
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        # F.pad counts from the last dimension backwards.
+        # F.pad takes the last dimension first.
         return F.pad(inputs, [side for pair in reversed(self.padding) for side in pair], mode=mode)
 
     def padded_shape(self, shape: torch.Size) -> torch.Size:
-        """Return the padded input's spatial shape."""
+        """Return the spatial shape of the padded input."""
         return torch.Size(size + sum(pair) for size, pair in zip(shape, self.padding, strict=True))
 
     def output_shape(self, padded: torch.Size) -> torch.Size:
-        """Return the map's shape for a padded input's spatial shape."""
+        """Return the spatial shape of the output for the spatial shape of the padded input."""
         return torch.Size(
             (size - d * (k - 1) - 1) // s + 1
             for size, k, s, d in zip(padded, self.kernel, self.stride, self.dilation, strict=True)
@@ -71,15 +86,25 @@ class ConvGeometry(NamedTuple):
 
 
 def patches(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n g s d"]:
-    """Return the input patch that each output position sees.
+    r"""Return the input patch \(P_s\) that each output position sees.
+
+    The convolution is \(z_{ks} = \langle W_k, P_s \rangle + b_k\) with the filters \(W_k\), the biases \(b_k\) and the
+    patches of the filter's own group.
 
     Args:
-        inputs: the convolution's input, shape (n, channels, *space).
+        inputs: input of the convolution, shape (n, channels, *space).
         geometry: of the convolution.
 
     Returns:
-        Patches by group `g` and output position `s`, flattened in the order of the kernel's own weights
-        (input channel, then kernel offsets), shape (n, g, s, d).
+        The patches by group g and output position s, shape (n, g, s, d). The last axis has the order of the filter's
+        weights: input channel, then kernel offsets.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import ConvGeometry, patches
+        >>> patches(torch.arange(4.0).view(1, 1, 4), ConvGeometry.of(torch.nn.Conv1d(1, 1, 3)))
+        tensor([[[[0., 1., 2.],
+                  [1., 2., 3.]]]])
     """
     windows = geometry.pad(inputs)
     dims = len(geometry.kernel)
@@ -93,25 +118,48 @@ def patches(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[T
 
 
 def patch_squared_norm(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n g s"]:
-    """Return `|P_s|^2`, the squared norm of every patch, by group, shape (n, g, s)."""
+    r"""Return the squared norm of each input patch, \(\lVert P_s \rVert^2\).
+
+    Args:
+        inputs: input of the convolution, shape (n, channels, *space).
+        geometry: of the convolution.
+
+    Returns:
+        Squared norms by group and output position, shape (n, g, s).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import ConvGeometry, patch_squared_norm
+        >>> patch_squared_norm(torch.arange(4.0).view(1, 1, 4), ConvGeometry.of(torch.nn.Conv1d(1, 1, 3)))
+        tensor([[[ 5., 14.]]])
+    """
     n, channels, *space = inputs.shape
-    energy = inputs.square().reshape(n, geometry.groups, channels // geometry.groups, *space).sum(2)
-    return patches(energy, geometry).sum(-1)
+    squares = inputs.square().reshape(n, geometry.groups, channels // geometry.groups, *space).sum(2)
+    return patches(squares, geometry).sum(-1)
 
 
 def patch_gram(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n s s"]:
-    r"""Return `T = P P^T`, the Gram matrix of an ungrouped convolution's patches.
+    r"""Return the Gram matrix of the patches of a convolution with one group.
 
-    `T_{s,t} = sum_o <x_{s+o}, x_{t+o}>` over the kernel's offsets `o`: shifted views of the Gram matrix of the
-    input's pixels, added up along one axis after the other, without any patch in memory. Where a stride skips so
-    many pixels that it takes fewer operations, the patches themselves are multiplied.
+    $$T_{st} = \langle P_s, P_t \rangle = \sum_o \langle x_{s+o}, x_{t+o} \rangle$$
+
+    with the patches \(P_s\), the kernel offsets \(o\) and the pixels \(x\) of the padded input. The sum adds shifted
+    views of the Gram matrix of the pixels, along one spatial axis after the other, and needs no patch in memory. If
+    the stride skips so many pixels that multiplying the patches takes fewer operations, they are multiplied instead.
 
     Args:
-        inputs: the convolution's input, shape (n, channels, *space).
+        inputs: input of the convolution, shape (n, channels, *space).
         geometry: of the convolution, with one group.
 
     Returns:
         The Gram matrices, shape (n, s, s).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import ConvGeometry, patch_gram
+        >>> patch_gram(torch.arange(4.0).view(1, 1, 4), ConvGeometry.of(torch.nn.Conv1d(1, 1, 3)))
+        tensor([[[ 5.,  8.],
+                 [ 8., 14.]]])
     """
     by_views, by_patches = _patch_gram_operations(inputs, geometry)
     if by_patches < by_views:
@@ -128,7 +176,7 @@ def patch_gram(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Floa
 
 
 def _sum_along_diagonal(gram: Tensor, axis: int, geometry: ConvGeometry) -> Tensor:
-    """Return `sum_o gram[s + o, t + o]` along one spatial axis; what lies outside of the input is zero."""
+    """Return `sum_o gram[s + o, t + o]` along one spatial axis, with zeros outside the input."""
     kernel, stride, dilation = geometry.kernel[axis], geometry.stride[axis], geometry.dilation[axis]
     padding = geometry.padding[axis]
     if kernel == stride == 1 and not any(padding):
@@ -136,9 +184,9 @@ def _sum_along_diagonal(gram: Tensor, axis: int, geometry: ConvGeometry) -> Tens
     both = (1 + axis, 1 + axis + len(geometry.kernel))
     size = gram.shape[both[0]]
     outputs = (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
-    views = []  # outputs, and the pixels that they see through one weight
+    views = []  # for each weight of the kernel: the outputs that see a pixel through it, and these pixels
     for offset in range(kernel):
-        seen = offset * dilation - padding[0]  # by output 0
+        seen = offset * dilation - padding[0]  # the pixel that output 0 sees
         first, last = max(0, -(seen // stride)), min(outputs - 1, (size - 1 - seen) // stride)
         if first <= last:
             source = slice(seen + first * stride, seen + last * stride + 1, stride)
@@ -152,47 +200,43 @@ def _sum_along_diagonal(gram: Tensor, axis: int, geometry: ConvGeometry) -> Tens
     return total
 
 
-def _at(dims: tuple[int, int], part: slice) -> Any:  # an index
+def _at(dims: tuple[int, int], part: slice) -> Any:
+    """Return an index that takes the part of two dimensions and all of the others."""
     return tuple(part if dim in dims else slice(None) for dim in range(max(dims) + 1))
-
-
-def filter_gram(
-    inputs: Float[Tensor, "n i ..."], jacobian: Float[Tensor, "n k s"], geometry: ConvGeometry
-) -> Float[Tensor, "n k k"]:
-    r"""Return `R = a a^T`, `a_k = sum_s M_ks P_s`: inner products of the features' gradients in the filters.
-
-    `a_k` is the gradient of feature `k` in the weights of filter `k`.
-
-    Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
-
-    Args:
-        inputs: the convolution's input `A`, shape (n, channels, *space).
-        jacobian: `M = d p_k / d z_ks`, shape (n, k, s).
-        geometry: of the convolution.
-
-    Returns:
-        The Gram matrices, shape (n, k, k).
-    """
-    left, right = gram_factors(inputs, jacobian, geometry)
-    return left @ right.mT
 
 
 def gram_factors(
     inputs: Float[Tensor, "n i ..."], jacobian: Float[Tensor, "n k s"], geometry: ConvGeometry
 ) -> tuple[Float[Tensor, "n k r"], Float[Tensor, "n k r"]]:
-    r"""Return two matrices whose product `left right^T` is `R`, see `filter_gram`.
+    r"""Return two factors of the Gram matrix of the features' gradients in the filters.
 
-    From them follow the diagonal, blocks and the whole of `R`. With one group they are `M T` and `M`, from the patch
-    Gram matrix `T`, or twice `a` where that takes fewer operations (large maps, few weights per filter);
-    with several groups every filter has the patches of its own group.
+    $$R_{kk'} = \langle a_k, a_{k'} \rangle, \qquad a_k = \frac{\partial p_k}{\partial W_k} = \sum_s M_{ks} P_s, \qquad
+    R = M T M^\top$$
+
+    with the features \(p_k\), the filters \(W_k\), the derivatives \(M_{ks} = \partial p_k / \partial z_{ks}\) of the
+    features in the convolution's output, the patches \(P_s\) and their Gram matrix \(T\). The diagonal, any block and
+    the whole of \(R = \mathrm{left}\; \mathrm{right}^\top\) follow from the two factors. They are \(M T\) and \(M\), or
+    \(a\) twice where that takes fewer operations: on large maps with few weights per filter. With several groups they
+    are always \(a\), as each filter sees the patches of its own group only.
+
+    Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 
     Args:
-        inputs: the convolution's input `A`, shape (n, channels, *space).
-        jacobian: `M = d p_k / d z_ks`, shape (n, k, s).
+        inputs: input of the convolution, shape (n, channels, *space).
+        jacobian: \(M\), shape (n, k, s).
         geometry: of the convolution.
 
     Returns:
-        Left and right factor, shape (n, k, r) with r positions or weights per filter.
+        Left and right factor, shape (n, k, r), where r counts output positions or weights per filter.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import ConvGeometry, gram_factors
+        >>> inputs, jacobian = torch.arange(4.0).view(1, 1, 4), torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+        >>> left, right = gram_factors(inputs, jacobian, ConvGeometry.of(torch.nn.Conv1d(1, 2, 3)))
+        >>> left @ right.mT
+        tensor([[[ 5., 13.],
+                 [13., 35.]]])
     """
     if _gram_pays(inputs, jacobian, geometry):
         return jacobian @ patch_gram(inputs, geometry), jacobian
@@ -200,8 +244,10 @@ def gram_factors(
     return rows, rows
 
 
-def _gradient_rows(inputs: Tensor, jacobian: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Return `a`, one kernel offset after the other, shape (n, k, d)."""
+def _gradient_rows(
+    inputs: Float[Tensor, "n i ..."], jacobian: Float[Tensor, "n k s"], geometry: ConvGeometry
+) -> Float[Tensor, "n k d"]:
+    """Return `a`, shape (n, k, d); its last axis runs over kernel offsets, then input channels."""
     n, filters, positions = jacobian.shape
     padded = geometry.pad(inputs).unflatten(1, (geometry.groups, -1))
     grouped = jacobian.reshape(n, geometry.groups, filters // geometry.groups, positions)
@@ -217,7 +263,7 @@ def _gradient_rows(inputs: Tensor, jacobian: Tensor, geometry: ConvGeometry) -> 
 
 
 def _patch_gram_operations(inputs: Tensor, geometry: ConvGeometry) -> tuple[int, int]:
-    """Return the operations per sample of the two ways to `T`: shifted views, multiplied patches."""
+    """Return the operations per sample that `T` takes by shifted views and by multiplied patches."""
     channels, *space = inputs.shape[1:]
     padded = geometry.padded_shape(torch.Size(space))
     seen = space if geometry.padding_mode == "zeros" else padded
@@ -231,7 +277,7 @@ def _patch_gram_operations(inputs: Tensor, geometry: ConvGeometry) -> tuple[int,
 
 
 def _gram_pays(inputs: Tensor, jacobian: Tensor, geometry: ConvGeometry) -> bool:
-    """Return whether `M T M^T` takes fewer operations than `a a^T`."""
+    """Return whether `M T M^T` takes no more operations than `a a^T`."""
     filters, positions = jacobian.shape[1:]
     weights = inputs.shape[1] // geometry.groups * prod(geometry.kernel)
     by_rows = filters * positions * weights + filters**2 * weights + COPY_COST * geometry.groups * positions * weights

@@ -1,4 +1,4 @@
-"""Relative flatness at the temperature of the data, which is known only when all data has been seen."""
+"""Relative flatness at a temperature that is known only after all data has been seen."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ _PER_OCTAVE, _OCTAVES, _POINTS = 6, 12, 12
 TEMPERATURES = 2.0 ** (
     torch.arange(-_OCTAVES * _PER_OCTAVE, _OCTAVES * _PER_OCTAVE + 1, dtype=torch.float64) / _PER_OCTAVE
 )
-"""Six temperatures per octave from 2^-12 to 2^12, at which curves over the temperature are added up."""
+"""The 145 temperatures at which curves are added up: six per octave from 2^-12 to 2^12, shape (t,)."""
 
 
 def at_temperature(curve: Float[Tensor, " t"], temperature: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    r"""Return a smooth curve, given at `TEMPERATURES`, at any temperature.
+    r"""Return the value at any temperature of a smooth curve that is given at `TEMPERATURES`.
 
-    Interpolates `log f` as a polynomial of degree 11 in `log tau` through the twelve nearest temperatures (`f`
-    itself where it is not positive). For sums of softmax curvatures, which are analytic in `log tau`, the
-    relative error is below 1e-7.
+    The logarithm \(\log f\) of the curve is interpolated by the polynomial of degree 11 in \(\log \tau\) through the
+    twelve nearest temperatures. Where one of these values is not positive, \(f\) itself is interpolated. Sums of
+    softmax curvatures are analytic in \(\log \tau\); for them the relative error is below 1e-7.
 
     Args:
-        curve: values at `TEMPERATURES`, float64, shape (t,).
-        temperature: where to read it; one outside of the range is read at its end.
+        curve: \(f\) at `TEMPERATURES`, float64, shape (t,).
+        temperature: \(\tau\), where to read the curve; a temperature outside the range counts as the nearer end.
 
     Returns:
-        The value, a scalar.
+        The value, a scalar in the unit of the curve; NaN if the temperature is NaN.
 
     Example:
         >>> import torch
+        >>> from lightning_flatness.functional import TEMPERATURES, at_temperature
         >>> at_temperature(TEMPERATURES**-2, torch.tensor(3.0, dtype=torch.float64))
         tensor(0.1111, dtype=torch.float64)
     """
     position = ((temperature.log2() + _OCTAVES) * _PER_OCTAVE).clamp(0, len(curve) - 1)
-    # Where the temperature is NaN the weights make the result NaN; the index has to exist all the same.
+    # If the temperature is NaN, the weights make the result NaN, but the index must still be valid.
     first = (position.nan_to_num().floor() - (_POINTS // 2 - 1)).clamp(0, len(curve) - _POINTS).long()
     points = torch.arange(_POINTS, device=curve.device)
     others = ~torch.eye(_POINTS, dtype=torch.bool, device=curve.device)

@@ -1,4 +1,4 @@
-"""Curvature of the cross-entropy: what it is, and that confident predictions do not lose it."""
+"""Curvature of the cross-entropy: its definition, and its precision for confident predictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_flatness.functional import HadamardGram, centred_rows, confidence
 
 
 def curvature(logits: Tensor) -> Tensor:
-    """`diag(S) - S S^T` in float64, entry by entry: off the diagonal nothing cancels, and the rows sum to 0."""
+    """`diag(S) - S S^T` in float64. Its rows sum to 0, so the diagonal follows from the rest without cancellation."""
     probabilities = logits.double().softmax(-1)
     outer = probabilities.unsqueeze(1) * probabilities.unsqueeze(2)
     off = outer - torch.diag_embed(outer.diagonal(dim1=1, dim2=2))
@@ -21,7 +21,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-# Rows with a winner by 30 have 1 - S_top near 1e-13.
+# Rows whose top logit leads by 30 have 1 - S_top near 1e-13.
 LOGITS = {
     "two classes": lambda: normal(6, 2),
     "many classes": lambda: normal(3, 1000),
@@ -40,7 +40,7 @@ def test_all_forms_are_the_curvature(name: str, dtype: torch.dtype) -> None:
     logits = LOGITS[name]().to(dtype)
     n, classes = logits.shape
     head, square = normal(classes, 4).to(dtype), normal(n, 4, 4).to(dtype)
-    metric = HadamardGram(torch.ones(4, 4).to(dtype), square, square)
+    gram = HadamardGram(torch.ones(4, 4).to(dtype), square, square)
     exact = curvature(logits)
     pulled_back = head.double().mT @ exact @ head.double()
     rows = centred_rows(logits, head)
@@ -49,23 +49,26 @@ def test_all_forms_are_the_curvature(name: str, dtype: torch.dtype) -> None:
         "diagonal": (curvature_diagonal(logits, head), pulled_back.diagonal(dim1=1, dim2=2)),
         **{
             f"contracted, {count} temperatures": (
-                relative_flatness(logits.unsqueeze(-1).expand(-1, -1, count), rows, metric)[:, 0],
+                relative_flatness(logits.unsqueeze(-1).expand(-1, -1, count), rows, gram)[:, 0],
                 (pulled_back * (square @ square.mT).double()).sum((1, 2)),
             )
-            for count in (1, 5000)  # from the rows and their mean; from the distances between all pairs of rows
+            for count in (
+                1,
+                5000,
+            )  # first from the rows and their mean, then from the distances between all pairs of rows
         },
     }
     for value, reference in expected.values():
         torch.testing.assert_close(value.double(), reference, rtol=PRECISIONS[dtype] * 10, atol=0)
 
 
-def test_diagonal_does_not_see_a_common_shift() -> None:
+def test_a_shift_of_all_rows_does_not_change_the_diagonal() -> None:
     logits, head = normal(4, 3), normal(3, 5)
     torch.testing.assert_close(curvature_diagonal(logits, head + normal(5)), curvature_diagonal(logits, head))
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-def test_diagonal_of_rows_that_are_near_each_other_but_far_from_the_rest(dtype: torch.dtype) -> None:
+def test_diagonal_where_two_rows_are_close_and_the_third_is_far(dtype: torch.dtype) -> None:
     head = torch.tensor([[1.0], [1.0 + 1e-4], [-3.0]], dtype=dtype)
     logits = torch.tensor([[20.0, 5.0, -30.0]], dtype=dtype)
     expected = curvature_diagonal(logits.double(), head.double())

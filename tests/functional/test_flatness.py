@@ -21,7 +21,7 @@ from lightning_flatness.functional.flatness import pairs_pay
 
 
 def affine(classes: int, scale: float) -> tuple[nn.Linear, Tensor, Tensor]:
-    """A classifier, inputs with the 1 that its bias sees, and labels."""
+    """A classifier, inputs with a constant 1 for the bias, and labels."""
     linear = nn.Linear(4, classes, bias=False).double()
     nn.init.normal_(linear.weight, 0, scale)
     x = torch.cat([torch.randn(7, 3, dtype=torch.float64), torch.ones(7, 1, dtype=torch.float64)], 1)
@@ -36,13 +36,13 @@ def test_affine_classifier_equals_the_oracle(classes: int, scale: float) -> None
     trace = oracle.hessian_trace(linear, "", x, y)
     torch.testing.assert_close(affine_hessian_trace(x[:, :-1], logits), trace, rtol=1e-12, atol=1e-14)
     kappa = oracle.relative_flatness(linear, "", x, y)
-    # The full Hessian itself has rounding of the size of its entries.
+    # The reference itself has rounding error of the size of the Hessian's entries.
     torch.testing.assert_close(head_relative_flatness(x, logits, weight), kappa, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_float32_at_a_confidence_of_one_minus_1e_12(classes: int) -> None:
-    """The exact value by the decimal expansion of the remaining probability."""
+    """The exact values follow from the probability outside the top class."""
     rest = 1e-12 / (classes - 1)
     logits = torch.full((1, classes), math.log(rest / (1 - 1e-12)), dtype=torch.float64)
     logits[0, classes // 2] = 0
@@ -56,18 +56,16 @@ def test_float32_at_a_confidence_of_one_minus_1e_12(classes: int) -> None:
 
 def test_relative_flatness_at_several_temperatures() -> None:
     logits, factor = torch.randn(4, 3), torch.randn(4, 2, 5)
-    rows, metric = centred_rows(logits, torch.randn(3, 2)), HadamardGram(torch.ones(2, 2), factor, factor)
+    rows, gram = centred_rows(logits, torch.randn(3, 2)), HadamardGram(torch.ones(2, 2), factor, factor)
     temperatures = torch.tensor([0.5, 1.0, 4.0])
-    together = relative_flatness(logits.unsqueeze(-1) / temperatures, rows, metric)
-    apart = [relative_flatness((logits / temperature).unsqueeze(-1), rows, metric) for temperature in temperatures]
+    together = relative_flatness(logits.unsqueeze(-1) / temperatures, rows, gram)
+    apart = [relative_flatness((logits / temperature).unsqueeze(-1), rows, gram) for temperature in temperatures]
     torch.testing.assert_close(together, torch.cat(apart, 1))
 
 
 @pytest.mark.parametrize(("classes", "temperatures"), [(3, 7), (40, 1)], ids=["pairs of rows", "rows and means"])
 @pytest.mark.parametrize(("rival", "rest"), [(-80.0, 1.8e-35), (-95.0, 0.0)], ids=["normal", "subnormal"])
-def test_probabilities_count_as_long_as_they_have_all_digits(
-    classes: int, temperatures: int, rival: float, rest: float
-) -> None:
+def test_only_subnormal_probabilities_count_as_zero(classes: int, temperatures: int, rival: float, rest: float) -> None:
     """`S_c |V_c - V_top|^2 = rest` for the one other class that is not masked."""
     logits = torch.full((1, classes, temperatures), -torch.inf)
     logits[:, 0], logits[:, 1] = 0.0, rival
@@ -86,8 +84,8 @@ def test_relative_flatness_can_be_differentiated(classes: int) -> None:
     )
 
     def mean(logits: Tensor, head: Tensor, factor: Tensor, kernels: Tensor) -> Tensor:
-        metric = HadamardGram(kernels @ kernels.mT, factor, factor)
-        return relative_flatness(logits.unsqueeze(-1), centred_rows(logits, head), metric).mean()
+        gram = HadamardGram(kernels @ kernels.mT, factor, factor)
+        return relative_flatness(logits.unsqueeze(-1), centred_rows(logits, head), gram).mean()
 
     assert torch.autograd.gradcheck(mean, (logits, head, factor, kernels))
 
@@ -97,7 +95,7 @@ def test_relative_flatness_can_be_differentiated(classes: int) -> None:
     [
         ((6.0, 0.5, 2.0, 3.0, 4.0), 0.5),
         ((-6.0, 0.5, 2.0, 3.0, 4.0), -0.5),  # the label term of a curved activation can outweigh the rest
-        ((0.0, 0.0, 2.0, 3.0, 4.0), 0.0),  # every prediction certain
+        ((0.0, 0.0, 2.0, 3.0, 4.0), 0.0),  # every prediction is certain
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""The metric in blocks and halves against the whole matrix."""
+"""The Hadamard Gram matrix in blocks of its upper triangle, against the whole matrix."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ MODULE = sys.modules[HadamardGram.__module__]
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 64])
-@pytest.mark.parametrize("numbers", [1, 40])
+@pytest.mark.parametrize("numel", [1, 40])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_gram_and_squares_in_blocks(block: int, numbers: int, gradients: bool) -> None:
+def test_products_in_blocks(block: int, numel: int, gradients: bool) -> None:
     kernels, factor = torch.randn(7, 9, dtype=torch.float64), torch.randn(5, 7, 4, dtype=torch.float64)
     vectors = torch.randn(5, 6, 7, dtype=torch.float64)
-    metric = HadamardGram(kernels @ kernels.mT, factor, factor)
+    gram = HadamardGram(kernels @ kernels.mT, factor, factor)
     whole = vectors @ (kernels @ kernels.mT * (factor @ factor.mT)) @ vectors.mT
     with (
         torch.set_grad_enabled(gradients),
-        mock.patch.multiple(MODULE, _SMALL_BLOCK_ROWS=block, BLOCK_ROWS=block, _CACHE_NUMBERS=numbers),
+        mock.patch.multiple(MODULE, _SMALL_BLOCK_ROWS=block, BLOCK_ROWS=block, _CPU_BLOCK_NUMEL=numel),
     ):
-        torch.testing.assert_close(metric.inner_products(vectors), whole)
-        torch.testing.assert_close(metric.quadratic_forms(vectors), whole.diagonal(dim1=1, dim2=2))
-    torch.testing.assert_close(metric.squared_norms(), (factor @ factor.mT).diagonal(dim1=1, dim2=2))
+        torch.testing.assert_close(gram.inner_products(vectors), whole)
+        torch.testing.assert_close(gram.quadratic_forms(vectors), whole.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(gram.squared_norms(), (factor @ factor.mT).diagonal(dim1=1, dim2=2))

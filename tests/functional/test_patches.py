@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.functional import ConvGeometry, filter_gram, patch_gram, patch_squared_norm, patches
+from lightning_flatness.functional import ConvGeometry, gram_factors, patch_gram, patch_squared_norm, patches
 
-MODULE = sys.modules[ConvGeometry.__module__]  # its name is also its main function's
+MODULE = sys.modules[ConvGeometry.__module__]  # `functional.patches` is the function of that name
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # (in_channels, spatial shape, kernel, options)
 CASES: dict[str, tuple[int, tuple[int, ...], Any, dict[str, Any]]] = {
@@ -62,7 +62,7 @@ def test_patches_times_filters_is_the_convolution(name: str) -> None:
 
 
 @each_case
-def test_patch_energy_is_the_squared_norm(name: str) -> None:
+def test_patch_squared_norm(name: str) -> None:
     conv, x = case(name)
     geometry = ConvGeometry.of(conv)
     assert_same(patch_squared_norm(x, geometry), patches(x, geometry).square().sum(-1))
@@ -80,7 +80,7 @@ def test_patch_gram(name: str, operations: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("stride", "way"), [(1, "views"), (4, "rows")])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-def test_patch_gram_both_ways(stride: int, way: str, mode: str) -> None:
+def test_patch_gram_takes_the_cheaper_way(stride: int, way: str, mode: str) -> None:
     conv = nn.Conv2d(64, 2, 3, stride=stride, padding=1, padding_mode=mode)
     x, geometry = torch.randn(2, 64, 8, 8, dtype=torch.float64), ConvGeometry.of(conv)
     rows = patches(x, geometry).squeeze(1)
@@ -91,8 +91,8 @@ def test_patch_gram_both_ways(stride: int, way: str, mode: str) -> None:
 
 @each_case
 @pytest.mark.parametrize("gram_pays", [True, False], ids=["gram", "rows"])
-def test_filter_gram(name: str, gram_pays: bool) -> None:
-    """Against autograd: `a_k` is the gradient of `sum_s M_ks z_ks` in the filter, padded to all groups."""
+def test_gram_factors(name: str, gram_pays: bool) -> None:
+    """Against autograd, where `a_k` is the gradient of `sum_s M_ks z_ks` in the filter, padded to all groups."""
     conv, x = case(name)
     positions = conv(x).flatten(2).shape[2]
     jacobian = torch.randn(3, 8, positions, dtype=torch.float64)
@@ -104,15 +104,17 @@ def test_filter_gram(name: str, gram_pays: bool) -> None:
     )
     geometry = ConvGeometry.of(conv)
     with mock.patch.object(MODULE, "_gram_pays", return_value=gram_pays and geometry.groups == 1):
-        assert_same(filter_gram(x, jacobian, geometry), rows @ rows.mT)
+        left, right = gram_factors(x, jacobian, geometry)
+    assert_same(left @ right.mT, rows @ rows.mT)
 
 
 @pytest.mark.parametrize(("way", "channels", "filters", "side"), [("rows", 1, 4, 9), ("gram", 64, 64, 3)])
-def test_filter_gram_both_ways(way: str, channels: int, filters: int, side: int) -> None:
+def test_gram_factors_take_the_cheaper_way(way: str, channels: int, filters: int, side: int) -> None:
     x = torch.randn(2, channels, side, side, dtype=torch.float64)
     jacobian = torch.randn(2, filters, side**2, dtype=torch.float64)
     geometry = ConvGeometry.of(nn.Conv2d(channels, filters, 3, padding=1))
     rows = jacobian @ patches(x, geometry).squeeze(1)
     with mock.patch.object(MODULE, "patch_gram", wraps=patch_gram) as gram:
-        assert_same(filter_gram(x, jacobian, geometry), rows @ rows.mT)
+        left, right = gram_factors(x, jacobian, geometry)
+    assert_same(left @ right.mT, rows @ rows.mT)
     assert gram.called == (way == "gram")

@@ -1,4 +1,4 @@
-"""The bounds hold, and are reached where nothing else limits the rank."""
+"""The bounds hold, and are attained where nothing else limits the rank."""
 
 from __future__ import annotations
 

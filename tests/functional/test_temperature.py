@@ -1,4 +1,4 @@
-"""Reading a curve over the temperature between its points."""
+"""A curve over the temperature, read between its points."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def one_sample(scale: float, hot: float, classes: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_equals_the_value_with_the_temperature_known_beforehand(scale: float, hot: float, classes: int) -> None:
     loss, ones = as_loss("cross_entropy"), torch.ones(4, 6, 1, dtype=torch.float64)
-    euclidean = HadamardGram(torch.eye(6, dtype=torch.float64), ones, ones)
+    identity = HadamardGram(torch.eye(6, dtype=torch.float64), ones, ones)
     logits, head = one_sample(scale, hot, classes)
 
     def curve(temperatures: Tensor) -> Tensor:
         scaled = logits.unsqueeze(-1) / temperatures
-        return (loss.relative_flatness(scaled, head, euclidean, None) / temperatures.square()).sum(0)
+        return (loss.relative_flatness(scaled, head, identity, None) / temperatures.square()).sum(0)
 
     tau = loss.logit_mean_square(logits).mean().sqrt()
     torch.testing.assert_close(at_temperature(curve(TEMPERATURES), tau), curve(tau[None])[0], rtol=1e-7, atol=0)
