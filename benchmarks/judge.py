@@ -1,4 +1,4 @@
-"""Says what the ready-made rules make of the curves that `signals.py` recorded.
+"""Evaluates the built-in rules on the curves that `signals.py` recorded.
 
     python benchmarks/judge.py
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from signals import CHOOSING, DISTURBED_AT, REPORT, SETTINGS, Row, read
 
 from lightning_flatness import rules
-from lightning_flatness.rules import AllOf, Rule
+from lightning_flatness.rules import RuleTracker
 
 OUTPUT = Path(__file__).with_name("rules.csv")
 IN_TIME = 3
@@ -46,11 +46,11 @@ class Result(NamedTuple):
 
 
 def alerts(rows: list[Row]) -> dict[str, list[int]]:
-    """Return the epochs at which each ready-made rule fires in a run; `default`: any of them."""
+    """Return the epochs at which each built-in rule fires in a run; `default`: any of them."""
     found: dict[str, list[int]] = {}
     for name in NAMES[:-1]:
-        rule: AllOf | Rule = getattr(rules, name)()
-        found[name] = [row.epoch for row in rows if rule.observe(row.values, step=row.epoch, epoch=row.epoch)]
+        tracker = RuleTracker(getattr(rules, name)())
+        found[name] = [row.epoch for row in rows if tracker.observe(row.values, step=row.epoch, epoch=row.epoch)]
     found["default"] = sorted(epoch for epochs in found.values() for epoch in epochs)
     return found
 

@@ -1,30 +1,33 @@
-"""Rules at work: shows them every validation's values, and carries out what the alerts call for."""
+"""Rules at work in a training: evaluates them in every validation, and carries out what their alerts call for."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_flatness import rules as ready_made
 from lightning_flatness.actions import escalation
-from lightning_flatness.reporting.loggers import Sinks
-from lightning_flatness.rules import AllOf, AnyOf, Rule
-from lightning_flatness.rules.alert import Action, Alert
+from lightning_flatness.reporting.loggers import LoggerAlerts
+from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
+from lightning_flatness.rules.rule import AnyRule
 
 _LOADER = re.compile(r"/dataloader_idx_\d+$")
 
 
-class Alarm:
+class RuleRunner:
     """The rules of one monitor, their alerts and their actions.
 
     Args:
-        rules: the rules, copied without what they remember; `"default"`: the ready-made set, which only notifies.
+        rules: the rules; `"default"`: the built-in ones, which report and never act.
         suffix: how the monitor's keys end.
+
+    Attributes:
+        alerts: all alerts so far, oldest first.
 
     Raises:
         ValueError: if something is not a rule, or an action is not an action.
@@ -33,86 +36,95 @@ class Alarm:
     def __init__(
         self, rules: Rule | AllOf | AnyOf | Sequence[Rule | AllOf | AnyOf] | Literal["default"], suffix: str
     ) -> None:
-        given = ready_made.default(suffix=suffix) if rules == "default" else rules
-        given = [given] if isinstance(given, (Rule, AllOf, AnyOf)) else given
-        if not all(isinstance(rule, (Rule, AllOf, AnyOf)) for rule in given):
+        given = default(suffix=suffix) if rules == "default" else [rules] if isinstance(rules, AnyRule) else rules
+        if not all(isinstance(rule, AnyRule) for rule in given):
             raise ValueError(f'`rules` must be "default" or a list of Rule, AllOf and AnyOf; got {rules!r}.')
-        self.rules = tuple(replace(rule) for rule in given)
+        self.rules = tuple(given)
         self.alerts: list[Alert] = []
-        self._sinks = Sinks()
+        self._trackers = [RuleTracker(rule) for rule in self.rules]
+        self._loggers = LoggerAlerts()
         for rule in self.rules:
-            actions = rule.action if isinstance(rule.action, (list, tuple)) else [rule.action]
-            if wrong := [action for action in actions if not (action is None or isinstance(action, Action))]:
-                raise ValueError(
-                    f"An action must be a StopTraining, ReduceLR, Notify or other Action; got {wrong[0]!r}."
-                )
+            for action in rule.action if isinstance(rule.action, (list, tuple)) else [rule.action]:
+                if not (action is None or isinstance(action, Action)):
+                    raise ValueError(
+                        f"An action must be a StopTraining, ReduceLR, Notify or other Action; got {action!r}."
+                    )
 
     def require_keys(self, keys: Sequence[str]) -> None:
-        """Refuse a rule that watches what is never logged.
+        """Refuse a rule that watches a key which is never logged.
 
         Raises:
-            ValueError: if there is one; lists the keys that are logged.
+            ValueError: if there is one; it lists the keys that are logged.
         """
         for rule in self.rules:
             if unknown := [key for key in rule.keys if _LOADER.sub("", key) not in keys]:
-                raise ValueError(f"A rule must watch a key that is logged; got `{unknown[0]}`. Logged: {sorted(keys)}.")
+                raise _unknown(unknown[0], keys)
 
     def observe(self, values: Mapping[str, float], trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show all rules the fresh values of one validation, and act on their alerts; every process has to call it.
+        """Evaluate all rules on the values of one validation, and act on their alerts.
 
-        With several validation loaders, a key without a loader's suffix is that of the first one.
+        Every process must call this. With several validation loaders, a key without a loader's suffix means the first
+        loader.
         """
         if not self.rules:
             return
         first = {_LOADER.sub("", key): value for key, value in list(values.items())[::-1]}
-        # Whatever rounding or order the processes had, they decide alike.
+        # All processes decide on the values of the first one: theirs may differ by rounding.
         fresh = trainer.strategy.broadcast({**first, **values})
         errors: list[Exception] = [
-            ValueError(f"A rule must watch a key that is logged; got `{key}`. Logged: {sorted(fresh)}.")
-            for rule in self.rules
-            for key in rule.keys
-            if key not in fresh
+            _unknown(key, list(fresh)) for rule in self.rules for key in rule.keys if key not in fresh
         ]
-        for rule in self.rules:
+        for tracker in self._trackers:
             try:
-                alert = rule.observe(fresh, step=trainer.global_step, epoch=trainer.current_epoch)
+                alert = tracker.observe(fresh, step=trainer.global_step, epoch=trainer.current_epoch)
                 if alert is not None:
-                    self._sound(alert, trainer, pl_module)
+                    self._handle(alert, trainer, pl_module)
             except Exception as error:  # the other rules must see the values all the same
                 errors.append(error)
         if errors:
             raise errors[0]
 
-    def _sound(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _handle(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> None:
         self.alerts.append(alert)
-        action = escalation(alert.rule.action, alert.rule.fired)
+        action = escalation(alert.rule.action, alert.number)
         done = "" if action is None else action.apply(alert, trainer, pl_module)
         rank_zero_info(f"Flatness alert: {alert.reason} {done}".rstrip())
-        self._sinks.alert(trainer, alert, done)
+        self._loggers.show(trainer, alert, done)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return alerts and what the rules remember, in plain Python types."""
-        plain = [field.name for field in fields(Alert) if field.name != "rule"]
+        """Return the alerts and what the rules remember, in plain Python types."""
         return {
-            "rules": [rule.state_dict() for rule in self.rules],
+            "rules": [tracker.state_dict() for tracker in self._trackers],
             "alerts": [
-                {
+                {field.name: getattr(alert, field.name) for field in fields(alert)}
+                | {
                     "rule": [rule is alert.rule for rule in self.rules].index(True),
-                    **{name: getattr(alert, name) for name in plain},
+                    "violations": [asdict(violation) for violation in alert.violations],
                 }
                 for alert in self.alerts
             ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; with another number of rules they start anew."""
+        """Continue from a checkpoint. If it has another number of rules, all rules start over."""
         if len(state["rules"]) != len(self.rules):
             rank_zero_warn(
                 f"The checkpoint remembers {len(state['rules'])} rules and the monitor has {len(self.rules)}: "
-                "they start anew. Resume with the same rules to go on.",
+                "they start over. Resume with the same rules to continue.",
                 category=UserWarning,
             )
             return
-        for rule, remembered in zip(self.rules, state["rules"], strict=True):
-            rule.load_state_dict(remembered)
-        self.alerts[:] = [Alert(**{**alert, "rule": self.rules[alert["rule"]]}) for alert in state["alerts"]]
+        for tracker, remembered in zip(self._trackers, state["rules"], strict=True):
+            tracker.load_state_dict(remembered)
+        self.alerts.clear()  # in place: the monitor shares the list
+        numbers: Counter[int] = Counter()
+        for saved in state["alerts"]:
+            numbers[saved["rule"]] += 1
+            # Checkpoints from before this had neither numbers nor violations.
+            violations = tuple(Violation(**each) for each in saved.get("violations", ()))
+            known = {"number": numbers[saved["rule"]], **saved}
+            self.alerts.append(Alert(**known | {"rule": self.rules[saved["rule"]], "violations": violations}))
+
+
+def _unknown(key: str, logged: Sequence[str]) -> ValueError:
+    return ValueError(f"A rule must watch a key that is logged; got `{key}`. Logged: {sorted(logged)}.")

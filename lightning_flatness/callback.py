@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_flatness.alerting import Alarm
+from lightning_flatness.alerting import RuleRunner
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.measurement import Tap
 from lightning_flatness.data.batches import batch_targets, is_empty
@@ -92,7 +92,7 @@ class FlatnessMonitor(Callback):
         self.name = name if name is not None else "train" if data == "train" else ""
         self.strict = strict
         self.chunk_bytes = chunk_bytes
-        self._alarm = Alarm(rules, f"/{self.name}" if self.name else "")
+        self._alarm = RuleRunner(rules, f"/{self.name}" if self.name else "")
         self._validations = 0
         self._due = False  # whether this validation is to be measured
         self._tap: Tap | None = None

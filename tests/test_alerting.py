@@ -24,7 +24,7 @@ def test_each_alert_is_recorded_and_escalates(tmp_path: Any) -> None:
     assert [alert.epoch for alert in monitor.alerts] == [0, 1, 2]
     assert seen == [monitor.alerts[0].reason]
     assert run.current_epoch == 3
-    assert rule.fired == 0  # the monitor has its own copy
+    assert [(alert.rule, alert.number) for alert in monitor.alerts] == [(rule, 1), (rule, 2), (rule, 3)]
     watched = float(run.callback_metrics["flatness/trace"])
     assert monitor.alerts[-1].value == pytest.approx(watched)
 
@@ -83,7 +83,7 @@ def test_bad_rules_are_refused_before_the_first_batch(tmp_path: Any, rules: Any,
     assert not module.losses
 
 
-def test_the_ready_made_rules_watch_logged_keys(tmp_path: Any) -> None:
+def test_the_built_in_rules_watch_logged_keys(tmp_path: Any) -> None:
     for name in (None, "mine"):
         trainer(tmp_path, FlatnessMonitor(rules="default", name=name)).fit(Classifier())
 

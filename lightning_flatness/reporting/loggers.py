@@ -1,8 +1,7 @@
-"""What TensorBoard and Weights & Biases can show besides numbers; the only file that knows them."""
+"""Shows alerts in TensorBoard and Weights & Biases; the only file that knows their interfaces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,50 +12,34 @@ from lightning_flatness.rules.alert import Alert
 _TITLE_LENGTH = 63  # W&B asks for less than 64 characters
 
 
-class Sinks:
-    """A Trainer's loggers, each given what it can show.
+class LoggerAlerts:
+    """Shows alerts in the loggers of a Trainer.
 
-    A logger is known by what its `experiment` can do, so TensorBoard and W&B loggers of any make are served, and
-    others are left alone. Only the first process writes. A logger that fails is one warning; the training goes on.
+    A logger is recognised by the methods of its `experiment`, so every TensorBoard and W&B logger is supported; others
+    are ignored. Only the first process writes. A logger that fails causes one warning, and the training goes on.
 
     Example:
-        >>> Sinks().alert(trainer, alert, "Training stops.")  # doctest: +SKIP
+        >>> LoggerAlerts().show(trainer, alert, "Training stops.")  # doctest: +SKIP
     """
 
     def __init__(self) -> None:
         self._failed: set[str] = set()
 
-    def alert(self, trainer: Trainer, alert: Alert, done: str = "") -> None:
-        """Show an alert: on W&B as an alert of the run, in TensorBoard as a text and as a mark at the value.
+    def show(self, trainer: Trainer, alert: Alert, done: str = "") -> None:
+        """Show an alert in every logger that can: in W&B as an alert of the run, in TensorBoard as a text and a mark.
 
-        In TensorBoard both are called `alert/<key>` and stand at the step of the validation's logged metrics.
+        In TensorBoard both are called `alert/<key>`; they appear at the step of the metrics logged in this validation,
+        and the mark at the alert's value.
 
         Args:
-            trainer: The Trainer whose loggers are to show it.
-            alert: The alert.
-            done: One sentence on what was done about it.
+            trainer: the Trainer whose loggers are used.
+            alert: the alert.
+            done: one sentence on what was done about it.
         """
-        text = f"{alert.reason} {done}".strip()
-        tag, step = f"alert/{alert.key}", log_step(trainer)
-
-        def show(experiment: Any) -> None:
-            if hasattr(experiment, "add_text") and hasattr(experiment, "add_scalar"):
-                experiment.add_text(tag, text, step)
-                experiment.add_scalar(tag, alert.value, step)
-            elif hasattr(experiment, "alert") and hasattr(experiment, "define_metric"):
-                # W&B drops an alert whose title it has seen within `wait_duration` seconds; 0 means a minute.
-                title = f"{alert.key} at step {alert.step}"[:_TITLE_LENGTH]
-                experiment.alert(title=title, text=text, level="WARN", wait_duration=1)
-
-        self._each_experiment(trainer, show)
-
-    def _each_experiment(self, trainer: Trainer, show: Callable[[Any], None]) -> None:
-        if not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             name = type(logger).__name__
             try:
-                show(getattr(logger, "experiment", None))
+                _show(getattr(logger, "experiment", None), alert, f"{alert.reason} {done}".strip(), log_step(trainer))
             except Exception as error:
                 if name not in self._failed:
                     self._failed.add(name)
@@ -66,7 +49,19 @@ class Sinks:
 def log_step(trainer: Trainer) -> int:
     """Return the step at which Lightning writes what is logged now.
 
-    `trainer.global_step` is ahead of it by one in a validation, and counts each optimizer under manual optimisation.
+    During a validation `trainer.global_step` is one ahead of it, and under manual optimisation it counts the steps of
+    every optimizer.
     """
+    # A private attribute, as seen in Lightning 2.6.6.
     loop = getattr(trainer.fit_loop, "epoch_loop", None)
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _show(experiment: Any, alert: Alert, text: str, step: int) -> None:
+    if hasattr(experiment, "add_text") and hasattr(experiment, "add_scalar"):
+        experiment.add_text(f"alert/{alert.key}", text, step)
+        experiment.add_scalar(f"alert/{alert.key}", alert.value, step)
+    elif hasattr(experiment, "alert") and hasattr(experiment, "define_metric"):
+        # W&B drops an alert whose title it has seen within `wait_duration` seconds; 0 means a minute.
+        title = f"{alert.key} at step {alert.step}"[:_TITLE_LENGTH]
+        experiment.alert(title=title, text=text, level="WARN", wait_duration=1)

@@ -1,10 +1,51 @@
-"""An alert and what may be done about it. Standard library only."""
+"""An alert with its numbers, and the interface of what is done about it. Standard library only."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A condition that holds in one validation, with the numbers that show it.
+
+    Attributes:
+        key: the monitored key.
+        value: its value in this validation.
+        reference: what the value was compared with: the reference's value or the limit; NaN if the value is not finite.
+        condition: `"rise"`, `"above"`, `"below"`, `"shift_up"`, `"shift_down"` or `"nonfinite"`.
+        level: the reference of a rise: `"settled"`, `"best"`, `"ema"` or `"previous"`.
+        deviation: size of a shift in this validation, in units of the run's noise.
+        onset_step: global step of the earlier validation that this one is compared with; None if there is none.
+        before: the values of that validation by key: the monitored key and those that explain its changes.
+        after: the values of this validation by key.
+    """
+
+    key: str
+    value: float
+    reference: float
+    condition: str
+    level: str | None = None
+    deviation: float | None = None
+    onset_step: int | None = None
+    before: Mapping[str, float] = field(default_factory=dict, hash=False)
+    after: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def ratio(self) -> float | None:
+        """The value divided by its value at the onset; None unless both are positive."""
+        before = self.before.get(self.key, 0.0)
+        return self.value / before if before > 0 and self.value > 0 else None
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """The change of the logarithm since the onset by key, for the keys that are positive in both validations."""
+        both = {key: (before, self.after.get(key, 0.0)) for key, before in self.before.items()}
+        return {key: math.log(now / before) for key, (before, now) in both.items() if before > 0 and now > 0}
 
 
 @dataclass(frozen=True)
@@ -13,12 +54,15 @@ class Alert:
 
     Attributes:
         rule: the `Rule`, `AllOf` or `AnyOf` that fired.
-        key: of the value that broke the rule; the first of them where several did.
-        value: in this validation.
-        reference: what it was compared with: the reference's value, or the limit.
+        key: the key whose condition was violated; the first one if a joined rule has several.
+        value: its value in this validation.
+        reference: what the value was compared with: the reference's value or the limit.
         step: global step of this validation.
-        epoch: of this validation.
-        reason: why, in words: value, reference, ratio, since when, and what the change is made of.
+        epoch: epoch of this validation.
+        reason: the explanation in English: which value changed from what to what, since when, and why.
+        number: which alert of its rule this is; 1 for the first.
+        violations: the conditions that hold, with all their numbers; one unless the rule is a joined one. Empty for an
+            alert from a checkpoint of a version that did not store them.
     """
 
     rule: Any
@@ -28,28 +72,50 @@ class Alert:
     step: int
     epoch: int
     reason: str
+    number: int = 1
+    violations: tuple[Violation, ...] = ()
+
+    @property
+    def rule_name(self) -> str:
+        """The name of the rule, or a short description of it if it has none."""
+        return str(self.rule)
+
+    @property
+    def ratio(self) -> float | None:
+        """The value divided by its value at the onset; None if there is no onset or one of them is not positive."""
+        return self.violations[0].ratio if self.violations else None
+
+    @property
+    def onset_step(self) -> int | None:
+        """Global step of the earlier validation that this one is compared with; None if there is none."""
+        return self.violations[0].onset_step if self.violations else None
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """The change of the logarithm since the onset by key: the monitored key, the five factors and the others."""
+        return self.violations[0].changes if self.violations else {}
 
 
 class Action(ABC):
-    """What is done about an alert. A subclass of your own defines `act`.
+    """What is done about an alert. To write one, subclass it and define `act`.
 
-    Actions act only while `Trainer.fit` runs, and not in its sanity check. The decision to act must be the same
-    on every process, and every process must carry it out.
+    Actions act only during `Trainer.fit`, and not in its sanity check. Every process must come to the same decision
+    and carry it out.
     """
 
     def apply(self, alert: Alert, trainer: Any, pl_module: Any) -> str:
-        """Carry out the action where a training can be acted upon.
+        """Carry out the action if the Trainer is training.
 
         Args:
-            alert: Why it is carried out.
-            trainer: The Trainer that runs the training.
-            pl_module: The module that it trains.
+            alert: the alert that caused it.
+            trainer: the Trainer that runs the training.
+            pl_module: the module that it trains.
 
         Returns:
             One sentence that says what was done.
 
         Raises:
-            ValueError: If there is no Trainer to act on.
+            ValueError: if there is no Trainer to act on.
         """
         name = type(self).__name__
         if trainer is None:
@@ -63,4 +129,4 @@ class Action(ABC):
 
     @abstractmethod
     def act(self, alert: Alert, trainer: Any, pl_module: Any) -> str:
-        """Do it; called during training only. The arguments and the sentence returned are those of `apply`."""
+        """Act; called only during training. The arguments and the returned sentence are those of `apply`."""

@@ -1,64 +1,133 @@
-"""The conditions of a rule: each looks at one more validation and says whether it is broken. Standard library only."""
+"""The conditions of a rule with what each one remembers between validations. Standard library only."""
 
 from __future__ import annotations
 
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 from lightning_flatness.rules import detectors
+from lightning_flatness.rules.alert import Violation
 from lightning_flatness.rules.detectors import Observation
-from lightning_flatness.rules.explain import attribution, moved
-from lightning_flatness.rules.watch import Breach, State
-
-REFERENCES = {
-    "settled": "the settled level",
-    "best": "the lowest so far",
-    "ema": "the moving average",
-    "previous": "the value before",
-}
-"""The references of `risen`, and what they are called in a reason."""
+from lightning_flatness.rules.explain import context_keys
+from lightning_flatness.rules.rule import Rule
 
 
-def risen(state: State, now: Observation, key: str, rise: float, reference: str) -> Breach | None:
-    """Say whether the value is above the reference by more than the fraction `rise` of it."""
-    base, breach = state.reference, None
-    if base is not None and now[1][key] - base[1][key] > rise * abs(base[1][key]):
-        breach = _breach(key, base, now, f"against {REFERENCES[reference]}")
-    if reference == "best":
-        state.reference = min(base or now, now, key=lambda observation: observation[1][key])
-    elif reference == "ema":
-        state.reference = detectors.averaged(base, now)
-    elif reference == "previous":
-        state.reference = now
-    elif breach is None:  # a breach does not move the level that it broke
-        state.window[:] = [*state.window, now][-detectors.WINDOW :]
-        if base is not None or detectors.has_settled(state.window, key):
-            state.reference = detectors.typical(state.window, key)
-    return breach
+def condition_of(rule: Rule) -> Condition:
+    """Return the condition that a rule asks for, with an empty memory."""
+    if rule.condition == "rise":
+        return ExceedsReference(rule)
+    return PastLimit(rule) if rule.condition in ("above", "below") else Shift(rule)
 
 
-def past_limit(state: State, now: Observation, key: str, limit: float, above: bool) -> Breach | None:
-    """Say whether the value is past the limit; the reason compares it with the last value that was not."""
-    value, side = now[1][key], "above" if above else "below"
-    if value <= limit if above else value >= limit:
-        state.reference = now
-        return None
-    if state.reference is None:
-        return Breach(key, value, limit, f"{key} is {value:.4g}, {side} {limit:.4g} from the start")
-    return _breach(key, state.reference, now, f"{side} {limit:.4g}")._replace(reference=limit)
+@dataclass
+class Condition(ABC):
+    """The condition of one rule. Every field but the rule is memory, in plain Python types."""
+
+    rule: Rule
+
+    def check(self, values: Mapping[str, float], step: int, warming_up: bool) -> tuple[Violation, ...]:
+        """Return the violation if the condition holds in one more validation.
+
+        Args:
+            values: the values of the validation by key, the monitored one among them.
+            step: its global step.
+            warming_up: whether a finite value is to be ignored.
+        """
+        key = self.rule.monitor
+        value = float(values[key])
+        if not math.isfinite(value):
+            return (Violation(key, value, math.nan, "nonfinite"),)
+        if warming_up:
+            return ()
+        known = {each: float(values[each]) for each in (key, *context_keys(key)) if each in values}
+        violation = self._next((step, {each: number for each, number in known.items() if math.isfinite(number)}))
+        return () if violation is None else (violation,)
+
+    def restart(self) -> None:  # noqa: B027 - most conditions have nothing to forget
+        """Start over after an alert."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the memory."""
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name != "rule"})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved memory; entries of other conditions are ignored."""
+        vars(self).update(copy.deepcopy({name: state[name] for name in vars(self) if name != "rule"}))
+
+    @abstractmethod
+    def _next(self, now: Observation) -> Violation | None:
+        """Judge the next observation and remember it."""
+
+    def _violation(self, base: Observation, now: Observation, **numbers: Any) -> Violation:
+        (onset_step, before), (_, after), key = base, now, self.rule.monitor
+        numbers = {"reference": before[key], "onset_step": onset_step, "before": before, **numbers}
+        return Violation(key, after[key], condition=self.rule.condition, after=after, **numbers)
 
 
-def shifted(state: State, now: Observation, key: str, threshold: float, up: bool) -> Breach | None:
-    """Say whether the cumulative sum of the deviations from what was to be expected has reached the threshold."""
-    breach = None
-    if len(state.window) >= detectors.WINDOW:
-        deviation = detectors.deviation(state.window, now, key, up)
-        state.total = detectors.cumulated(state.total, deviation, threshold)
-        if state.total >= threshold:
-            base = detectors.typical(state.window[-detectors.WINDOW :], key)
-            breach = _breach(key, base, now, f"a lasting shift, {deviation:.2g} times the noise")
-    state.window[:] = [*state.window, now][-detectors.MEMORY :]
-    return breach
+@dataclass
+class ExceedsReference(Condition):
+    """The value exceeds the reference by more than a fraction of it."""
+
+    reference: Observation | None = None
+    window: list[Observation] = field(default_factory=list)  # of the settled level
+
+    def _next(self, now: Observation) -> Violation | None:
+        base, key, kind = self.reference, self.rule.monitor, self.rule.reference
+        violation = None
+        if base is not None and now[1][key] - base[1][key] > self.rule.limit * abs(base[1][key]):
+            violation = self._violation(base, now, level=kind)
+        if kind == "best":
+            self.reference = min(base or now, now, key=lambda observation: observation[1][key])
+        elif kind == "ema":
+            self.reference = detectors.averaged(base, now)
+        elif kind == "previous":
+            self.reference = now
+        elif violation is None:  # a violation does not move the level that it violates
+            self.window = [*self.window, now][-detectors.WINDOW :]
+            if base is not None or detectors.has_settled(self.window, key):
+                self.reference = detectors.typical(self.window, key)
+        return violation
 
 
-def _breach(key: str, base: Observation, now: Observation, why: str) -> Breach:
-    value, reference = now[1][key], base[1][key]
-    change = f"{moved(reference, value)} since step {base[0]} ({reference:.4g} -> {value:.4g}, {why})"
-    return Breach(key, value, reference, f"{key} {change}", attribution(key, base[1], now[1]))
+@dataclass
+class PastLimit(Condition):
+    """The value is above or below a limit; it is compared with the last value that was not."""
+
+    reference: Observation | None = None
+
+    def _next(self, now: Observation) -> Violation | None:
+        value, limit, condition = now[1][self.rule.monitor], self.rule.limit, self.rule.condition
+        if value <= limit if condition == "above" else value >= limit:
+            self.reference = now
+            return None
+        if self.reference is None:
+            return Violation(self.rule.monitor, value, limit, condition, after=now[1])
+        return self._violation(self.reference, now, reference=limit)
+
+
+@dataclass
+class Shift(Condition):
+    """The cumulative sum of the deviations from the expected value reaches the threshold."""
+
+    total: float = 0.0
+    window: list[Observation] = field(default_factory=list)
+
+    def restart(self) -> None:
+        """Wait for a full window at the new level."""
+        self.total = 0.0
+        self.window = []
+
+    def _next(self, now: Observation) -> Violation | None:
+        key, threshold, violation = self.rule.monitor, self.rule.limit, None
+        if len(self.window) >= detectors.WINDOW:
+            deviation = detectors.deviation(self.window, now, key, up=self.rule.condition == "shift_up")
+            self.total = detectors.cumulated(self.total, deviation, threshold)
+            if self.total >= threshold:
+                base = detectors.typical(self.window[-detectors.WINDOW :], key)
+                violation = self._violation(base, now, deviation=deviation)
+        self.window = [*self.window, now][-detectors.MEMORY :]
+        return violation

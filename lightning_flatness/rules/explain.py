@@ -1,106 +1,123 @@
-"""The sentence of an alert: what changed, and what the change is made of. Standard library only."""
+"""Turns the numbers of an alert into its English sentence; the only place that does. Standard library only."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-_CONFIDENCE = "flatness/confidence"
-FACTORS = (_CONFIDENCE, "flatness/head", "flatness/kernel", "flatness/features", "flatness/alignment")
-"""The keys whose product is `flatness/relative`."""
-_RELATIVE, _SCALE_FREE, _MARGIN = "flatness/relative", "flatness/scale_free", "margin/mean"
-_SCALED = ("flatness/trace", "flatness/head", "flatness/kernel", "flatness/features")  # move with the weights' scale
-_STILL = 0.1  # of the change to explain: what moved less than this stood still
+from lightning_flatness.keys import CONFIDENCE, FACTORS, MARGIN, RELATIVE, SCALE_FREE, TRACE, key_suffix
+from lightning_flatness.rules.alert import Violation
+
+_LEVELS = {
+    "settled": "the settled level",
+    "best": "the lowest value so far",
+    "ema": "the moving average",
+    "previous": "the previous value",
+}
+# These change with the scale of the weights alone.
+_SCALED = (TRACE, "flatness/head", "flatness/kernel", "flatness/features")
+_NEGLIGIBLE = 0.1  # of the change to be explained, both in log
 _NOTICEABLE = math.log(1.1)
 
 
 def context_keys(key: str) -> tuple[str, ...]:
-    """Return the keys that explain a change of `key`: those of the same loader and monitor.
+    """Return the keys of the same monitor and loader that explain a change of `key`.
 
     Example:
         >>> context_keys("margin/mean/train")[:2]
         ('flatness/relative/train', 'flatness/scale_free/train')
     """
-    suffix = _suffix(key)
-    return tuple(f"{name}{suffix}" for name in (_RELATIVE, _SCALE_FREE, _MARGIN, *FACTORS))
+    suffix = key_suffix(key)
+    return tuple(f"{name}{suffix}" for name in (RELATIVE, SCALE_FREE, MARGIN, *FACTORS))
 
 
-def moved(before: float, after: float) -> str:
-    """Say how a value moved: by its ratio where it has one.
-
-    Example:
-        >>> moved(2.0, 3.0), moved(4.0, -1.0)
-        ('rose x 1.5', 'fell')
-    """
-    verb = "rose" if after > before else "fell" if after < before else "stood still"
-    return f"{verb} {_times(after / before)}" if before > 0 and after > 0 else verb
-
-
-def attribution(key: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Say what a change of `key` is made of: the five factors of relative flatness, the margin, and what it only is.
-
-    `flatness/relative` is exactly the product of the factors, so its change is the product of theirs. Keys that
-    are missing, or not positive where a ratio is needed, are left out.
+def reason(violations: Sequence[Violation]) -> str:
+    """Return why a rule fires, in English.
 
     Args:
-        key: the monitored key; its suffix selects the others.
-        before: values by key at the reference.
-        after: values by key now.
-
-    Returns:
-        What completes the sentence "... rose x 2.3 since step 400", up to its full stop.
+        violations: the conditions that hold; the first one is explained by the factors and the margin.
 
     Example:
-        >>> attribution("flatness/trace", {"margin/mean": 4.1}, {"margin/mean": 3.2})
-        ': margin/mean fell 4.1 -> 3.2.'
+        >>> reason([Violation("flatness/trace", 8.0, 5.0, "above")])
+        'flatness/trace is 8, above the limit of 5 from the start.'
     """
-    suffix = _suffix(key)
-    name = key.removesuffix(suffix)
-    change = _log_ratios(before, after, suffix)
-    parts = []
-    if all(factor in change for factor in FACTORS):
-        product = math.exp(sum(change[factor] for factor in FACTORS))
-        whole = "" if name == _RELATIVE else f"{_RELATIVE} {_times(product)} = "
-        ordered = sorted(FACTORS, key=lambda factor: -abs(change[factor]))
-        parts.append(whole + ", ".join(f"{each.split('/')[1]} {_times(math.exp(change[each]))}" for each in ordered))
-    margin = f"{_MARGIN}{suffix}"
-    if margin != key and margin in before and margin in after:
-        verb = moved(before[margin], after[margin]).split(" x ")[0]
-        parts.append(f"{_MARGIN} {verb} {before[margin]:.2g} -> {after[margin]:.2g}")
-    return (": " + "; ".join(parts) if parts else "") + "." + _only(name, change)
+    statements = ", and ".join(map(_statement, violations))
+    return " ".join([f"{statements}.", *explanation(violations)])
 
 
-def _only(name: str, change: Mapping[str, float]) -> str:
-    """Say so if the change is nothing but scale or confidence: the classifier itself did not change."""
-    own = change.get(name, 0.0)
+def explanation(violations: Sequence[Violation]) -> list[str]:
+    """Return what the first change is made of: sentences on the factors, on the margin and on what did not change.
 
-    def still(other: str) -> bool:
-        return other in change and abs(change[other]) <= _STILL * abs(own)
+    `flatness/relative` is exactly the product of its five factors, so its change is the product of theirs. Keys that
+    are missing, or not positive where a ratio is needed, are left out.
+
+    Example:
+        >>> before, after = {"margin/mean": 4.1}, {"margin/mean": 3.2}
+        >>> explanation([Violation("flatness/trace", 9.0, 4.0, "rise", before=before, after=after)])
+        ['The mean margin fell from 4.1 to 3.2.']
+    """
+    first, *others = violations
+    suffix = key_suffix(first.key)
+    changes = {key.removesuffix(suffix): change for key, change in first.changes.items() if key.endswith(suffix)}
+    since = f" since step {first.onset_step}" if others else ""  # each of them has an onset of its own
+    sentences = []
+    if all(factor in changes for factor in FACTORS):
+        ordered = sorted(FACTORS, key=lambda factor: -abs(changes[factor]))
+        *most, last = (f"{_title(factor)} {_ratio(math.exp(changes[factor]))}" for factor in ordered)
+        product = f"{_ratio(math.exp(sum(changes[factor] for factor in FACTORS)))}{since}"
+        product_of = f"the product of {', '.join(most)} and {last}"
+        sentences.append(f"Relative flatness changed by a factor of {product}, {product_of}.")
+    margin = f"{MARGIN}{suffix}"
+    if margin not in [each.key for each in violations] and margin in first.before and margin in first.after:
+        sentences.append(f"{_change('The mean margin', first.before[margin], first.after[margin], digits=2)}{since}.")
+    return sentences + _unchanged(first.key.removesuffix(suffix), changes)
+
+
+def _statement(violation: Violation) -> str:
+    key, value = violation.key, violation.value
+    if violation.condition == "nonfinite":
+        return f"{key} is {value}: not finite"
+    limit = f"{violation.condition} the limit of {violation.reference:.4g}"
+    if violation.onset_step is None:
+        return f"{key} is {value:.4g}, {limit} from the start"
+    if violation.deviation is not None:
+        why = f"a lasting shift, {violation.deviation:.2g} times the noise"
+    elif violation.level is not None:
+        level = _LEVELS[violation.level]
+        why = f"compared with {level}" if violation.ratio is None else f"{_ratio(violation.ratio)} times {level}"
+    else:
+        why = limit
+    return f"{_change(key, violation.before[key], value, digits=4)} since step {violation.onset_step} ({why})"
+
+
+def _unchanged(name: str, changes: Mapping[str, float]) -> list[str]:
+    """Say so if nothing but a scale or the uncertainty changed: the classifier itself is then still the same."""
+    own = changes.get(name, 0.0)
+
+    def stayed(other: str) -> bool:
+        return other in changes and abs(changes[other]) <= _NEGLIGIBLE * abs(own)
 
     if abs(own) < _NOTICEABLE:
-        return ""
-    if name in _SCALED and still(_RELATIVE):
-        return " Only the scale of the weights changed: flatness/relative stood still."
-    if name == _RELATIVE and still(_SCALE_FREE):
-        return " Only the scale of the logits changed: flatness/scale_free stood still."
-    if name in (_RELATIVE, "flatness/trace") and abs(own - change.get(_CONFIDENCE, 0.0)) <= _STILL * abs(own):
-        return " It is only confidence: everything else together stood still."
-    return ""
+        return []
+    if name in _SCALED and stayed(RELATIVE):
+        return ["Only the scale of the weights changed: relative flatness stayed nearly the same."]
+    if name == RELATIVE and stayed(SCALE_FREE):
+        return ["Only the scale of the logits changed: scale-free flatness stayed nearly the same."]
+    if name in (RELATIVE, TRACE) and abs(own - changes.get(CONFIDENCE, 0.0)) <= _NEGLIGIBLE * abs(own):
+        less = "less" if own > 0 else "more"
+        return [f"The network only became {less} sure: everything else together stayed nearly the same."]
+    return []
 
 
-def _log_ratios(before: Mapping[str, float], after: Mapping[str, float], suffix: str) -> dict[str, float]:
-    shared = (key for key in before if key.endswith(suffix) and key in after)
-    return {
-        key.removesuffix(suffix): math.log(after[key] / before[key])
-        for key in shared
-        if before[key] > 0 and after[key] > 0
-    }
+def _change(what: str, before: float, after: float, digits: int) -> str:
+    if before == after:
+        return f"{what} stayed at {after:.{digits}g}"
+    return f"{what} {'rose' if after > before else 'fell'} from {before:.{digits}g} to {after:.{digits}g}"
 
 
-def _times(ratio: float) -> str:
-    return f"x {ratio:.1f}" if 0.995 <= ratio < 9.95 else f"x {ratio:.2g}"
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}" if ratio >= 0.995 else f"{ratio:.2g}"
 
 
-def _suffix(key: str) -> str:
-    """Return what follows the quantity in a key: the monitor's name and Lightning's loader index."""
-    return "".join(f"/{part}" for part in key.split("/")[2:])
+def _title(factor: str) -> str:
+    return "uncertainty" if factor == CONFIDENCE else factor.split("/")[1]

@@ -4,68 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_flatness.keys import CONFIDENCE, SCALE_FREE
 from lightning_flatness.rules.alert import Action
-from lightning_flatness.rules.joined import AllOf
-from lightning_flatness.rules.rule import Rule
+from lightning_flatness.rules.rule import AllOf, Rule
 
 
 def label_noise(action: Action | Sequence[Action] | None = None, suffix: str = "") -> AllOf:
-    """Return the rule for labels that have become wrong in the middle of a training.
+    """Return the rule for labels that turn wrong in the middle of training.
 
-    The predictions become unsure, and the same confidence now takes a sharper minimum: `flatness/confidence` and
-    `flatness/scale_free` shift up together. After a learning rate that is too large scale-free flatness falls.
+    The network becomes less sure, and its minimum becomes sharper at equal scale of the logits: `flatness/confidence`
+    and `flatness/scale_free` shift up together. When the learning rate is too high, scale-free flatness falls instead.
 
     Args:
-        action: what to do; None: nothing but to record the alert.
-        suffix: of the keys, as in `"/train"` for a monitor with `name="train"`.
+        action: what to do; None: only record the alert.
+        suffix: how the keys end: `"/train"` for a monitor with `name="train"`.
     """
     return AllOf(
-        [Rule(f"flatness/confidence{suffix}", shift_up=8.0), Rule(f"flatness/scale_free{suffix}", shift_up=8.0)],
+        [Rule(f"{CONFIDENCE}{suffix}", shift_up=8.0), Rule(f"{SCALE_FREE}{suffix}", shift_up=8.0)],
         action=action,
+        name="label_noise",
     )
 
 
 def divergence(action: Action | Sequence[Action] | None = None, suffix: str = "") -> Rule:
-    """Return the rule for a training that has been thrown out of what it had learned, as by a learning rate too large.
+    """Return the rule for a training that loses what it had learned, for instance when the learning rate is too high.
 
-    The features shrink within an epoch or two and stay small, whatever the margins do later: `flatness/features` shifts
-    down. Labels that have become wrong do the same; then `label_noise` fires beside it.
+    The features shrink within one or two epochs and stay small, even after the margins have recovered:
+    `flatness/features` shifts down. Labels that turn wrong have the same effect; `label_noise` then fires as well.
 
     Args:
-        action: what to do; None: nothing but to record the alert.
-        suffix: of the keys.
+        action: what to do; None: only record the alert.
+        suffix: how the keys end.
     """
-    return Rule(f"flatness/features{suffix}", shift_down=10.0, action=action)
+    return Rule(f"flatness/features{suffix}", shift_down=10.0, action=action, name="divergence")
 
 
 def memorisation(action: Action | Sequence[Action] | None = None, suffix: str = "") -> AllOf:
-    """Return the rule for a network that learns its training labels by heart.
+    """Return the rule for a network that memorises wrong training labels.
 
-    `flatness/scale_free` goes on rising, by 30 % and more above where it had settled, and the predictions are still
-    unsure: `flatness/confidence` is above 0.4, in three validations in a row. In a healthy training they are sure by
-    then.
+    `flatness/scale_free` is at least 30 % above its settled level while the network is still unsure
+    (`flatness/confidence` above 0.4), in three consecutive validations. A healthy training has become sure by then.
 
     Args:
-        action: what to do; None: nothing but to record the alert.
-        suffix: of the keys.
+        action: what to do; None: only record the alert.
+        suffix: how the keys end.
     """
     return AllOf(
-        [Rule(f"flatness/scale_free{suffix}", rise=0.3), Rule(f"flatness/confidence{suffix}", above=0.4)],
+        [Rule(f"{SCALE_FREE}{suffix}", rise=0.3), Rule(f"{CONFIDENCE}{suffix}", above=0.4)],
         patience=3,
         cooldown=10,
         action=action,
+        name="memorisation",
     )
 
 
 def default(action: Action | Sequence[Action] | None = None, suffix: str = "") -> tuple[Rule | AllOf, ...]:
-    """Return all ready-made rules, new objects in each call.
+    """Return all built-in rules.
 
     Args:
-        action: what each of them does; None: nothing but to record the alert.
-        suffix: of the keys.
+        action: what each of them does; None: only record the alert.
+        suffix: how the keys end.
 
     Example:
-        >>> [rule.keys[0] for rule in default(suffix="/train")]
-        ['flatness/confidence/train', 'flatness/features/train', 'flatness/scale_free/train']
+        >>> [str(rule) for rule in default()]
+        ['label_noise', 'divergence', 'memorisation']
     """
     return label_noise(action, suffix), divergence(action, suffix), memorisation(action, suffix)

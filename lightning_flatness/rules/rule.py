@@ -1,64 +1,65 @@
-"""Rules: when a monitored value calls for action. Standard library only; the acting is in `actions`."""
+"""Rules as pure configuration: what to watch, when to fire, what to do. What a rule remembers is in its `RuleTracker`.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from lightning_flatness.rules import conditions
+from lightning_flatness.keys import RELATIVE
 from lightning_flatness.rules.alert import Action
-from lightning_flatness.rules.explain import context_keys
-from lightning_flatness.rules.watch import Breach, State, Watch
 
-_CONDITIONS = ("rise", "above", "below", "shift_up", "shift_down")
+CONDITIONS = ("rise", "above", "below", "shift_up", "shift_down")
+"""A rule has exactly one of these."""
+_CHOICES = {"reference": ("settled", "best", "ema", "previous"), "on_nonfinite": ("alert", "ignore")}
 
 
 @dataclass(frozen=True)
-class Rule(Watch):
+class Rule:
     """A condition on one monitored value, and what to do when it holds.
 
-    Exactly one of `rise`, `above`, `below`, `shift_up` and `shift_down` is given. Directions are given, never
-    guessed from a key's name. With `patience=1` and `warmup=0` the first breach fires.
+    Exactly one of `rise`, `above`, `below`, `shift_up` and `shift_down` must be given. The direction is part of the
+    condition and never guessed from the name of the key. With `patience=1` and `warmup=0` the rule fires the first time
+    that the condition holds.
 
-    `shift_up` and `shift_down` look for a lasting change: a cumulative sum (CUSUM) of how far the log of the value (the
-    value itself where it is not positive) is from its median in a trailing window of 8 validations, in units of the
-    run's own noise. A steady trend is no shift, and no single validation is one. They begin when the window is full,
-    and anew after each alert.
-
-    The rule remembers what it saw: give each monitor its own rule objects (`dataclasses.replace(rule)` copies the
-    rule without its memory).
+    `shift_up` and `shift_down` detect lasting changes. They accumulate (CUSUM) the deviations of the logarithm of the
+    value from its median over the last 8 validations, in units of the run's own noise; where a value is not
+    positive, the values are used instead of their logarithms. Neither a steady trend nor a single outlier is a shift.
+    Detection begins once 8 validations have been seen, and starts over after each alert.
 
     Args:
-        monitor: key of the value.
-        rise: fires above the reference by more than this fraction of it; 0.5: more than half as much again.
-        above: fires above this value.
-        below: fires below this value.
-        shift_up: fires when the value has shifted up by this many standard deviations of its noise, cumulated.
-        shift_down: the same, downwards.
-        reference: of `rise`. `"settled"`: the median of the last 8 values that were no breach, once the growth at the
-            start of every training is over; `"best"`: the lowest so far; `"ema"`: an exponential moving average (0.9);
-            `"previous"`: the value before.
-        patience: validations in a row in which the condition must hold.
-        warmup: validations at the start that are left out altogether, of the reference too.
-        cooldown: validations after an alert in which the rule does not fire.
-        action: what to do: one action of `actions`, or a list that escalates from alert to alert; None: nothing but
-            to record the alert.
-        on_nonfinite: `"alert"`: a NaN or infinite value fires at once, in the warm-up too; `"ignore"`: it is passed
-            over.
+        monitor: the key to watch.
+        rise: fires when the value exceeds the reference by more than this fraction of it; 0.5 means 50 % above it.
+        above: fires when the value is above this limit.
+        below: fires when the value is below this limit.
+        shift_up: fires when the value has shifted up; the threshold is a sum of deviations in units of noise.
+        shift_down: the same for a shift down.
+        reference: what `rise` compares with. `"settled"`: the median of the last 8 values that did not violate the
+            rule, available once the rapid change at the start of training is over; `"best"`: the lowest value so
+            far; `"ema"`: an exponential moving average (0.9); `"previous"`: the previous value.
+        patience: number of consecutive validations in which the condition must hold.
+        warmup: number of validations at the start that are ignored entirely; they do not set the reference either.
+        cooldown: number of validations after an alert in which the rule does not fire.
+        action: what to do: an action, or a list of actions that escalates from alert to alert; None: only record the
+            alert.
+        on_nonfinite: `"alert"`: a NaN or infinite value fires at once, even during the warm-up; `"ignore"`: it is
+            skipped.
+        name: a name for the rule, used in reports; None: a description is made from the condition.
 
     Raises:
-        ValueError: if there is not exactly one condition, or a value is not what it must be.
+        ValueError: if not exactly one condition is given, or a value is invalid.
 
     Example:
-        >>> rule = Rule("flatness/relative", rise=0.5, reference="previous")
-        >>> rule.observe({"flatness/relative": 2.0}, step=100)
-        >>> rule.observe({"flatness/relative": 4.6}, step=200).reason
-        'flatness/relative rose x 2.3 since step 100 (2 -> 4.6, against the value before).'
+        >>> rule = Rule("flatness/scale_free", rise=0.5, patience=3)
+        >>> print(rule)
+        flatness/scale_free rise 0.5
     """
 
-    monitor: str = "flatness/relative"
+    monitor: str = RELATIVE
     rise: float | None = None
     above: float | None = None
     below: float | None = None
@@ -70,56 +71,126 @@ class Rule(Watch):
     cooldown: int = 0
     action: Action | Sequence[Action] | None = None
     on_nonfinite: Literal["alert", "ignore"] = "alert"
-    _state: State = field(default_factory=State, init=False, repr=False, compare=False)
+    name: str | None = None
 
     def __post_init__(self) -> None:
-        """Check what was given, in one sentence where it is wrong."""
-        given = [name for name in _CONDITIONS if getattr(self, name) is not None]
+        """Validate the arguments."""
+        given = [name for name in CONDITIONS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"A rule must have exactly one of {', '.join(_CONDITIONS)}; got {' and '.join(given) or 'none'}."
+                f"A rule must have exactly one of {', '.join(CONDITIONS)}; got {' and '.join(given) or 'none'}."
             )
-        (name,) = given
-        limit = getattr(self, name)
-        if not math.isfinite(limit) or (limit <= 0 and name not in ("above", "below")):
-            raise ValueError(f"`{name}` must be {'finite' if name in ('above', 'below') else 'above 0'}; got {limit}.")
-        for option, choices in (("reference", tuple(conditions.REFERENCES)), ("on_nonfinite", ("alert", "ignore"))):
+        signed = self.condition in ("above", "below")
+        if not math.isfinite(self.limit) or (self.limit <= 0 and not signed):
+            raise ValueError(f"`{self.condition}` must be {'finite' if signed else 'above 0'}; got {self.limit}.")
+        for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
                 raise ValueError(f"`{option}` must be one of {', '.join(choices)}; got {getattr(self, option)!r}.")
-        self.check()
+        _check_options(self)
+
+    def __str__(self) -> str:
+        return self.name or f"{self.monitor} {self.condition} {self.limit:g}"
+
+    @property
+    def condition(self) -> str:
+        """Name of the condition that the rule has."""
+        return next(name for name in CONDITIONS if getattr(self, name) is not None)
+
+    @property
+    def limit(self) -> float:
+        """The number given with the condition."""
+        return getattr(self, self.condition)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The key that the rule reads."""
         return (self.monitor,)
 
-    def sees(self, values: Mapping[str, float]) -> bool:
-        """Return whether the value is there, and is not one to pass over."""
+    def applies_to(self, values: Mapping[str, float]) -> bool:
+        """Return whether the values contain the monitored one, and it is not to be skipped."""
         value = values.get(self.monitor)
         return value is not None and (self.on_nonfinite == "alert" or math.isfinite(value))
 
-    def restart(self) -> None:
-        """Start over after an alert: a shift begins with a new window."""
-        super().restart()
-        if self._condition in ("shift_up", "shift_down"):
-            self._state.total = 0.0
-            self._state.window.clear()
 
-    def _judge(self, values: Mapping[str, float], step: int, warming_up: bool) -> Breach | None:
-        value = float(values[self.monitor])
-        if not math.isfinite(value):
-            return Breach(self.monitor, value, math.nan, f"{self.monitor} is {value}: not finite", urgent=True)
-        if warming_up:
-            return None
-        known = {key: float(values[key]) for key in (self.monitor, *context_keys(self.monitor)) if key in values}
-        now = (step, {key: number for key, number in known.items() if math.isfinite(number)})
-        limit = getattr(self, self._condition)
-        if self._condition == "rise":
-            return conditions.risen(self._state, now, self.monitor, limit, self.reference)
-        if self._condition in ("above", "below"):
-            return conditions.past_limit(self._state, now, self.monitor, limit, above=self._condition == "above")
-        return conditions.shifted(self._state, now, self.monitor, limit, up=self._condition == "shift_up")
+@dataclass(frozen=True)
+class JoinedRule:
+    """Several conditions that share one action: `AllOf` or `AnyOf`.
+
+    Each condition keeps its own patience and warm-up; those given here apply to the joined condition.
+    """
+
+    rules: Sequence[Rule]
+    patience: int = 1
+    warmup: int = 0
+    cooldown: int = 0
+    action: Action | Sequence[Action] | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if len(self.rules) < 2:
+            raise ValueError(f"`rules` must hold at least two rules to join; got {len(self.rules)}.")
+        for rule in self.rules:
+            if rule.action is not None or rule.cooldown:
+                raise ValueError(
+                    f"A joined rule must have neither `action` nor `cooldown`; the one on {rule.monitor} has. "
+                    f"Give them to {type(self).__name__}."
+                )
+        object.__setattr__(self, "rules", tuple(self.rules))
+        _check_options(self)
+
+    def __str__(self) -> str:
+        return self.name or f"{type(self).__name__}({', '.join(map(str, self.rules))})"
 
     @property
-    def _condition(self) -> str:
-        return next(name for name in _CONDITIONS if getattr(self, name) is not None)
+    def keys(self) -> tuple[str, ...]:
+        """The keys that the conditions read."""
+        return tuple(dict.fromkeys(rule.monitor for rule in self.rules))
+
+    def applies_to(self, values: Mapping[str, float]) -> bool:
+        """Return whether at least one of the conditions can be checked."""
+        return any(rule.applies_to(values) for rule in self.rules)
+
+
+class AllOf(JoinedRule):
+    """Fires when all of several conditions hold in the same validation.
+
+    Args:
+        rules: the conditions: rules without `action` and `cooldown`.
+        patience: number of consecutive validations in which all of them must hold.
+        warmup: number of validations at the start in which the joined rule does not fire.
+        cooldown: number of validations after an alert in which it does not fire.
+        action: what to do, as for `Rule`.
+        name: a name for the rule, used in reports; None: a description is made from the conditions.
+
+    Raises:
+        ValueError: if fewer than two rules are given, or one of them has an action or a cooldown.
+
+    Example:
+        >>> print(AllOf([Rule("flatness/relative", above=100.0), Rule("margin/mean", below=1.0)]))
+        AllOf(flatness/relative above 100, margin/mean below 1)
+    """
+
+
+class AnyOf(JoinedRule):
+    """Fires when at least one of several conditions holds.
+
+    The arguments are those of `AllOf`.
+
+    Example:
+        >>> print(AnyOf([Rule("flatness/relative", above=100.0), Rule("margin/mean", below=1.0)], name="trouble"))
+        trouble
+    """
+
+
+AnyRule = Rule | JoinedRule
+"""What can be tracked: a `Rule`, `AllOf` or `AnyOf`."""
+
+
+def _check_options(rule: AnyRule) -> None:
+    for name, least in (("patience", 1), ("warmup", 0), ("cooldown", 0)):
+        value = getattr(rule, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` must be a whole number of validations, at least {least}; got {value!r}.")
+    if isinstance(rule.action, list | tuple) and not rule.action:
+        raise ValueError("`action` must be one action or a list of at least one; got an empty list.")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from lightning_flatness.actions.training import Notify, ReduceLR, StopTraining, escalation
 from lightning_flatness.rules.alert import Action, Alert
 
-ALERT = Alert("rule", "flatness/relative", 2.3, 1.0, 8, 1, "flatness/relative rose x 2.3.")
+ALERT = Alert("rule", "flatness/relative", 2.3, 1.0, 8, 1, "flatness/relative rose from 1 to 2.3.")
 BATCHES = 4
 
 

@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch.utils.data import DataLoader
 from wandb_files import records
 
-from lightning_flatness.reporting.loggers import Sinks, log_step
+from lightning_flatness.reporting.loggers import LoggerAlerts, log_step
 from lightning_flatness.rules.alert import Alert
 
-KEY, REASON, DONE = "flatness/relative", "flatness/relative rose x 2.3 since step 4.", "Training stops."
+KEY, REASON, DONE = "flatness/relative", "flatness/relative rose from 1 to 2.3 since step 4.", "Training stops."
 
 
 class Line(LightningModule):
@@ -41,7 +41,7 @@ class Line(LightningModule):
 
 class AlertAlways(Callback):
     def __init__(self) -> None:
-        self.sinks, self.steps = Sinks(), []
+        self.loggers, self.steps = LoggerAlerts(), []
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log(KEY, 2.0 + trainer.current_epoch)
@@ -50,7 +50,7 @@ class AlertAlways(Callback):
         value = 2.0 + trainer.current_epoch
         alert = Alert("rule", KEY, value, 1.0, trainer.global_step, trainer.current_epoch, REASON)
         self.steps.append(log_step(trainer))
-        self.sinks.alert(trainer, alert, DONE)
+        self.loggers.show(trainer, alert, DONE)
 
 
 def fitted(*loggers: Logger) -> Trainer:
@@ -117,7 +117,7 @@ ALERT = Alert("rule", "flatness/relative/" + "x" * 60, math.nan, 1.0, 8, 1, REAS
 
 def test_loggers_are_known_by_what_they_can_do() -> None:
     board, run, other = Experiment("add_text", "add_scalar"), Experiment("alert", "define_metric"), Experiment("alert")
-    Sinks().alert(trainer_of(board, run, other, None), ALERT)
+    LoggerAlerts().show(trainer_of(board, run, other, None), ALERT)
     assert [call[0] for call in board.calls] == ["add_text", "add_scalar"]
     assert board.calls[0][1:] == ((f"alert/{ALERT.key}", REASON, 7), {})
     assert [len(call[2]["title"]) for call in run.calls] == [63]
@@ -127,7 +127,7 @@ def test_loggers_are_known_by_what_they_can_do() -> None:
 
 def test_only_the_first_process_touches_a_logger() -> None:
     board = Experiment("add_text", "add_scalar")
-    Sinks().alert(trainer_of(board, is_global_zero=False), ALERT)
+    LoggerAlerts().show(trainer_of(board, is_global_zero=False), ALERT)
     assert not board.calls
 
 
@@ -153,5 +153,5 @@ def test_a_failing_logger_is_one_warning_and_the_others_go_on() -> None:
     assert len([each for each in caught if "could not show" in str(each.message)]) == 1
     assert trainer.global_step == 4
     with pytest.warns(UserWarning, match="could not show"):
-        Sinks().alert(trainer_of(FullDisk(".").experiment, board), ALERT)
+        LoggerAlerts().show(trainer_of(FullDisk(".").experiment, board), ALERT)
     assert len(board.calls) == 2

@@ -5,13 +5,14 @@ import random
 
 import pytest
 
-from lightning_flatness.rules import Rule
+from lightning_flatness.rules import Rule, RuleTracker
 
 GROWTH = [0.2, 2.0, 20.0, 90.0, 200.0, 400.0, 500.0, 560.0, 590.0, 600.0]  # as every healthy training begins
 
 
 def firings(rule: Rule, values: list[float]) -> list[int]:
-    return [step for step, value in enumerate(values) if rule.observe(value, step=step)]
+    tracker = RuleTracker(rule)
+    return [step for step, value in enumerate(values) if tracker.observe(value, step=step)]
 
 
 def noisy(level: float, sigma: float, count: int, seed: int = 0) -> list[float]:
@@ -40,9 +41,9 @@ def test_rise(reference: str, values: list[float], expected: list[int]) -> None:
 
 
 def test_settled_comes_after_the_growth_and_names_a_real_validation() -> None:
-    rule = Rule("k", rise=0.5)
+    tracker = RuleTracker(Rule("k", rise=0.5))
     values = [*GROWTH, 610.0, 592.0, 605.0, 601.0, 1500.0]
-    (alert,) = [alert for step, value in enumerate(values) if (alert := rule.observe(value, step=10 * step))]
+    (alert,) = [alert for step, value in enumerate(values) if (alert := tracker.observe(value, step=10 * step))]
     assert (alert.value, alert.step) == (1500.0, 140)
     assert f"since step {10 * values.index(alert.reference)} " in alert.reason
     assert "the settled level" in alert.reason

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import importlib
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from lightning_flatness import rules
+from lightning_flatness.rules import AllOf, Rule, RuleTracker
+
+
+def firings(rule: Rule | AllOf, curves: list[dict[str, float]]) -> list[int]:
+    tracker = RuleTracker(rule)
+    return [step for step, values in enumerate(curves) if tracker.observe(values, step=step)]
+
+
+def training(disturbance: str, seed: int) -> list[dict[str, float]]:
+    """Curves with the shapes of real ones: growth of three orders of magnitude, then a level with noise."""
+    numbers, curves = random.Random(seed), []
+    for epoch in range(40):
+        noise = {key: math.exp(numbers.gauss(0, 0.05)) for key in ("confidence", "scale_free", "relative", "features")}
+        learned, late = 1 - math.exp(-epoch / 4), epoch >= 25
+        unsure = disturbance == "memorisation" or (disturbance == "label_noise" and late)
+        thrown = disturbance == "divergence" and late
+        growing = math.exp(0.05 * epoch) if disturbance == "memorisation" else 2.5 if unsure else 1.0
+        curves.append(
+            {
+                "flatness/relative": (0.2 + 200 * learned**3) * growing * noise["relative"],
+                "flatness/scale_free": (30 + 20 * learned) * growing * noise["scale_free"],
+                "flatness/confidence": (0.5 if unsure else 0.9 - 0.82 * learned) * noise["confidence"],
+                "flatness/features": 300 * learned * noise["features"] * (0.4 if thrown else 1),
+            }
+        )
+    return curves
+
+
+@pytest.mark.parametrize("suffix", ["", "/train"])
+@pytest.mark.parametrize("disturbance", ["healthy", "label_noise", "divergence", "memorisation"])
+def test_each_built_in_rule_fires_in_its_own_case(disturbance: str, suffix: str) -> None:
+    for seed in range(10):
+        curves = [{f"{key}{suffix}": v for key, v in values.items()} for values in training(disturbance, seed)]
+        fired = {}
+        for make in (rules.label_noise, rules.divergence, rules.memorisation):
+            rule = make(action="stop", suffix=suffix)
+            assert rule.action == "stop"
+            assert str(rule) == make.__name__
+            fired[make.__name__] = firings(rule, curves)
+        for name, steps in fired.items():
+            if name == disturbance:
+                assert steps
+                assert name == "memorisation" or steps[0] in (25, 26, 27)
+            elif (name, disturbance) != ("memorisation", "label_noise"):  # wrong labels are then memorised
+                assert not steps, (name, seed)
+
+
+@pytest.mark.slow
+def test_the_published_results_are_what_these_rules_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    judge = importlib.import_module("judge")
+    results = judge.results()
+    assert judge.lines(results) == judge.OUTPUT.read_text(encoding="utf-8")
+    assert judge.table(results) in (root / "docs" / "rules.md").read_text(encoding="utf-8")
