@@ -1,4 +1,4 @@
-"""Every loss that is offered, against torch's own loss differentiated twice."""
+"""Every supported loss against torch's own loss, differentiated twice; checks of the targets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def labels() -> Tensor:
 @dataclass(frozen=True)
 class Case:
     given: str | nn.Module
-    torchs: Callable[[Tensor, Tensor], Tensor]  # one sample's loss of logits (1, c) and target (1, ...)
+    reference: Callable[[Tensor, Tensor], Tensor]  # the loss of one sample, of logits (1, c) and target (1, ...)
     target: Callable[[], Tensor]
 
 
@@ -69,7 +69,7 @@ CASES = {
 
 def derivatives(case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient (n, c) and Hessian (n, c, c) of each sample's loss in its logits."""
-    losses = [lambda phi, y=y: case.torchs(phi[None], y[None]) for y in target]
+    losses = [lambda phi, y=y: case.reference(phi[None], y[None]) for y in target]
     gradients = [torch.func.grad(loss)(phi) for loss, phi in zip(losses, logits, strict=True)]
     return torch.stack(gradients), torch.stack(
         [torch.func.hessian(loss)(phi) for loss, phi in zip(losses, logits, strict=True)]
@@ -77,14 +77,14 @@ def derivatives(case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_torchs_own_loss(case: Case) -> None:
+def test_equals_the_loss_of_torch(case: Case) -> None:
     loss, target = as_loss(case.given), case.target()
     logits = 2 * torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
     head, values = torch.randn(CLASSES, 3, dtype=torch.float64), torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
     square = torch.randn(SAMPLES, 3, 3, dtype=torch.float64)
-    metric = HadamardGram(torch.ones(3, 3).double(), square, square)
-    slope, curvature = derivatives(case, logits, target)
-    kappa = loss.relative_flatness(logits[..., None], head, metric, target)[:, 0]
+    gram = HadamardGram(torch.ones(3, 3).double(), square, square)
+    gradient, curvature = derivatives(case, logits, target)
+    kappa = loss.relative_flatness(logits[..., None], head, gram, target)[:, 0]
     pulled_back = head.mT @ curvature @ head
     pairs = {
         "trace": (loss.curvature_trace(logits, target), torch.einsum("ncc->n", curvature)),
@@ -93,7 +93,7 @@ def test_equals_torchs_own_loss(case: Case) -> None:
             pulled_back.diagonal(dim1=1, dim2=2),
         ),
         "contraction": (kappa, (pulled_back * (square @ square.mT)).sum((1, 2))),
-        "slope": (loss.logit_gradient_product(logits[..., None], values, target)[:, 0], (slope * values).sum(1)),
+        "gradient": (loss.logit_gradient_product(logits[..., None], values, target)[:, 0], (gradient * values).sum(1)),
     }
     for value, expected in pairs.values():
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
@@ -102,7 +102,7 @@ def test_equals_torchs_own_loss(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("name", "target"), [("cross_entropy", classes), ("bce_with_logits", labels)])
-def test_slope_and_margins_of_confident_samples_keep_their_precision(name: str, target: Callable[[], Tensor]) -> None:
+def test_gradient_and_bound_of_confident_samples_keep_their_precision(name: str, target: Callable[[], Tensor]) -> None:
     loss: Loss = as_loss(name)
     y = target()
     sign = 2 * (F.one_hot(y, CLASSES).double() if y.dim() == 1 else y) - 1
@@ -168,7 +168,7 @@ def test_missing_targets_are_named(given: str | nn.Module) -> None:
 
 SOFT = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
 INDICES = torch.tensor([1, 0])
-# Loss, targets, number of logits, what comes out.
+# Loss, targets, number of logits, expected result.
 GOOD: dict[str, tuple[Any, Any, int, Any]] = {
     "indices": ("cross_entropy", INDICES, 2, INDICES),
     "small integers": ("cross_entropy", INDICES.to(torch.uint8), 2, INDICES),
@@ -214,5 +214,5 @@ def test_bad_targets_are_named(loss: Any, target: Any, classes: int, message: st
         checked_targets(target, 2, classes, as_loss(loss))
 
 
-def test_values_are_not_looked_at_where_that_would_wait_for_the_device() -> None:
-    assert checked_targets(INDICES + 5, 2, 2, as_loss("cross_entropy"), look=False).tolist() == [6, 5]
+def test_values_are_not_checked_on_request() -> None:
+    assert checked_targets(INDICES + 5, 2, 2, as_loss("cross_entropy"), check_values=False).tolist() == [6, 5]
