@@ -65,7 +65,7 @@ def test_the_example_trains_and_comes_back_from_its_own_config(capsys: pytest.Ca
 
 
 def test_the_page_shows_the_example() -> None:
-    assert EXAMPLE.read_text() in (DOCS / "cli.md").read_text()
+    assert EXAMPLE.read_text() in (DOCS / "how-to" / "cli.md").read_text()
 
 
 def command_line(*arguments: str) -> LightningCLI:

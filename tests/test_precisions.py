@@ -1,4 +1,4 @@
-"""How exact the values are in each precision of the Trainer; the bounds are those of docs/robustness.md."""
+"""How exact the values are in each precision of the Trainer; the bounds are those of docs/reference/robustness.md."""
 
 from __future__ import annotations
 
@@ -143,6 +143,6 @@ def test_bounds(
 
 
 def test_the_page_states_these_bounds() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "robustness.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "robustness.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w-]+)` \| ([\d.e-]+) \|[^|]*\| ([\d.e-]+) \|", page, re.MULTILINE)
     assert {name: Bounds(float(first), float(second)) for name, first, second in rows} == BOUNDS

@@ -1,7 +1,7 @@
 """Measures every architecture of the zoo against the reference, and compares the outcome with the documented one.
 
-python zoo/run.py [NAME ...]     these, or all, against docs/zoo.md; a difference fails
-python zoo/run.py --write        all, and writes the table into docs/zoo.md
+python zoo/run.py [NAME ...]     these, or all, against docs/reference/zoo.md; a difference fails
+python zoo/run.py --write        all, and writes the table into docs/reference/zoo.md
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_flatness import UnsupportedTailError, measure
 
-PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "zoo.md"
 MARK = "<!-- table -->\n"
 HEADING = ("library", "architecture", "convolution or reason", "float64", "float32", "float32 logits")
 SAMPLES, WORKERS = 2, 2
@@ -128,7 +128,7 @@ def main() -> int:
     """Return 0 if no number is wrong and every outcome is the documented one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", nargs="*", help="architectures to measure (default: all)")
-    parser.add_argument("--write", action="store_true", help="write the outcomes into docs/zoo.md instead")
+    parser.add_argument("--write", action="store_true", help="write the outcomes into docs/reference/zoo.md instead")
     options = parser.parse_args()
     chosen = [each for each in ARCHITECTURES if not options.name or each.name in options.name]
     rows = []
@@ -144,7 +144,7 @@ def main() -> int:
         for row in rows:
             library, name, *_ = row.architecture
             if known.get((library, name), "").split(":")[0] != row.outcome.split(":")[0]:
-                faults.append(f"{library} {name}: {row.outcome}; docs/zoo.md has: {known.get((library, name))}")
+                faults.append(f"{library} {name}: {row.outcome}; the page has: {known.get((library, name))}")
     print(summary(rows), *faults, sep="\n")
     return bool(faults)
 
