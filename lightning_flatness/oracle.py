@@ -1,11 +1,11 @@
-"""The same numbers from their definitions, with the full Hessian in memory: slow, obvious, independent.
+r"""The same numbers from their definitions, with the full Hessian in memory: slow, obvious and independent.
 
-Nothing here knows about tails, patches or curvature of the softmax, and nothing is shared with the fast path:
-`torch.func` differentiates the loss of one sample twice with respect to one weight, and the definitions are
-applied to what comes out. Meant for tiny networks in float64, in tests and in the documentation. A Hessian
-has (K D)^2 entries per sample, K output channels with D weights each.
+Nothing here uses the closed form or any other module of the package. `torch.func` differentiates the loss of one sample
+twice with respect to one weight, and the definitions are applied to the result. The oracle is meant for tiny networks
+in float64, in tests and in the documentation: a Hessian has \((K D)^2\) entries per sample, with \(K\) output channels
+and \(D\) weights per output channel.
 
-Lower is flatter for every quantity here.
+All functions take the same arguments, which `layer_hessian` describes. Lower is flatter for every quantity here.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ def layer_hessian(
     y: Tensor,
     loss: Loss = nn.functional.cross_entropy,
 ) -> Tensor:
-    """Full Hessian of every sample's own loss with respect to the weight of one layer.
+    r"""Return the full Hessian of each sample's loss with respect to the weight of one layer.
 
-    H[n, k, i, l, j] = d2 loss(model(x_n), y_n) / d W_ki d W_lj, with the model in eval mode. The Hessian of
-    the mean loss of a batch is the mean over n. The model is left as it was: modes, gradients, buffers and
-    torch's random state.
+    $$H_{n,kd,k'd'} = \frac{\partial^2 \ell_n}{\partial W_{kd}\, \partial W_{k'd'}}$$
+
+    with the loss \(\ell_n\) of sample \(n\), the model in eval mode, and the weight \(W\) of the layer. The Hessian of
+    the mean loss is the mean over n. The call leaves the modes, gradients and buffers of the model and the random state
+    of torch as they were.
 
     Args:
-        model: Network whose output is the logits (1, C) of a batch of one, or a mapping with the key
-            `"logits"`, an object with that attribute, or a tuple or list that starts with them.
-        layer: Dotted name of the layer, as in `model.named_modules()`.
-        x: Inputs (n, ...).
-        y: Targets (n, ...), as `loss` takes them.
-        loss: Maps the logits (1, C) and the target (1, ...) of one sample to a scalar.
+        model: network that maps a batch of one sample to its logits, shape (1, c). It may also return a mapping with
+            the key `"logits"`, an object with the attribute `logits`, or a tuple or list that starts with them.
+        layer: name of the layer, as in `model.named_modules()`.
+        x: inputs, shape (n, ...).
+        y: targets, shape (n, ...), as the loss takes them.
+        loss: maps the logits (1, c) and the target (1, ...) of one sample to a scalar.
 
     Returns:
-        Hessians (n, K, D, K, D): K output channels, D weights per output channel in the order of
-        `weight.flatten(1)`.
+        Hessians, shape (n, k, d, k, d); loss per squared weight. The weights d of an output channel k have the order
+        of `weight.flatten(1)`.
 
     Raises:
-        ValueError: `layer` does not name a layer with a weight matrix or kernel of its own.
+        ValueError: if `layer` does not name a layer with a weight matrix or kernel of its own.
 
     Example:
         >>> import torch
@@ -78,22 +80,14 @@ def hessian_trace(
     y: Tensor,
     loss: Loss = nn.functional.cross_entropy,
 ) -> Tensor:
-    """Trace of every sample's layer Hessian.
+    r"""Return the trace of the layer's Hessian of each sample.
 
-    Tr H = sum_{k, i} H[k, i, k, i].
+    $$\operatorname{Tr} H = \sum_{k,d} H_{kd,kd}$$
 
-    Args:
-        model: Network, as for `layer_hessian`.
-        layer: Dotted name of the layer.
-        x: Inputs (n, ...).
-        y: Targets (n, ...).
-        loss: Maps logits and target of one sample to a scalar.
+    with the Hessian \(H\), the arguments and the errors of `layer_hessian`.
 
     Returns:
-        Traces (n,).
-
-    Raises:
-        ValueError: `layer` does not name a layer with a weight of its own.
+        Traces, shape (n,); loss per squared weight.
 
     Example:
         >>> import torch
@@ -113,23 +107,17 @@ def relative_flatness(
     y: Tensor,
     loss: Loss = nn.functional.cross_entropy,
 ) -> Tensor:
-    """Relative flatness of every sample, from its definition.
+    r"""Return the relative flatness of the layer for each sample.
 
-    kappa = sum_{k, l} <W_k, W_l> Tr H_kl, where H_kl is the (D, D) block of the Hessian between the weights
-    of output channels k and l. Source: Petzka et al., "Relative flatness and generalization", NeurIPS 2021.
+    $$\kappa = \sum_{k,k'} \langle W_k, W_{k'} \rangle \operatorname{Tr} H_{kk'}$$
 
-    Args:
-        model: Network, as for `layer_hessian`.
-        layer: Dotted name of the layer.
-        x: Inputs (n, ...).
-        y: Targets (n, ...).
-        loss: Maps logits and target of one sample to a scalar.
+    with the weights \(W_k\) of output channel \(k\), the block \(H_{kk'}\) of the Hessian between two output channels,
+    and the arguments and the errors of `layer_hessian`.
+
+    Source: Petzka et al., "Relative flatness and generalization", NeurIPS 2021, arXiv 2001.00939.
 
     Returns:
-        Relative flatness (n,).
-
-    Raises:
-        ValueError: `layer` does not name a layer with a weight of its own.
+        Relative flatness, shape (n,); unit of the loss.
 
     Example:
         >>> import torch
@@ -145,28 +133,28 @@ def relative_flatness(
 
 
 def _hessian(function: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """Hessian (K, D, K, D) of a scalar function of the weight (K, D)."""
+    """Return the Hessian, shape (k, d, k, d), of a scalar function of the weight, shape (k, d)."""
     try:
         hessian: Tensor = torch.func.hessian(function)(weight)
-    except RuntimeError:  # torch.func.hessian is forward-over-reverse: a few operators have no formula for it
+    except RuntimeError:  # forward-over-reverse; a few operators have no forward-mode formula
         hessian = torch.func.jacrev(torch.func.jacrev(function))(weight)
     return hessian
 
 
 def _weight(model: nn.Module, layer: str) -> Tensor:
-    """The weight of the named layer, detached."""
+    """Return the weight of the named layer, detached."""
     weights = {name: module._parameters.get("weight") for name, module in model.named_modules()}
     matrices = {name: weight for name, weight in weights.items() if weight is not None and weight.ndim > 1}
     if layer not in matrices:
         raise ValueError(
-            f"`layer` must name a layer with a weight matrix or kernel: got {layer!r}. Choose one of {list(matrices)}."
+            f"`layer` must name a layer with a weight matrix or kernel; got {layer!r}. Choose one of {list(matrices)}."
         )
     weight: Tensor = matrices[layer].detach()
     return weight
 
 
 def _logits(output: Any) -> Tensor:
-    """The logits in what the model returned."""
+    """Return the logits from the output of the model."""
     if isinstance(output, Mapping):
         output = output["logits"]
     elif not isinstance(output, Tensor):
@@ -177,7 +165,7 @@ def _logits(output: Any) -> Tensor:
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode and torch's random state as before afterwards."""
+    """Run in eval mode, and restore the mode of every module and the random state of torch afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.random.fork_rng():

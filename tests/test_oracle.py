@@ -1,4 +1,4 @@
-"""The oracle against Hessians written by hand and against torch.autograd."""
+"""The oracle against Hessians derived by hand and against torch.autograd."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_softmax_regression_by_hand(data: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.ReLU(inplace=True)], ids=str)
 def test_same_as_autograd(activation: nn.Module, data: tuple[Tensor, Tensor]) -> None:
-    """The mean over the samples is the Hessian of the mean loss, as torch.autograd.functional has it."""
+    """The mean over the samples is the Hessian of the mean loss, computed by torch.autograd.functional."""
     model, (x, y) = network(activation).eval(), data
 
     def mean_loss(weight: Tensor) -> Tensor:
