@@ -1,4 +1,4 @@
-"""What an alert can do to a training: stop it, cut the learning rate, notify somebody."""
+"""Actions: what an alert does to a training: stop it, cut the learning rate, call a function."""
 
 from lightning_flatness.actions.learning_rate import cut_learning_rate, learning_rates
 from lightning_flatness.actions.training import Notify, ReduceLR, StopTraining, escalation

@@ -1,4 +1,4 @@
-"""Cutting a learning rate so that its scheduler, now and after a resume, goes on from the cut."""
+"""Cuts a learning rate in such a way that its scheduler continues from the cut, even after a resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 
-# What schedulers keep in the parameter groups: OneCycleLR its three levels, SWALR its last one.
+# What schedulers store in the parameter groups: OneCycleLR its three levels, SWALR its final one.
 _GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
@@ -28,26 +28,26 @@ def cut_learning_rate(
     min_lr: float = 0.0,
     scale_floors: bool = True,
 ) -> None:
-    r"""Multiply an optimizer's learning rates, and all that its schedulers compute from, by a factor.
+    r"""Multiply an optimizer's learning rates, and everything that its schedulers compute them from, by a factor.
 
-    With \(\eta_t\) the schedule as it would have gone on, every later learning rate is \(f \eta_t\). A scheduler
-    computes the next learning rate from the last one, from `base_lrs`, from what it keeps in the parameter groups
-    or from limits of its own; all of them are scaled, so nothing brings the old level back. These values are part
-    of the optimizer's and the scheduler's `state_dict`, so the cut survives a resume and is not to be repeated.
+    If \(\eta_t\) is the schedule without the cut, every later learning rate is \(f \eta_t\). A scheduler computes the
+    next learning rate from the last one, from `base_lrs`, from values stored in the parameter groups or from limits of
+    its own. All of these are scaled, so nothing restores the old level. They are part of the `state_dict` of the
+    optimizer and the scheduler, so the cut survives a resume and must not be repeated.
 
-    `eta_min` of the cosine schedulers and `min_lr` of `ReduceLROnPlateau` are floors. Kept, they stay what they
-    are: a cosine then runs from \(f\) times its base down to the old floor, a plateau's later values are
-    \(\max(f \eta_t, \text{floor})\).
+    `eta_min` of the cosine schedulers and `min_lr` of `ReduceLROnPlateau` are floors. With `scale_floors=False` they
+    keep their values: a cosine then runs from \(f\) times its base down to the old floor, and the later values of a
+    plateau scheduler are \(\max(f \eta_t, \text{floor})\).
 
-    A tensor learning rate is changed in place, as captured graphs need it.
+    A tensor learning rate is changed in place, because a captured graph reads it there.
 
     Args:
-        optimizer: The optimizer; one scheduler or many may drive it, or none.
-        schedulers: Its schedulers; those inside a `SequentialLR` or `ChainedScheduler` are found.
-        factor: What the learning rates are multiplied by, between 0 and 1.
-        min_lr: No group is cut below it: a group that would be gets the larger factor that ends there, a group
-            that is there already keeps its schedule. What a schedule does by itself later is not limited.
-        scale_floors: Whether floors are scaled too.
+        optimizer: the optimizer, driven by any number of schedulers or none.
+        schedulers: its schedulers; those inside a `SequentialLR` or `ChainedScheduler` are found.
+        factor: what the learning rates are multiplied by, between 0 and 1.
+        min_lr: no cut goes below it. A parameter group that would fall below it gets the larger factor that ends there;
+            a group that is already at or below it keeps its schedule. Later values of the schedule are not limited.
+        scale_floors: whether floors are scaled too.
 
     Example:
         >>> import torch
@@ -62,9 +62,9 @@ def cut_learning_rate(
     for group, f in zip(optimizer.param_groups, cut.factors, strict=True):
         _set_learning_rate(group, group["lr"] * f)
         group.update({key: group[key] * f for key in _GROUP_KEYS if key in group})
-    nested = [inner for scheduler in schedulers for inner in _nested(scheduler)]
-    active = {id(inner) for scheduler in schedulers for inner in _active(scheduler)}
-    for scheduler in nested:
+    members = [member for scheduler in schedulers for member in _members(scheduler)]
+    active = {id(member) for scheduler in schedulers for member in _members(scheduler, only_active=True)}
+    for scheduler in members:
         groups = optimizer.param_groups if id(scheduler) in active else []
         if isinstance(scheduler, ReduceLROnPlateau):
             _cut_plateau(scheduler, groups, cut)
@@ -74,19 +74,20 @@ def cut_learning_rate(
             scheduler.base_lrs = cut.scaled(scheduler.base_lrs)
         if hasattr(scheduler, "max_lrs"):
             scheduler.max_lrs = cut.scaled(scheduler.max_lrs)
-    for scheduler in nested:
-        scheduler._last_lr = [_copy(group["lr"]) for group in optimizer.param_groups]
+    for scheduler in members:  # what `get_last_lr` returns; private in torch 2.13
+        rates = [group["lr"] for group in optimizer.param_groups]
+        scheduler._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 def warn_if_lost(optimizer: Optimizer, before: Sequence[float]) -> None:
-    """Warn, once, if the first change of a cut learning rate brings the old level back.
+    """Warn, once, if the first change of a cut learning rate restores the old level.
 
-    For learning rates that are set by a scheduler of unknown make, or by hand: what they are computed from is
-    not known, so the cut may be overwritten. Looks before each optimizer step until the first change.
+    This is for learning rates that are set by hand or by an unknown scheduler: what they are computed from is not
+    known, so the cut may be overwritten. The learning rates are checked before each optimizer step until they change.
 
     Args:
-        optimizer: The optimizer, its learning rates just cut.
-        before: The learning rates before the cut.
+        optimizer: the optimizer; its learning rates have just been cut.
+        before: the learning rates before the cut.
     """
     after = learning_rates(optimizer)
     watching = True
@@ -99,8 +100,8 @@ def warn_if_lost(optimizer: Optimizer, before: Sequence[float]) -> None:
         lost = [(a, b, c) for a, b, c in zip(before, after, now, strict=False) if b < a and c > math.sqrt(a * b)]
         if lost:
             rank_zero_warn(
-                "A cut of the learning rate must reach what computes it: cut from {:.4g} to {:.4g}, it was set to "
-                "{:.4g} in the next change. Let the code or the scheduler that sets it start from "
+                "A cut of the learning rate must reach whatever computes it: cut from {:.4g} to {:.4g}, it was set to "
+                "{:.4g} in the next change. Let the code or the scheduler that sets it compute from "
                 '`group["lr"]`, `group["initial_lr"]` or `scheduler.base_lrs`.'.format(*lost[0]),
                 category=UserWarning,
             )
@@ -109,12 +110,12 @@ def warn_if_lost(optimizer: Optimizer, before: Sequence[float]) -> None:
 
 
 def is_known(scheduler: LRScheduler) -> bool:
-    """Whether all that a scheduler computes from is scaled by `cut_learning_rate`: it is one of torch's own."""
-    return all(type(inner).__module__.startswith("torch.optim.") for inner in _nested(scheduler))
+    """Return whether a scheduler is one of torch's own: `cut_learning_rate` scales all that those compute from."""
+    return all(type(member).__module__.startswith("torch.optim.") for member in _members(scheduler))
 
 
 class _Cut(NamedTuple):
-    """The learning rates before the cut, the factor of each group, and whether floors fall too."""
+    """The learning rates before the cut, the factor of each parameter group, and whether floors are scaled too."""
 
     before: list[float]
     factors: list[float]
@@ -122,11 +123,11 @@ class _Cut(NamedTuple):
 
     @property
     def floor_factor(self) -> float:
-        """Factor of a floor that all groups share: no deeper than the group that is cut least."""
+        """The factor of a floor that all groups share: that of the group that is cut least."""
         return max(self.factors) if self.scale_floors else 1.0
 
     def scaled(self, values: list[Any]) -> list[Any]:
-        """Values of each group, scaled; groups may have been added since the scheduler was made."""
+        """Return one scaled value per group; groups may have been added since the scheduler was created."""
         return [value * f for value, f in zip(values, self.factors, strict=False)]
 
 
@@ -136,25 +137,18 @@ def _group_factor(lr: float, factor: float, min_lr: float) -> float:
     return min_lr / lr if lr > min_lr else 1.0
 
 
-def _nested(scheduler: LRScheduler) -> Iterator[LRScheduler]:
-    """Yield a scheduler and those inside it."""
+def _members(scheduler: LRScheduler, only_active: bool = False) -> Iterator[LRScheduler]:
+    """Yield a scheduler and those inside it: all of them, or those that set the learning rate at present."""
     yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _nested(inner)
-
-
-def _active(scheduler: LRScheduler) -> Iterator[LRScheduler]:
-    """Yield a scheduler and those inside it that set the learning rate at present."""
-    yield scheduler
-    inner = getattr(scheduler, "_schedulers", ())
-    if isinstance(scheduler, SequentialLR):
+    inner = getattr(scheduler, "_schedulers", ())  # this and `_milestones` are private in torch 2.13
+    if only_active and isinstance(scheduler, SequentialLR):
         inner = [inner[bisect_right(scheduler._milestones, scheduler.last_epoch)]]
     for each in inner:
-        yield from _active(each)
+        yield from _members(each, only_active)
 
 
 def _cut_plateau(scheduler: ReduceLROnPlateau, groups: list[dict[str, Any]], cut: _Cut) -> None:
-    """Scale a plateau's floors and the smallest change it makes; a group stays at or above its floor."""
+    """Scale the floors of a plateau scheduler and its smallest change; no group falls below its floor."""
     if cut.scale_floors:
         scheduler.min_lrs = cut.scaled(scheduler.min_lrs)
     if scheduler.default_min_lr is not None:
@@ -165,14 +159,14 @@ def _cut_plateau(scheduler: ReduceLROnPlateau, groups: list[dict[str, Any]], cut
 
 
 def _cut_cosine(scheduler: Any, groups: list[dict[str, Any]], cut: _Cut) -> None:
-    """Scale a cosine's two ends; the learning rate keeps its place between them, so the curve stays a cosine."""
+    """Scale both ends of a cosine. The learning rate keeps its relative position, so the curve stays a cosine."""
     old_floor, old_bases = scheduler.eta_min, scheduler.base_lrs
     floor = scheduler.eta_min = old_floor * cut.floor_factor
     bases = [max(new, min(old, floor)) for new, old in zip(cut.scaled(old_bases), old_bases, strict=False)]
     scheduler.base_lrs = bases
     for group, lr, f, base, old_base in zip(groups, cut.before, cut.factors, bases, old_bases, strict=False):
         if floor == old_floor * f and base == old_base * f:
-            continue  # both ends fell alike, and the learning rate with them
+            continue  # both ends were scaled like the learning rate
         if old_base == old_floor:
             _set_learning_rate(group, max(group["lr"], min(lr, floor)))
         else:
@@ -184,7 +178,3 @@ def _set_learning_rate(group: dict[str, Any], value: float | Tensor) -> None:
         group["lr"].fill_(float(value))
     else:
         group["lr"] = float(value)
-
-
-def _copy(value: float | Tensor) -> float | Tensor:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""What an alert can set off: stop the training, cut the learning rate, tell somebody."""
+"""What an alert can do: stop the training, cut the learning rate, call a function."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_flatness.rules.alert import Action, Alert
 
 
 class StopTraining(Action):
-    """Stops the training at the first point where Lightning may stop: `min_epochs` and `min_steps` are kept.
+    """Stops the training as soon as Lightning permits: `min_epochs` and `min_steps` are respected.
 
-    After a validation in the middle of an epoch it stops there. A stop is never taken back.
+    After a validation in the middle of an epoch, the training stops there. A stop is never revoked.
 
     Attributes:
-        reason: Why the training was stopped; None as long as it was not.
+        reason: why the training was stopped; None as long as it was not.
 
     Example:
         >>> StopTraining().reason is None
@@ -40,22 +40,22 @@ class StopTraining(Action):
 
 
 class ReduceLR(Action):
-    r"""Multiplies the learning rates of all optimizers by a factor, and their schedules from there on.
+    r"""Multiplies the learning rates of all optimizers, and the rest of their schedules, by a factor.
 
-    With \(\eta_t\) the schedule as it would have gone on, every later learning rate is \(f \eta_t\), with every
-    scheduler of torch, inside a `SequentialLR` or `ChainedScheduler` too, and after a resume. A scheduler of
-    another make may bring the old level back; one warning says so. Cuts multiply, with each other and with those
-    of a `ReduceLROnPlateau`: give the rule a `cooldown`.
+    If \(\eta_t\) is the schedule without the cut, every later learning rate is \(f \eta_t\). This holds for every
+    scheduler of torch, also inside a `SequentialLR` or `ChainedScheduler`, and after a resume. Other schedulers may
+    restore the old level; one warning then says so. Cuts multiply with each other and with those of a
+    `ReduceLROnPlateau`, so give the rule a `cooldown`.
 
     Args:
-        factor: What the learning rates are multiplied by; between 0 and 1.
-        min_lr: A cut ends here, in each parameter group: a learning rate that is there already is left alone.
-            What the schedule does by itself later is not limited.
-        scale_floors: Whether `eta_min` of the cosine schedulers and `min_lr` of `ReduceLROnPlateau` are cut too;
+        factor: what the learning rates are multiplied by; between 0 and 1.
+        min_lr: no cut goes below it, in each parameter group; a learning rate that is already there or lower is left
+            alone. Later values of the schedule are not limited.
+        scale_floors: whether `eta_min` of the cosine schedulers and `min_lr` of `ReduceLROnPlateau` are cut too;
             False keeps them: a cosine then runs from \(f\) times its base down to its old floor.
 
     Raises:
-        ValueError: If `factor` is not between 0 and 1, or `min_lr` is negative.
+        ValueError: if `factor` is not between 0 and 1, or `min_lr` is negative.
 
     Example:
         >>> ReduceLR(factor=0.5, min_lr=1e-6)
@@ -85,22 +85,22 @@ class ReduceLR(Action):
             if not schedulers or not all(map(is_known, schedulers)):
                 warn_if_lost(optimizer, before)
             changes += [
-                f"{old:.4g} -> {new:.4g}"
+                f"from {old:.4g} to {new:.4g}"
                 for old, new in zip(before, learning_rates(optimizer), strict=True)
                 if new < old
             ]
         if not changes:
             return f"Learning rate left as it is: it cannot be cut (min_lr={self.min_lr})."
-        return f"Learning rate cut: {', '.join(dict.fromkeys(changes))}."
+        return f"Learning rate cut {' and '.join(dict.fromkeys(changes))}."
 
 
 class Notify(Action):
     """Calls a function with the alert, on the first process only.
 
-    An exception in the function is one warning; the training goes on.
+    If the function raises, one warning says so, and the training goes on.
 
     Args:
-        function: Called with the `Alert`; in YAML its import path, as in `my_package.send_mail`.
+        function: called with the `Alert`; in YAML its import path, such as `my_package.send_mail`.
 
     Example:
         >>> alerts = []
@@ -125,20 +125,20 @@ class Notify(Action):
             self.function(alert)
         except Exception as error:
             if not self._failed:
-                rank_zero_warn(f"Notify could not tell about an alert: {name} raised {error!r}.", category=UserWarning)
+                rank_zero_warn(f"Notify could not report an alert: {name} raised {error!r}.", category=UserWarning)
             self._failed = True
             return f"Not notified: {name} failed."
         return f"Notified: {name}."
 
 
 def escalation(actions: Action | Sequence[Action] | None, number: int) -> Action | None:
-    """Return the action for a rule's alert of this number, 1 for its first.
+    """Return the action for one alert of a rule.
 
-    The first alert sets off the first action of a list, the second the second, all further ones the last.
+    From a list, the first alert gets the first action, the second alert the second, and every further alert the last.
 
     Args:
-        actions: One action, a list of them in the order of escalation, or None.
-        number: Which alert of its rule it is.
+        actions: one action, a list of them in the order of escalation, or None.
+        number: which alert of its rule it is; 1 for the first.
 
     Example:
         >>> cut, stop = ReduceLR(), StopTraining()

@@ -1,4 +1,4 @@
-"""Reference levels and change detection for a monitored value: standard library only, no state of their own."""
+"""Reference levels and change detection for a series of values: pure functions. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from itertools import pairwise
 from statistics import median, median_low
 
 Observation = tuple[int, dict[str, float]]
-"""The step of a validation and the values by key that were finite in it."""
+"""The global step of a validation, and its finite values by key."""
 
 WINDOW = 8
-"""Validations in the trailing window whose median is the level that a value is compared with."""
+"""Number of validations in the trailing window whose median is the level that a value is compared with."""
 MEMORY = 16
-"""Validations from which the noise is estimated; it begins with those of the window."""
-_SETTLED = 0.5  # a window has settled when its second half is not further than this from its first half
+"""The noise is estimated from at most this many validations; the first estimate needs those of the window."""
+_SETTLED = 0.5  # the medians of the two halves of a window may differ by this fraction of the first one
 _DECAY = 0.9  # of the exponential moving average
-_NOISE_FLOOR = 0.05  # in log: at the end of a decaying schedule nothing moves, and anything would be a change
-_DRIFT = 0.5  # in units of noise: what each validation must exceed to count
-_LONGEST_STRIDE = 0.5  # of the threshold: no single validation reaches it
+_NOISE_FLOOR = 0.05  # in log; at the end of a decaying schedule nothing moves, and any change would look large
+_DRIFT = 0.5  # in units of noise; only what exceeds it is accumulated
+_LONGEST_STRIDE = 0.5  # of the threshold, so that no single validation can reach it
 
 
 def has_settled(window: Sequence[Observation], key: str) -> bool:
-    """Return whether the growth that starts every training is over.
+    """Return whether the rapid change at the start of training is over.
 
-    It is when the window is full and the medians of its halves differ by at most half of the first one.
+    It is over when the window is full and the medians of its halves differ by at most half of the first one.
     """
     values = [observation[1][key] for observation in window]
     before, after = values[: WINDOW // 2], values[WINDOW // 2 :]
@@ -32,30 +32,31 @@ def has_settled(window: Sequence[Observation], key: str) -> bool:
 
 
 def typical(window: Sequence[Observation], key: str) -> Observation:
-    """Return the observation whose value is the (low) median of the window: a real one, so that it has a step."""
+    """Return the observation whose value is the (low) median of the window; a real one has a step and all its keys."""
     middle = median_low(values[key] for _, values in window)
     return next(observation for observation in reversed(window) if observation[1][key] == middle)
 
 
 def averaged(average: Observation | None, now: Observation) -> Observation:
-    """Return the exponential moving average (0.9) after one more observation, with the step of the newest.
+    """Return the exponential moving average (0.9) after one more observation; its step is that of the newest one.
 
-    Geometric where values are positive: the average of a product is then the product of its factors' averages.
+    The mean is geometric where the values are positive. The average of a product is then the product of the averages of
+    its factors.
     """
     before = now[1] if average is None else average[1]
     return now[0], {key: _mixed(before.get(key, value), value) for key, value in now[1].items()}
 
 
 def noise(values: Sequence[float], floor: float) -> float:
-    """Return the standard deviation of a series around its trend, robustly.
+    r"""Return a robust estimate of the standard deviation of a series around its trend.
 
-    From the differences `d` between neighbours, whose median takes the trend out: the two-thirds quantile of
-    `|d - median d|` over `0.967 sqrt(2)`, which is what it is for normal noise of standard deviation 1. A third of the
-    differences may be jumps.
+    With \(d\) the differences between neighbours and \(\tilde d\) their median, which removes the trend, it is the
+    two-thirds quantile of \(|d - \tilde d|\), divided by \(0.967 \sqrt 2\): its value for normal noise with standard
+    deviation 1. Up to a third of the differences may be jumps.
 
     Args:
-        values: at least two, in order.
-        floor: the least that is returned.
+        values: at least two values, in order.
+        floor: lower bound of the result.
 
     Example:
         >>> noise([1.0, 2.0, 3.0, 4.0], floor=0.1)
@@ -68,17 +69,17 @@ def noise(values: Sequence[float], floor: float) -> float:
 
 
 def deviation(memory: Sequence[Observation], now: Observation, key: str, up: bool) -> float:
-    """Return how far a value is above (or below) where the memory leads one to expect it, in units of its noise.
+    """Return by how many units of noise a value deviates from the expected one.
 
-    Expected is the median of the window. Where the run has a trend in the watched direction, it is carried on from the
-    middle of the window to now: steady growth is no deviation. In logs, or in the values themselves if one of them
-    is not positive, as a margin can be.
+    The expected value is the median of the window. A trend in the watched direction is extrapolated from the middle of
+    the window to now, so steady growth is no deviation. All of this is computed on logarithms, or on the values
+    themselves if one of them is not positive, which can happen to a margin.
 
     Args:
-        memory: at least a window of observations, oldest first.
-        now: the newest observation, not in the memory.
-        key: of the value.
-        up: whether a deviation upwards is positive; False: downwards.
+        memory: at least one window of observations, oldest first.
+        now: the newest observation; not part of the memory.
+        key: the monitored key.
+        up: True counts deviations upwards as positive, False those downwards.
     """
     values = [observation[1][key] for observation in (*memory, now)]
     if logarithmic := min(values) > 0:
@@ -91,10 +92,10 @@ def deviation(memory: Sequence[Observation], now: Observation, key: str, up: boo
 
 
 def cumulated(total: float, deviation: float, threshold: float) -> float:
-    """Return the cumulative sum (CUSUM) after one more deviation in the watched direction.
+    r"""Return the cumulative sum (CUSUM) after one more deviation in the watched direction.
 
-    `S' = max(0, S + z - 0.5)`; a deviation `z` counts at most half of the threshold, so that a single outlier
-    does not reach it, and the sum stops at the threshold, so that it falls as soon as the deviation ends.
+    \(S' = \max(0, S + z - 0.5)\) for a deviation \(z\). One deviation adds at most half of the threshold, so a single
+    outlier cannot reach it. The sum stops at the threshold, so it falls as soon as the deviation ends.
 
     Source: Page, "Continuous inspection schemes", Biometrika 1954.
     """

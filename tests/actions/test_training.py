@@ -138,7 +138,7 @@ def test_the_trainer_goes_on_from_the_cut(model: str) -> None:
     got, act = rates({1: ReduceLR(0.5), 3: ReduceLR(0.1)})
     cuts = torch.tensor([1.0] * 4 + [0.5] * 4 + [0.05] * 12, dtype=torch.float64)
     torch.testing.assert_close(got, untouched * cuts[:, None])
-    assert all(said.startswith("Learning rate cut: ") and " -> " in said for said in act.said)
+    assert all(said.startswith("Learning rate cut from ") and " to " in said for said in act.said)
 
 
 @pytest.mark.parametrize("schedule", ["one cycle", "cosine floor", "warm", "plateau"])
@@ -172,8 +172,8 @@ def test_min_lr_is_said() -> None:
     act = Act({0: ReduceLR(0.5, min_lr=0.015), 1: ReduceLR(0.01, min_lr=0.015), 2: ReduceLR(0.5, min_lr=0.015)})
     fitted(Line(), act)
     assert act.said == [
-        "Learning rate cut: 0.1 -> 0.05, 0.02 -> 0.015.",
-        "Learning rate cut: 0.05 -> 0.015.",
+        "Learning rate cut from 0.1 to 0.05 and from 0.02 to 0.015.",
+        "Learning rate cut from 0.05 to 0.015.",
         "Learning rate left as it is: it cannot be cut (min_lr=0.015).",
     ]
 
