@@ -2,12 +2,12 @@ r"""Training losses whose curvature in the logits has a closed form, and checks 
 
 `CrossEntropy` and `BinaryCrossEntropy` have the same methods, which share their arguments:
 
-- `logits`: \(\varphi\), shape (n, c); for values "at each temperature", shape (n, c, t).
+- `logits`: \(\phi\), shape (n, c); for values "at each temperature", shape (n, c, t).
 - `target`: as `checked_targets` returns it; None if unknown, which raises a `ValueError` where the value depends on it.
 - `head`: weight \(V\) of the linear classifier, shape (c, k).
 - `gram`: \(G\), see `functional.HadamardGram`.
 
-\(B\) is the curvature of the loss of one sample in its logits, \(\partial^2 \ell / \partial \varphi^2\).
+\(B\) is the curvature of the loss of one sample in its logits, \(\partial^2 \ell / \partial \phi^2\).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class CrossEntropy:
     distribution \(q\) of the label: one-hot for a class index, or given as probabilities. Gradient and curvature in
     the logits are
 
-    $$\nabla \ell = \lVert a \rVert_1 S - a, \qquad
-    B = \lVert a \rVert_1 \bigl(\operatorname{diag}(S) - S S^\top\bigr)$$
+    $$\nabla \ell = \Vert a \Vert_1 S - a, \qquad
+    B = \Vert a \Vert_1 \bigl(\operatorname{diag}(S) - S S^\top\bigr)$$
 
     The loss of several samples is their mean. Unlike `nn.CrossEntropyLoss` with its default reduction, it is not
     divided by the mean class weight.
@@ -59,7 +59,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def label_weight(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
-        r"""Return \(\lVert a \rVert_1\), the factor of the sample's curvature, shape (n,).
+        r"""Return \(\Vert a \Vert_1\), the factor of the sample's curvature, shape (n,).
 
         It is 1 unless class weights, or probabilities that do not add up to 1, change it.
         """
@@ -68,7 +68,7 @@ class CrossEntropy:
         return self._weighted_target(logits, _required(target)).sum(-1)
 
     def curvature_trace(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
-        r"""Return \(\operatorname{Tr} B = \lVert a \rVert_1 (1 - \lVert S \rVert^2)\), shape (n,)."""
+        r"""Return \(\operatorname{Tr} B = \Vert a \Vert_1 (1 - \Vert S \Vert^2)\), shape (n,)."""
         return self.label_weight(logits, target) * confidence(logits)
 
     def curvature_diagonal(
@@ -89,8 +89,8 @@ class CrossEntropy:
     ) -> Float[Tensor, "n t"]:
         r"""Return \(\langle \nabla \ell, u \rangle\) at each temperature for values \(u\), shape (n, t).
 
-        The values are taken relative to the label's likeliest class, which avoids cancellation when it is predicted
-        surely.
+        The values are taken relative to the label's likeliest class, which avoids cancellation when the prediction is
+        sure.
         """
         weighted = self._weighted_target(logits[..., 0], _required(target))
         values = values - values.gather(-1, weighted.argmax(-1, keepdim=True))
@@ -119,7 +119,7 @@ class CrossEntropy:
         return softmax_margin(logits, self._true_class(target))
 
     def trace_bound(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
-        r"""Return \(\lVert a \rVert_1 (1 - \gamma^2) \ge \operatorname{Tr} B\), shape (n,).
+        r"""Return \(\Vert a \Vert_1 (1 - \gamma^2) \ge \operatorname{Tr} B\), shape (n,).
 
         Here \(\gamma\) is the softmax margin.
         """
@@ -143,7 +143,7 @@ class BinaryCrossEntropy:
 
     $$\ell = -\sum_c w_c \bigl(p_c\, y_c \log s_c + (1 - y_c) \log (1 - s_c)\bigr)$$
 
-    with \(s = \operatorname{sigmoid}(\varphi)\), labels \(y_c\) in [0, 1] and their weights \(w\) and \(p\). Gradient
+    with \(s = \operatorname{sigmoid}(\phi)\), labels \(y_c\) in [0, 1] and their weights \(w\) and \(p\). Gradient
     and curvature in the logits are
 
     $$\nabla_c \ell = w_c \bigl((1 - y_c)\, s_c - p_c\, y_c\, (1 - s_c)\bigr), \qquad
@@ -213,7 +213,7 @@ class BinaryCrossEntropy:
         return (self.output_margin(logits, target) / 2).tanh()
 
     def trace_bound(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
-        r"""Return \(\frac14 \lVert m \rVert_1 (1 - \gamma^2) \ge \operatorname{Tr} B\), shape (n,).
+        r"""Return \(\frac14 \Vert m \Vert_1 (1 - \gamma^2) \ge \operatorname{Tr} B\), shape (n,).
 
         Here \(\gamma = \min_c \lvert 2 s_c - 1 \rvert\) belongs to the least sure label.
         """
@@ -298,7 +298,7 @@ def checked_targets(target: Any, samples: int, classes: int, loss: Loss, check_v
         target: the targets of the batch, of any type.
         samples: n, the number of samples that the network saw.
         classes: c, the number of logits.
-        loss: of the training.
+        loss: loss of the training.
         check_values: whether to check the range of the values too; on an accelerator this waits for the device.
 
     Returns:

@@ -23,11 +23,11 @@ def without_subnormals(probabilities: Float[Tensor, "*shape"]) -> Float[Tensor, 
 def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     r"""Return the uncertainty of each prediction, the trace of the softmax curvature.
 
-    $$\operatorname{Tr} \bigl(\operatorname{diag}(S) - S S^\top\bigr) = 1 - \lVert S \rVert^2
+    $$\operatorname{Tr} \bigl(\operatorname{diag}(S) - S S^\top\bigr) = 1 - \Vert S \Vert^2
     = e\,(1 + S_t) - \sum_{c \ne t} S_c^2$$
 
     with the softmax \(S\), its largest entry \(S_t\) and \(e = \sum_{c \ne t} S_c\). The value is computed in the last
-    form, which keeps full relative precision. The form \(1 - \lVert S \rVert^2\) is rounding noise once \(1 - S_t\) is
+    form, which keeps full relative precision. The form \(1 - \Vert S \Vert^2\) is rounding noise once \(1 - S_t\) is
     near machine epsilon.
 
     Args:
@@ -52,7 +52,7 @@ def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
 def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n k"]:
     r"""Return the diagonal of the softmax curvature, pulled back through the linear classifier.
 
-    $$Q_{kk} = \sum_c S_c U_{ck}^2 - \Bigl(\sum_c S_c U_{ck}\Bigr)^2, \qquad
+    $$Q_{kk} = \sum_c S_c U_{ck}^2 - \left(\sum_c S_c U_{ck}\right)^2, \qquad
     Q = V^\top \bigl(\operatorname{diag}(S) - S S^\top\bigr) V$$
 
     with the softmax \(S\), the classifier's weight \(V\) and its rows relative to that of the predicted class,

@@ -17,7 +17,7 @@ def hessian_trace(
 
     $$\operatorname{Tr} H = \sum_k R_{kk} Q_{kk}$$
 
-    with \(R_{kk} = \lVert a_k \rVert^2\), the squared norm of the gradient of feature \(k\) in filter \(k\) (see
+    with \(R_{kk} = \Vert a_k \Vert^2\), the squared norm of the gradient of feature \(k\) in filter \(k\) (see
     `gram_factors`), and \(Q = V^\top B V\), the curvature \(B\) of the loss pulled back through the classifier \(V\).
     A curved activation adds a label term, which is not included here.
 
@@ -45,7 +45,7 @@ def relative_flatness(
     r"""Return relative flatness of a convolution's filters under cross-entropy and global pooling.
 
     $$\kappa = \sum_{k,k'} \langle W_k, W_{k'} \rangle \operatorname{Tr} H_{kk'}
-    = \operatorname{Tr} \bigl(B V G V^\top\bigr), \qquad G = (W W^\top) \odot R$$
+    = \operatorname{Tr} \bigl(B V G V^\top\bigr), \qquad G = (W W^\top) \circ R$$
 
     with the filters \(W_k\), the blocks \(H_{kk'}\) of the Hessian between two filters, whose trace is
     \(R_{kk'} Q_{kk'}\), the curvature \(B = \operatorname{diag}(S) - S S^\top\) and the classifier's weight \(V\). It
@@ -59,7 +59,7 @@ def relative_flatness(
 
     Args:
         logits: unnormalised scores at one or several temperatures, shape (n, c, t).
-        rows: of the classifier, shape (n, c, k), see `centred_rows`.
+        rows: rows of the classifier, shape (n, c, k), see `centred_rows`.
         gram: \(G\).
 
     Returns:
@@ -92,7 +92,7 @@ def pairs_pay(classes: int, filters: int, temperatures: int) -> bool:
 def affine_trace(features: Float[Tensor, "n j"], curvature_trace: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     r"""Return the Hessian trace of an affine layer, weight and bias, from the trace of the loss's curvature.
 
-    $$\operatorname{Tr} H = (\lVert x \rVert^2 + 1) \operatorname{Tr} B$$
+    $$\operatorname{Tr} H = (\Vert x \Vert^2 + 1) \operatorname{Tr} B$$
 
     with the layer's input \(x\) and the curvature \(B\) of any loss in the layer's output. The 1 belongs to the bias.
     An upper bound of \(\operatorname{Tr} B\) gives an upper bound of the Hessian trace.
@@ -114,7 +114,7 @@ def affine_trace(features: Float[Tensor, "n j"], curvature_trace: Float[Tensor, 
 
 
 def affine_squared_norm(features: Float[Tensor, "n j"]) -> Float[Tensor, " n"]:
-    r"""Return \(\lVert x \rVert^2 + 1\), the squared norm of an affine layer's input and the constant 1 of its bias."""
+    r"""Return \(\Vert x \Vert^2 + 1\), the squared norm of an affine layer's input and the constant 1 of its bias."""
     return features.square().sum(-1) + 1
 
 
@@ -123,7 +123,7 @@ def linear_relative_flatness(
 ) -> Float[Tensor, " n"]:
     r"""Return relative flatness of a linear layer from the curvature of the loss, pulled back through its weight.
 
-    $$\kappa = \lVert x \rVert^2 \sum_j Q_{jj}, \qquad Q = V^\top B V$$
+    $$\kappa = \Vert x \Vert^2 \sum_j Q_{jj}, \qquad Q = V^\top B V$$
 
     with the layer's input \(x\), its weight \(V\) and the curvature \(B\) of any loss in its output. The bias does not
     contribute.
@@ -149,7 +149,7 @@ def linear_relative_flatness(
 def affine_hessian_trace(features: Float[Tensor, "n j"], logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     r"""Return the Hessian trace of an affine classifier under cross-entropy (ACEHT).
 
-    $$\operatorname{Tr} H = (\lVert x \rVert^2 + 1)(1 - \lVert S \rVert^2)$$
+    $$\operatorname{Tr} H = (\Vert x \Vert^2 + 1)(1 - \Vert S \Vert^2)$$
 
     with the classifier's own input \(x\) and the softmax \(S\) of its output: `affine_trace` with the trace
     `confidence` of the softmax curvature.
@@ -177,7 +177,7 @@ def head_relative_flatness(
 ) -> Float[Tensor, " n"]:
     r"""Return relative flatness of the linear classifier under cross-entropy.
 
-    $$\kappa = \lVert x \rVert^2 \Bigl(\sum_c S_c \lVert V_c \rVert^2 - \lVert V^\top S \rVert^2\Bigr)$$
+    $$\kappa = \Vert x \Vert^2 \Bigl(\sum_c S_c \Vert V_c \Vert^2 - \Vert V^\top S \Vert^2\Bigr)$$
 
     with the classifier's own input \(x\), its weight \(V\) with rows \(V_c\) and the softmax \(S\) of its output. It is
     computed without cancellation, as `linear_relative_flatness` with the diagonal `curvature_diagonal`.
@@ -220,8 +220,8 @@ def attribution(
     Args:
         relative: \(\kappa\), mean relative flatness.
         confidence: \(c\), mean trace of the loss's curvature in the logits, see the function `confidence`.
-        head: \(v = \lVert V \rVert_F^2\), squared norm of the classifier's weight.
-        kernel: \(w = \lVert W \rVert_F^2\), squared norm of the convolution's filters.
+        head: \(v = \Vert V \Vert_F^2\), squared norm of the classifier's weight.
+        kernel: \(w = \Vert W \Vert_F^2\), squared norm of the convolution's filters.
         features: \(r\), mean of \(\operatorname{Tr} R\), the squared norm of the features' gradients in the filters.
 
     Returns:

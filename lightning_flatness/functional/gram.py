@@ -23,9 +23,9 @@ def block_numel(tensor: Tensor) -> int:
 class HadamardGram(NamedTuple):
     r"""The symmetric matrix of each sample that weights relative flatness, computed block by block.
 
-    $$G = (W W^\top) \odot R, \qquad R = \mathrm{left}\; \mathrm{right}^\top$$
+    $$G = (W W^\top) \circ R, \qquad R = \mathrm{left}\; \mathrm{right}^\top$$
 
-    with the filters \(W\), the entrywise product \(\odot\) and the Gram matrix \(R\) of the features' gradients,
+    with the filters \(W\), the entrywise product \(\circ\) and the Gram matrix \(R\) of the features' gradients,
     given by the two factors of `gram_factors`. The matrix is never in memory as a whole.
 
     Attributes:

@@ -12,15 +12,15 @@ from lightning_flatness.functional.flatness import affine_trace
 def output_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], signed: bool = True) -> Float[Tensor, " n"]:
     r"""Return the margin of the true class in the logits.
 
-    $$\gamma = \varphi_y - \max_{j \ne y} \varphi_j$$
+    $$\gamma = \phi_y - \max_{j \ne y} \phi_j$$
 
-    with the logits \(\varphi\) and the true class \(y\).
+    with the logits \(\phi\) and the true class \(y\).
 
     Source: "On flat minima, large margins and generalizability", submission to ICLR 2021, which takes the absolute
     value.
 
     Args:
-        logits: \(\varphi\), shape (n, c) with c >= 2.
+        logits: \(\phi\), shape (n, c) with c >= 2.
         target: class indices \(y\), shape (n,).
         signed: if True, the margin is negative where the sample is misclassified; if False, its absolute value.
 
@@ -103,10 +103,10 @@ def margin_bound(
 ) -> Float[Tensor, " n"]:
     r"""Return an upper bound of the affine classifier's Hessian trace by the softmax margin.
 
-    $$(\lVert x \rVert^2 + 1)(1 - \gamma^2)$$
+    $$(\Vert x \Vert^2 + 1)(1 - \gamma^2)$$
 
     with the classifier's own input \(x\) and the softmax margin \(\gamma\): `affine_trace` with the bound
-    \(1 - \gamma^2 \ge 1 - S_t^2 \ge 1 - \lVert S \rVert^2\) of the curvature's trace, where \(S_t\) is the largest
+    \(1 - \gamma^2 \ge 1 - S_t^2 \ge 1 - \Vert S \Vert^2\) of the curvature's trace, where \(S_t\) is the largest
     entry of the softmax \(S\). It bounds `affine_hessian_trace`.
 
     Source: "On flat minima, large margins and generalizability", submission to ICLR 2021.
@@ -131,13 +131,13 @@ def margin_bound(
 def binary_margin(logits: Float[Tensor, "n c"], labels: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     r"""Return the smallest margin of several binary decisions.
 
-    $$\gamma = \min_c\, (2 y_c - 1)\, \varphi_c$$
+    $$\gamma = \min_c\, (2 y_c - 1)\, \phi_c$$
 
-    with one logit \(\varphi_c\) and one label \(y_c\) per decision. It is positive where all decisions are right. With
-    a single logit it is the output margin of two classes whose logits are 0 and \(\varphi\).
+    with one logit \(\phi_c\) and one label \(y_c\) per decision. It is positive where all decisions are right. With
+    a single logit it is the output margin of two classes whose logits are 0 and \(\phi\).
 
     Args:
-        logits: \(\varphi\), shape (n, c).
+        logits: \(\phi\), shape (n, c).
         labels: 1 where the label holds, 0 where it does not, shape (n, c); soft labels above 1/2 count as 1.
 
     Returns:

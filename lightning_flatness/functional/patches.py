@@ -93,7 +93,7 @@ def patches(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[T
 
     Args:
         inputs: input of the convolution, shape (n, channels, *space).
-        geometry: of the convolution.
+        geometry: geometry of the convolution.
 
     Returns:
         The patches by group g and output position s, shape (n, g, s, d). The last axis has the order of the filter's
@@ -118,11 +118,11 @@ def patches(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[T
 
 
 def patch_squared_norm(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n g s"]:
-    r"""Return the squared norm of each input patch, \(\lVert P_s \rVert^2\).
+    r"""Return the squared norm of each input patch, \(\Vert P_s \Vert^2\).
 
     Args:
         inputs: input of the convolution, shape (n, channels, *space).
-        geometry: of the convolution.
+        geometry: geometry of the convolution.
 
     Returns:
         Squared norms by group and output position, shape (n, g, s).
@@ -141,7 +141,7 @@ def patch_squared_norm(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry)
 def patch_gram(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Float[Tensor, "n s s"]:
     r"""Return the Gram matrix of the patches of a convolution with one group.
 
-    $$T_{st} = \langle P_s, P_t \rangle = \sum_o \langle x_{s+o}, x_{t+o} \rangle$$
+    $$T_{ss'} = \langle P_s, P_{s'} \rangle = \sum_o \langle x_{s+o}, x_{s'+o} \rangle$$
 
     with the patches \(P_s\), the kernel offsets \(o\) and the pixels \(x\) of the padded input. The sum adds shifted
     views of the Gram matrix of the pixels, along one spatial axis after the other, and needs no patch in memory. If
@@ -149,7 +149,7 @@ def patch_gram(inputs: Float[Tensor, "n i ..."], geometry: ConvGeometry) -> Floa
 
     Args:
         inputs: input of the convolution, shape (n, channels, *space).
-        geometry: of the convolution, with one group.
+        geometry: geometry of the convolution, with one group.
 
     Returns:
         The Gram matrices, shape (n, s, s).
@@ -213,18 +213,19 @@ def gram_factors(
     $$R_{kk'} = \langle a_k, a_{k'} \rangle, \qquad a_k = \frac{\partial p_k}{\partial W_k} = \sum_s M_{ks} P_s, \qquad
     R = M T M^\top$$
 
-    with the features \(p_k\), the filters \(W_k\), the derivatives \(M_{ks} = \partial p_k / \partial z_{ks}\) of the
-    features in the convolution's output, the patches \(P_s\) and their Gram matrix \(T\). The diagonal, any block and
-    the whole of \(R = \mathrm{left}\; \mathrm{right}^\top\) follow from the two factors. They are \(M T\) and \(M\), or
-    \(a\) twice where that takes fewer operations: on large maps with few weights per filter. With several groups they
-    are always \(a\), as each filter sees the patches of its own group only.
+    with the filters \(W_k\), the feature \(p_k\) that filter \(k\) feeds, its derivatives
+    \(M_{ks} = \partial p_k / \partial z_{ks}\) in the convolution's output, the patches \(P_s\) and their Gram matrix
+    \(T\). The diagonal, any block and the whole of \(R = \mathrm{left}\; \mathrm{right}^\top\) follow from the two
+    factors. They are \(M T\) and \(M\), or \(a\) twice where that takes fewer operations: on large maps with few
+    weights per filter. With several groups they are always \(a\), as each filter sees the patches of its own group
+    only.
 
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 
     Args:
         inputs: input of the convolution, shape (n, channels, *space).
         jacobian: \(M\), shape (n, k, s).
-        geometry: of the convolution.
+        geometry: geometry of the convolution.
 
     Returns:
         Left and right factor, shape (n, k, r), where r counts output positions or weights per filter.
