@@ -62,4 +62,4 @@ def test_the_published_results_are_what_these_rules_do(monkeypatch: pytest.Monke
     judge = importlib.import_module("judge")
     results = judge.results()
     assert judge.lines(results) == judge.OUTPUT.read_text(encoding="utf-8")
-    assert judge.table(results) in (root / "docs" / "rules.md").read_text(encoding="utf-8")
+    assert judge.table(results) in (root / "docs" / "how-to" / "rules.md").read_text(encoding="utf-8")
