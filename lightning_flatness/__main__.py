@@ -1,4 +1,4 @@
-"""`python -m lightning_flatness`: the demo."""
+"""`python -m lightning_flatness` runs the demo."""
 
 from lightning_flatness.demo import main
 

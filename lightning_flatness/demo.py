@@ -1,4 +1,4 @@
-"""The demo: trains a small network on real digits and shows the flatness of its last convolution."""
+"""Train a small network on handwritten digits and show the flatness of its last convolution."""
 
 from __future__ import annotations
 
@@ -20,23 +20,18 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
-from lightning_flatness.reporting.figures import flatness_curves
+from lightning_flatness.keys import MARGIN, RELATIVE, TRACE
+from lightning_flatness.reporting.figures import Panel, flatness_curves
 
 _LOGGERS = ("tensorboard", "csv", "wandb")
 
 # Package to import -> extra that installs it.
 _EXTRAS = {"sklearn": "examples", "matplotlib": "plots", "tensorboard": "tensorboard", "wandb": "wandb"}
 
-# Key -> heading and number format of its column.
-_COLUMNS = {
-    "epoch": ("epoch", "d"),
-    "val_accuracy": ("validation accuracy", ".2%"),
-    "flatness/relative": ("relative flatness", "#.4g"),
-    "flatness/trace": ("Hessian trace", "#.4g"),
-    "margin/mean": ("mean margin", ".3f"),
-}
+# Key -> number format of its column.
+_COLUMNS = {"epoch": "d", "val_accuracy": ".2%", RELATIVE: "#.4g", TRACE: "#.4g", MARGIN: ".3f"}
 
-# Lightning's and torch's own remarks on this small run; everything else is shown.
+# Warnings of Lightning and torch that do not matter for this small run; all others are shown.
 _NOISE = (
     ".*does not have many workers.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
@@ -45,17 +40,17 @@ _NOISE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo: trains, prints a table of what was measured, and saves logs and a picture of the curves.
+    """Run the demo: train, print a table of the measured values, and save the logs and a picture of the curves.
 
     Args:
-        argv: Command-line arguments without the program's name; None: those of the process.
+        argv: command-line arguments without the name of the program; None: those of the process.
 
     Returns:
         The exit status 0.
 
     Raises:
-        SystemExit: With status 2 and one line on stderr if an argument is wrong, the output folder cannot be
-            written, or a package is missing.
+        SystemExit: with status 2 and one line on stderr, if an argument is wrong, the output folder cannot be written
+            or a package is missing.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -84,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _History(L.Callback):
-    """Keeps what the Trainer has logged by the end of each validation."""
+    """Keeps the values that the Trainer has logged by the end of each validation."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = {key: [] for key in _COLUMNS}
@@ -98,12 +93,12 @@ class _History(L.Callback):
 
 
 def _train(epochs: int, seed: int, loggers: list[Logger]) -> dict[str, list[float]]:
-    """Trains the network and returns the columns of the table, one value per validation."""
+    """Train the network and return the columns of the table, one value per validation."""
     L.seed_everything(seed, verbose=False)
     model, data, history = DigitsClassifier(), DigitsDataModule(seed), _History()
     print(f"Residual GAP network, {sum(p.numel() for p in model.parameters()):,} parameters, on 1,797 digits.")
     trainer = L.Trainer(
-        accelerator="cpu",  # so small a network gains nothing from a GPU
+        accelerator="cpu",  # a network this small gains nothing from a GPU
         max_epochs=epochs,
         logger=loggers,
         callbacks=[FlatnessMonitor(), history, TQDMProgressBar(refresh_rate=10)],
@@ -119,9 +114,10 @@ def _train(epochs: int, seed: int, loggers: list[Logger]) -> dict[str, list[floa
 
 
 def _table(history: dict[str, list[float]]) -> str:
-    """Aligned columns, one row per validation."""
+    """Return the table with aligned columns and one row per validation."""
     columns = []
-    for key, (heading, number) in _COLUMNS.items():
+    for key, number in _COLUMNS.items():
+        heading = Panel.of(key).title.capitalize()
         cells = [format(int(v) if number == "d" else v, number).rstrip(".") for v in history[key]]
         width = max(map(len, [heading, *cells]))
         columns.append([heading.rjust(width), "-" * width, *(cell.rjust(width) for cell in cells)])
@@ -129,7 +125,7 @@ def _table(history: dict[str, list[float]]) -> str:
 
 
 def _logger(name: str, run: Path) -> Logger:
-    """The Lightning logger of that name, writing into the folder of the run."""
+    """Return the Lightning logger of that name, which writes into the folder of the run."""
     if name == "tensorboard":
         return TensorBoardLogger(run, name="", version="")
     if name == "csv":
@@ -139,7 +135,7 @@ def _logger(name: str, run: Path) -> Logger:
 
 
 def _require(packages: Sequence[str]) -> None:
-    """Raises ModuleNotFoundError for the first package that is missing."""
+    """Raise ModuleNotFoundError for the first package that is missing."""
     for package in packages:
         if find_spec(package) is None:
             raise ModuleNotFoundError(
@@ -149,7 +145,7 @@ def _require(packages: Sequence[str]) -> None:
 
 
 def _new_run(output: Path) -> Path:
-    """Creates the next free folder `run-1`, `run-2`, ... so that no run overwrites another."""
+    """Create the next free folder `run-1`, `run-2`, ..., so that no run overwrites another."""
     number = 1
     while (output / f"run-{number}").exists():
         number += 1
@@ -160,7 +156,7 @@ def _new_run(output: Path) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Lightning's tips and its remarks on this small run off the screen, and nothing else."""
+    """Hide the tips of Lightning and the warnings in `_NOISE`, and nothing else."""
     lightning = logging.getLogger("lightning.pytorch")
     level = lightning.level
     lightning.setLevel(logging.WARNING)
@@ -175,7 +171,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Computes on one thread: no slower for so small a network, and much faster where the cores are busy."""
+    """Compute on one thread: as fast for so small a network, and much faster where the cores are busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -185,14 +181,14 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line."""
+    """Reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The command line of the demo."""
+    """Return the parser of the command line."""
     parser = _Parser(prog="python -m lightning_flatness", description=__doc__)
     parser.add_argument(
         "--epochs",
@@ -204,25 +200,25 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=partial(_whole_number, least=0),
         default=0,
-        help="seed of data and weights (default: %(default)s)",
+        help="seed of the data split and the weights (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("flatness-demo"),
-        help="folder of logs and picture (default: %(default)s)",
+        help="folder for the logs and the picture (default: %(default)s)",
     )
     parser.add_argument(
         "--logger",
         type=_logger_names,
         action="extend",
-        help=f"any of {', '.join(_LOGGERS)} (offline); repeat or join by commas (default: tensorboard,csv)",
+        help=f"any of {', '.join(_LOGGERS)} (offline), repeated or joined by commas (default: tensorboard,csv)",
     )
     return parser
 
 
 def _whole_number(text: str, least: int) -> int:
-    """A whole number of at most 32 bits, the range of a seed."""
+    """Return a whole number of at most 32 bits, the range of a seed."""
     most = 2**32 - 1
     if not text.isdecimal() or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}: got {text!r}")
@@ -230,7 +226,7 @@ def _whole_number(text: str, least: int) -> int:
 
 
 def _logger_names(text: str) -> list[str]:
-    """Names of loggers, joined by commas."""
+    """Return the names of loggers that commas join."""
     names = text.split(",")
     for name in names:
         if name not in _LOGGERS:

@@ -62,7 +62,7 @@ _TABLE = (
     Key("margin/skewness", "Skewness of the margins", "none", "lower (left) is better in [M]", "[M]", "lower"),
     Key("margin/min", "Smallest margin", "logit", _SAFE, "[M]", "higher"),
     *(
-        Key(f"margin/q{percent:02}", f"Margin, {percent} % quantile", "logit", _SAFE, _OURS, "higher")
+        Key(f"margin/q{percent:02}", f"Margin, {percent}% quantile", "logit", _SAFE, _OURS, "higher")
         for percent in (1, 5, 25, 50, 75, 95, 99)
     ),
     Key("margin/negative", "Share of negative margins", "none, 0 to 1", "lower is better", _OURS, "lower"),

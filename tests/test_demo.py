@@ -42,12 +42,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_demo(tmp_path_factory.mktemp("demo"), "--epochs", "2")
 
 
-def test_table_shows_what_the_csv_holds(run: Run) -> None:
+def test_table_shows_the_values_of_the_csv(run: Run) -> None:
     assert run.status == 0
     lines = run.printed.split("\n\n")[1].splitlines()
     assert len({len(line) for line in lines}) == 1, "the columns are not aligned"
     heading, _, *rows = lines
-    for word in ("epoch", "accuracy", "relative flatness", "Hessian trace", "margin"):
+    for word in ("Epoch", "accuracy", "Relative flatness", "Hessian trace", "margin"):
         assert word in heading
     table = [[float(cell.rstrip("%")) / (100 if "%" in cell else 1) for cell in row.split()] for row in rows]
     assert [row[0] for row in table] == [0, 1]
@@ -64,7 +64,7 @@ def test_tensorboard_holds_the_same_curves(run: Run) -> None:
         assert [scalar.value for scalar in written.Scalars(key)] == pytest.approx(logged, rel=1e-6)
 
 
-def test_last_lines_say_how_to_read_and_where_to_look(run: Run) -> None:
+def test_last_lines_explain_direction_and_files(run: Run) -> None:
     assert "Lower is flatter." in run.printed
     assert f"tensorboard --logdir {run.folder.parent}\n" in run.printed
     assert str(run.folder / "metrics.csv") in run.printed
@@ -102,7 +102,7 @@ def test_wandb_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
     ],
 )
-def test_wrong_input_is_told_in_one_line(
+def test_wrong_input_is_reported_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
@@ -118,7 +118,7 @@ def test_wrong_input_is_told_in_one_line(
     ("package", "extra"),
     [("sklearn", "examples"), ("matplotlib", "plots"), ("tensorboard", "tensorboard"), ("wandb", "wandb")],
 )
-def test_missing_package_is_told_before_the_training(
+def test_missing_package_is_reported_before_the_training(
     package: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -137,7 +137,7 @@ def test_process_is_left_as_it_was(tmp_path: Path) -> None:
     assert logging.getLogger("lightning.pytorch").level == logging.INFO
 
 
-def test_only_known_remarks_are_hidden() -> None:
+def test_only_known_warnings_are_hidden() -> None:
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         with demo._quiet():

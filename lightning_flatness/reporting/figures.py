@@ -1,4 +1,4 @@
-"""Figures of what the monitor measures; matplotlib is imported only when one is drawn."""
+"""Figures of the logged values. Matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
+from lightning_flatness.keys import KEYS, RELATIVE, SCALE_FREE, TRACE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Two colours of the Okabe-Ito palette, told apart by colour-blind readers too: geometry and prediction.
+# Two colours of the Okabe-Ito palette, which colour-blind readers can tell apart: geometry and prediction.
 _GEOMETRY, _PREDICTION = "#D55E00", "#0072B2"
 _INK, _FAINT, _GRID = "#222222", "#6B6B6B", "#E4E4E4"
+_LOGARITHMIC = {RELATIVE, TRACE, SCALE_FREE}
 
 
-class _Panel(NamedTuple):
-    """How one series is drawn."""
+class Panel(NamedTuple):
+    """How the curve of one key is drawn.
+
+    Attributes:
+        title: title of the panel.
+        note: direction and unit, printed below the title.
+        colour: colour of the curve.
+        log: whether the axis of the values is logarithmic where all of them are positive.
+        percent: whether the values are shown in percent.
+    """
 
     title: str
     note: str = ""
@@ -24,36 +35,48 @@ class _Panel(NamedTuple):
     log: bool = False
     percent: bool = False
 
+    @classmethod
+    def of(cls, name: str) -> Panel:
+        """Return how a key is drawn; a key that is not in `keys.KEYS` has its name as the title.
 
-_PANELS = {
-    "val_accuracy": _Panel("Validation accuracy", "higher is better", percent=True),
-    "flatness/relative": _Panel("Relative flatness", "lower is flatter; nats", _GEOMETRY, log=True),
-    "flatness/trace": _Panel("Hessian trace", "lower is flatter; nats per squared weight", _GEOMETRY, log=True),
-    "flatness/scale_free": _Panel("Scale-free flatness", "lower is flatter; nats", _GEOMETRY, log=True),
-    "flatness/confidence": _Panel("Confidence factor", "lower is more confident", _GEOMETRY),
-    "margin/mean": _Panel("Mean output margin", "higher is safer; logits"),
-}
+        Args:
+            name: the key, as it is logged.
+
+        Example:
+            >>> Panel.of("flatness/relative").note
+            'lower is flatter; unit: loss'
+        """
+        if name == "val_accuracy":
+            return cls("Validation accuracy", "higher is better", percent=True)
+        if name not in KEYS:
+            return cls(name)
+        key = KEYS[name]
+        direction = key.direction if key.better else ""
+        unit = "" if key.unit.startswith("none") else f"unit: {key.unit}"
+        colour = _GEOMETRY if name.startswith("flatness/") else _PREDICTION
+        return cls(key.title, "; ".join(filter(None, (direction, unit))), colour, log=name in _LOGARITHMIC)
 
 
 def flatness_curves(history: Mapping[str, Sequence[SupportsFloat]], x: str = "epoch") -> Figure:
-    """Curves of a training run, one small panel per logged key.
+    """Return the curves of a training run, one small panel per logged key.
 
-    Relative flatness and trace, which grow by orders of magnitude, have a logarithmic axis where all their
-    values are positive. Each curve ends in its last value; values that are not finite leave a gap. The figure
-    is none of `matplotlib.pyplot`'s: no window opens, and nothing has to be closed.
+    Relative flatness, scale-free flatness and the trace change by orders of magnitude. Their axis is logarithmic where
+    all their values are positive. The last value of each curve is printed at its end; values that are not finite leave
+    a gap. The figure does not belong to `matplotlib.pyplot`: no window opens, and nothing has to be closed.
 
     Args:
-        history: Values of each key, in the order of the panels, and the positions `history[x]` they share.
-        x: Key of the horizontal axis.
+        history: values of each key, in the order of the panels, and under `x` the positions that all curves share.
+        x: key of the horizontal axis.
 
     Returns:
         A matplotlib figure with one axis per key other than `x`; save it with `figure.savefig("curves.png")`.
 
     Raises:
-        ValueError: If `history` lacks `x` or any curve, or a curve has another length than `history[x]`.
-        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: if `history` lacks `x` or any curve, or a curve has another length than `history[x]`.
+        ModuleNotFoundError: if matplotlib is not installed.
 
     Example:
+        >>> from lightning_flatness.reporting.figures import flatness_curves
         >>> figure = flatness_curves({"epoch": [0, 1], "flatness/relative": [27.0, 790.0], "margin/mean": [1, 6]})
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['Relative flatness', 'Mean output margin']
@@ -80,30 +103,33 @@ def flatness_curves(history: Mapping[str, Sequence[SupportsFloat]], x: str = "ep
             axes,
             [float(v) for v in history[x]],
             [float(v) for v in history[key]],
-            _PANELS.get(key, _Panel(key)),
+            Panel.of(key),
         )
-        # Only the lowest panel of each column names the shared axis.
+        # Only the lowest panel of each column labels the shared axis.
         if number > len(keys) - columns:
             axes.set_xlabel(x, color=_FAINT, fontsize=9)
     return figure
 
 
 def _curve_keys(history: Mapping[str, Sequence[SupportsFloat]], x: str) -> list[str]:
-    """Keys of the curves, checked against the horizontal axis."""
+    """Return the keys of the curves, after checking them against the horizontal axis."""
     keys = [key for key in history if key != x]
     if x not in history or not keys:
-        raise ValueError(f"`history` must hold {x!r} and at least one curve: got keys {list(history)}.")
+        raise ValueError(
+            f"`history` must hold {x!r} and at least one curve: got keys {list(history)}. Name the horizontal axis "
+            "with `x=...`, and pass the values of at least one other key."
+        )
     for key in keys:
         if len(history[key]) != len(history[x]):
             raise ValueError(
                 f"Each curve must have one value per {x!r}, {len(history[x])} in all: "
-                f"got {len(history[key])} for {key!r}."
+                f"got {len(history[key])} for {key!r}. Fill gaps with NaN."
             )
     return keys
 
 
-def _draw(axes: Axes, positions: list[float], values: list[float], panel: _Panel) -> None:
-    """Draws one curve, its scale and its last value."""
+def _draw(axes: Axes, positions: list[float], values: list[float], panel: Panel) -> None:
+    """Draw one curve with its scale and its last value."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.plot(positions, values, color=panel.colour, linewidth=1.8, solid_capstyle="round")
@@ -130,7 +156,7 @@ def _draw(axes: Axes, positions: list[float], values: list[float], panel: _Panel
 
 
 def _log_scale(axes: Axes, values: list[float]) -> None:
-    """Logarithmic axis, numbered at each power of ten, below two decades also at 2 and 5 times it."""
+    """Make the axis logarithmic, labelled at powers of ten, and below two decades also at 2 and 5 times these."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -140,8 +166,8 @@ def _log_scale(axes: Axes, values: list[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _mark(axes: Axes, point: tuple[float, float], panel: _Panel) -> None:
-    """A dot and the value in figures, at the end of the curve."""
+def _mark(axes: Axes, point: tuple[float, float], panel: Panel) -> None:
+    """Draw a dot and print the value at the end of the curve."""
     axes.plot(*point, marker="o", markersize=5, color=panel.colour, clip_on=False)
     axes.annotate(
         f"{point[1]:.1%}" if panel.percent else f"{point[1]:#.3g}".rstrip("."),

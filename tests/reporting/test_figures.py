@@ -28,7 +28,7 @@ def test_each_curve_is_the_series_it_was_given() -> None:
         np.testing.assert_array_equal(curve.get_ydata(), [float(value) for value in HISTORY[key]])
 
 
-def test_panels_say_what_they_show_and_which_way_is_good() -> None:
+def test_panels_show_title_scale_direction_and_last_value() -> None:
     figure = flatness_curves(HISTORY)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [
@@ -44,7 +44,7 @@ def test_panels_say_what_they_show_and_which_way_is_good() -> None:
         "higher is better",
         "lower is flatter",
         "lower is flatter",
-        "higher is safer",
+        "higher is better",
         "",
     ]
     lasts = [axes.texts[1].get_text() for axes in figure.axes]
@@ -60,7 +60,7 @@ def test_panels_say_what_they_show_and_which_way_is_good() -> None:
         ([math.nan] * 4, "linear", None),
     ],
 )
-def test_values_that_no_logarithm_takes(values: list[float], scale: str, last: str | None) -> None:
+def test_values_without_a_logarithm(values: list[float], scale: str, last: str | None) -> None:
     figure = flatness_curves({"step": [0, 10, 20, 30], "flatness/relative": values}, x="step")
     (axes,) = figure.axes
     assert axes.get_yscale() == scale
@@ -75,7 +75,7 @@ def test_short_runs_can_be_drawn(length: int) -> None:
     flatness_curves({key: series[:length] for key, series in HISTORY.items()}).savefig(io.BytesIO())
 
 
-def test_pyplot_has_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pyplot_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     picture = io.BytesIO()
     flatness_curves(HISTORY).savefig(picture)
