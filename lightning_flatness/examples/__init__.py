@@ -1,1 +1,1 @@
-"""Small real models and data for the demo, the notebooks and the benchmarks."""
+"""A small model and real data for the demo, the notebook and the benchmarks."""

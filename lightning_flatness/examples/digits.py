@@ -1,4 +1,4 @@
-"""Handwritten digits: real images without a download, and a residual network that learns them in seconds."""
+"""Handwritten digits: real images that need no download, and a residual network that learns them in seconds."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 TRAINING_IMAGES = 1200
-"""Images of the training part; the other 597 are the validation part."""
+"""Number of images in the training part; the other 597 are the validation part."""
 
 
 def digits_split(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
-    """Training and validation part of scikit-learn's 1,797 handwritten digits.
+    """Return the training part and the validation part of scikit-learn's 1,797 handwritten digits.
 
-    The split is random and stratified: each digit has the same share in both parts. Both are standardised
-    with the mean and the standard deviation of the training part's pixels, so that nothing of the validation
-    part reaches the training.
+    The split is random and stratified: each digit has the same share in both parts. Both parts are standardised by the
+    mean and the standard deviation of the training pixels, so that no information from the validation part reaches the
+    training.
 
     Args:
-        seed: Seed of the split; the same seed gives the same parts.
+        seed: seed of the split; the same seed gives the same parts.
 
     Returns:
-        The training part (1,200 images) and the validation part (597 images). Items are pairs of an image,
-        float32 of shape (1, 8, 8), and its digit, an int64 scalar in 0 ... 9.
+        The training part (1,200 images) and the validation part (597 images). An item is an image, float32 of shape
+        (1, 8, 8), and its digit, an int64 scalar from 0 to 9.
 
     Raises:
-        ModuleNotFoundError: If scikit-learn is not installed.
+        ModuleNotFoundError: if scikit-learn is not installed.
 
     Example:
+        >>> from lightning_flatness.examples.digits import digits_split
         >>> training, validation = digits_split(seed=0)
         >>> len(training), len(validation)
         (1200, 597)
@@ -58,13 +59,14 @@ def digits_split(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
 
 
 class DigitsDataModule(L.LightningDataModule):
-    """Scikit-learn's handwritten digits for a Trainer, with the split of `digits_split`.
+    """The handwritten digits of `digits_split` for a Trainer.
 
     Args:
-        seed: Seed of the split and of the order of the training batches.
-        batch_size: Images per training batch; the validation, which needs no gradients, takes 256 at a time.
+        seed: seed of the split and of the order of the training batches.
+        batch_size: images per training batch; a validation batch always has 256.
 
     Example:
+        >>> from lightning_flatness.examples.digits import DigitsDataModule
         >>> data = DigitsDataModule(seed=0, batch_size=32)
         >>> data.setup("fit")
         >>> images, targets = next(iter(data.train_dataloader()))
@@ -81,25 +83,25 @@ class DigitsDataModule(L.LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
-        """Loads and splits the images; every stage has the same parts."""
+        """Load and split the images; all stages use the same split."""
         self.training, self.validation = digits_split(self.seed)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The training batches, in a new order each epoch."""
-        # A generator of its own: the order depends on the seed alone, not on what else draws random numbers.
+        """Return the training batches, in a new order each epoch."""
+        # With its own generator, the order depends on the seed alone and not on other random draws.
         order = torch.Generator().manual_seed(self.seed)
         return DataLoader(self.training, batch_size=self.batch_size, shuffle=True, generator=order)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation batches, in a fixed order."""
+        """Return the validation batches, in a fixed order."""
         return DataLoader(self.validation, batch_size=256)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation, added to the input: relu(x + f(x)).
+    r"""A residual block \(\operatorname{relu}(x + f(x))\), where \(f\) is two normalised 3x3 convolutions.
 
     Args:
-        channels: Channels of the input and of the output, both of shape (n, channels, height, width).
+        channels: channels of input and output, both of shape (n, channels, height, width).
     """
 
     def __init__(self, channels: int) -> None:
@@ -110,18 +112,20 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (n, channels, height, width) to the same shape."""
+        """Map a tensor of shape (n, channels, height, width) to one of the same shape."""
         residual = F.relu(self.bn1(self.conv1(x)))
         return F.relu(x + self.bn2(self.conv2(residual)))
 
 
 class ResidualGapNet(nn.Module):
-    """A small residual network with global average pooling (GAP): 29,046 parameters.
+    """A small residual network with global average pooling (GAP) and 29,046 parameters.
 
-    A stem, two residual blocks at the full 8x8 resolution, the mean over positions and a linear classifier.
-    The last convolution is `blocks.1.conv2`, with 28 filters on an 8x8 map.
+    It consists of a stem, two residual blocks at the full 8x8 resolution, the mean over positions and a linear
+    classifier. The last convolution is `blocks.1.conv2`, which has 28 filters and an 8x8 output map.
 
     Example:
+        >>> import torch
+        >>> from lightning_flatness.examples.digits import ResidualGapNet
         >>> ResidualGapNet()(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
@@ -134,19 +138,25 @@ class ResidualGapNet(nn.Module):
         self.classifier = nn.Linear(channels, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images of shape (n, 1, 8, 8) to logits of shape (n, 10)."""
+        """Map images of shape (n, 1, 8, 8) to logits of shape (n, 10)."""
         features = self.blocks(self.stem(images)).mean((2, 3))
         return self.classifier(features)
 
 
 class DigitsClassifier(L.LightningModule):
-    """`ResidualGapNet` trained with cross-entropy by SGD, its learning rate falling to zero along a cosine.
+    """`ResidualGapNet`, trained with cross-entropy and SGD with a cosine schedule.
 
-    Logs `train_loss`, `val_loss` (both in nats) and `val_accuracy` (a share, 0 to 1) once per epoch.
+    It logs `train_loss`, `val_loss` (both in nats) and `val_accuracy` (from 0 to 1) once per epoch.
 
     Args:
-        learning_rate: Learning rate of the first step.
-        weight_decay: Weight decay of all parameters.
+        learning_rate: learning rate of the first step; the schedule ends at zero.
+        weight_decay: weight decay of all parameters.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.examples.digits import DigitsClassifier
+        >>> DigitsClassifier(learning_rate=0.1)(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
     """
 
     def __init__(self, learning_rate: float = 0.05, weight_decay: float = 5e-4) -> None:
@@ -156,25 +166,25 @@ class DigitsClassifier(L.LightningModule):
         self.net = ResidualGapNet()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images of shape (n, 1, 8, 8) to logits of shape (n, 10)."""
+        """Map images of shape (n, 1, 8, 8) to logits of shape (n, 10)."""
         return self.net(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the batch."""
+        """Return and log the mean cross-entropy of the batch."""
         images, targets = batch
         loss = F.cross_entropy(self(images), targets)
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Logs loss and accuracy; Lightning weights the batches by their size."""
+        """Log loss and accuracy; Lightning weights the batches by their size."""
         images, targets = batch
         logits = self(images)
         self.log("val_loss", F.cross_entropy(logits, targets))
         self.log("val_accuracy", (logits.argmax(1) == targets).float().mean(), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with momentum 0.9; the cosine ends with the last training step."""
+        """Return SGD with momentum 0.9 and a cosine schedule that ends with the last training step."""
         optimizer = torch.optim.SGD(
             self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
         )

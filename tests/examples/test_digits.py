@@ -17,7 +17,7 @@ from lightning_flatness.examples.digits import (
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Standardising undone: the pixels of both parts run from 0 to 16."""
+    """Undo the standardisation: the pixels of both parts range from 0 to 16."""
     return ((images - images.min()) / (images.max() - images.min()) * 16).round().flatten(1)
 
 
@@ -50,7 +50,7 @@ def test_the_seed_decides_split_and_order_alone() -> None:
     def first_batch(seed: int) -> Tensor:
         data = DigitsDataModule(seed, batch_size=16)
         data.setup("fit")
-        torch.rand(seed + 1)  # what else draws random numbers has no say
+        torch.rand(seed + 1)  # other random draws must not change the order
         return next(iter(data.train_dataloader()))[0]
 
     one, again = first_batch(3), first_batch(3)
