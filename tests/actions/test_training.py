@@ -197,7 +197,7 @@ def test_stopping(settings: dict[str, Any], steps: int, said: str) -> None:
     assert (stop.reason, act.said) == (ALERT.reason, [said])
 
 
-@pytest.mark.parametrize("action", [StopTraining(), ReduceLR(0.1), Notify(lambda alert: pytest.fail("told"))])
+@pytest.mark.parametrize("action", [StopTraining(), ReduceLR(0.1), Notify(lambda alert: pytest.fail("notified"))])
 def test_nothing_is_done_where_nothing_is_trained(action: Action) -> None:
     act = Act({}, sanity=action)
     trainer = fitted(Line(), act, num_sanity_val_steps=2, max_epochs=2)
@@ -223,9 +223,9 @@ def test_a_failing_notification_is_one_warning() -> None:
 
 
 def test_a_notification_holds_the_alert() -> None:
-    told: list[Alert] = []
-    fitted(Line(), act := Act({1: Notify(told.append)}))
-    assert told == [ALERT]
+    received: list[Alert] = []
+    fitted(Line(), act := Act({1: Notify(received.append)}))
+    assert received == [ALERT]
     assert act.said == ["Notified: append."]
 
 
@@ -251,8 +251,8 @@ def test_wrong_arguments(make: Callable[[], Action], message: str) -> None:
         make()
 
 
-def tell_in_a_file(alert: Alert) -> None:
-    with Path("told.txt").open("a") as file:
+def write_to_a_file(alert: Alert) -> None:
+    with Path("alerts.txt").open("a") as file:
         file.write(f"{alert.reason}\n")
 
 
@@ -264,11 +264,11 @@ class WriteSteps(Callback):
 
 @pytest.mark.timeout(60)
 def test_two_processes_act_alike() -> None:
-    act = Act({0: ReduceLR(0.5), 1: Notify(tell_in_a_file), 2: StopTraining()})
+    act = Act({0: ReduceLR(0.5), 1: Notify(write_to_a_file), 2: StopTraining()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads
         fitted(Line(), act, WriteSteps(), strategy="ddp_fork", devices=2)
-    assert Path("told.txt").read_text() == f"{ALERT.reason}\n"
+    assert Path("alerts.txt").read_text() == f"{ALERT.reason}\n"
     assert Path("rank0.txt").read_text() == Path("rank1.txt").read_text() == f"{3 * BATCHES // 2} [0.05, 0.01]"
 
 

@@ -98,7 +98,7 @@ def test_wandb_has_an_alert_of_the_run(tmp_path: Path) -> None:
 
 
 class Experiment:
-    """A logger's own object that can do what it is told to."""
+    """The experiment of a logger, with the given methods."""
 
     def __init__(self, *methods: str) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
