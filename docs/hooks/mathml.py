@@ -15,6 +15,9 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 # A prime in the place of an exponent is drawn too small where the font has no variant for it.
 _PRIME = re.compile(r"<msup><mi>(\w+)</mi><mi>&#x02032;</mi></msup>")
 
+# `log x` needs a thin space, but `log(x)` does not.
+_FUNCTION = re.compile(r"(?<!<msub>)(?<!<msup>)<mi>(log|exp)</mi>(?!<mo)")
+
 
 def on_page_content(html: str, **_: Any) -> str:
     """Return the page with each formula that `pymdownx.arithmatex` marked as MathML."""
@@ -27,4 +30,5 @@ def _mathml(formula: re.Match[str]) -> str:
     latex = re.sub(r"\\[lr]Vert\b", r"\\Vert", latex).replace("{aligned}", "{align*}")
     math = convert(latex, display="block" if tag == "div" else "inline")
     math = _PRIME.sub(r'<mrow><mi>\1</mi><mo lspace="0" rspace="0">&#x02032;</mo></mrow>', math)
+    math = _FUNCTION.sub(r'<mi>\1</mi><mspace width="0.17em"/>', math)
     return f'<{tag} class="arithmatex">{math}</{tag}>'
