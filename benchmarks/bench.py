@@ -1,4 +1,4 @@
-"""What the monitor costs, in one run: prints tables and writes `docs/performance.md`.
+"""What the monitor costs, in one run: prints tables and writes `docs/reference/performance.md`.
 
 `python benchmarks/bench.py [--rounds N] [PART ...]`; the parts are the keys of `PARTS` at the end, by default all.
 Ratios are medians over rounds in which everything is called in turn; beside them stand those of the shortest times.
@@ -33,7 +33,7 @@ ALONE = Path(__file__).with_name("alone.py")
 GLIBC = platform.libc_ver()[0] == "glibc"
 # Give no memory back to the system, which would have to clear it and hand it out anew; from glibc 2.35 on.
 PAGES_KEPT = "glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=17179869184"
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "performance.md"
 PACKAGES = "asdfghjkl backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings PyHessian".split()
 Rows = Iterator[tuple[str, ...]]
 

@@ -1,4 +1,4 @@
-"""Trains a small network of one's own and draws what the monitor logged: `python first_curves.py`."""
+"""Trains a small network and draws what the monitor logged."""
 
 import csv
 
@@ -40,7 +40,8 @@ class Classifier(L.LightningModule):
         """Log the accuracy, and return the loss."""
         images, labels = batch
         logits = self.net(images)
-        self.log("val_accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        self.log("val_accuracy", accuracy, prog_bar=True)
         return F.cross_entropy(logits, labels)
 
     def configure_optimizers(self):
@@ -48,20 +49,39 @@ class Classifier(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.005)
 
 
-def main() -> None:
-    """Train for twenty epochs, then draw four of the curves."""
-    L.seed_everything(0)
+def loaders() -> tuple[DataLoader, DataLoader]:
+    """Return training and validation batches of handwritten digits."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    training, validation = random_split(TensorDataset(images, torch.tensor(digits.target)), [1200, 597])
-    logger = CSVLogger(".", name="first-curves")
-    trainer = L.Trainer(max_epochs=20, accelerator="cpu", logger=logger, callbacks=[FlatnessMonitor()])
-    trainer.fit(Classifier(), DataLoader(training, batch_size=32, shuffle=True), DataLoader(validation, batch_size=256))
+    data = TensorDataset(images, torch.tensor(digits.target))
+    training, validation = random_split(data, [1200, 597])
+    return (
+        DataLoader(training, batch_size=32, shuffle=True),
+        DataLoader(validation, batch_size=256),
+    )
 
-    keys = ["epoch", "val_accuracy", "flatness/relative", "flatness/scale_free", "margin/mean"]
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["flatness/relative"]]
-    flatness_curves({key: [float(row[key]) for row in rows] for key in keys}).savefig("first-curves.png")
+
+def draw(file: str) -> None:
+    """Draw four of the logged curves."""
+    keys = ("val_accuracy", "flatness/relative", "flatness/scale_free", "margin/mean")
+    with open(file) as table:
+        rows = [row for row in csv.DictReader(table) if row["flatness/relative"]]
+    curves = {key: [float(row[key]) for row in rows] for key in ("epoch", *keys)}
+    flatness_curves(curves).savefig("first-curves.png")
+
+
+def main() -> None:
+    """Train for twenty epochs."""
+    L.seed_everything(0)
+    logger = CSVLogger(".", name="first-curves")
+    trainer = L.Trainer(
+        max_epochs=20,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[FlatnessMonitor()],
+    )
+    trainer.fit(Classifier(), *loaders())
+    draw(f"{logger.log_dir}/metrics.csv")
 
 
 if __name__ == "__main__":
