@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from training import trained_on_digits
 from validation import SETTINGS
 
-from lightning_flatness import measure
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness import ForwardRecorder, PooledMethod, measure
+from lightning_flatness.curvature.pooled.closed_form import hessian_trace, relative_flatness
+from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 
 ALONE = Path(__file__).with_name("alone.py")
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -48,16 +48,11 @@ def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def recorded(model: nn.Module, x: Tensor, y: Tensor) -> TailFactors:
-    """Return the factors of one pass."""
-    with Tap(model) as tap, torch.no_grad():
+def derivatives_of(model: nn.Module, x: Tensor, y: Tensor) -> PooledDerivatives:
+    """Return the derivatives of one pass."""
+    with ForwardRecorder(model) as recorder, torch.no_grad():
         model(x)
-        return tap.factors(y)
-
-
-def fresh(factors: TailFactors, name: str) -> object:
-    """Return one quantity, computed anew."""
-    return getattr(factors.select(slice(None)), name)
+        return PooledMethod().derivatives(recorder.take_pass(), y)
 
 
 def validations(rounds: int) -> Rows:
@@ -70,8 +65,8 @@ def validations(rounds: int) -> Rows:
         (with_it,), (without,) = (printed(ALONE, "memory", name, monitored) for monitored in (1, 0))
         model = networks.lively(setting.network())
         x, y = torch.randn(8, 3, setting.side, setting.side), torch.zeros(8).long()
-        factors = recorded(model, x, y)
-        share = multiply_adds(lambda: factors.relative_flatness) / multiply_adds(forward(model, x))  # noqa: B023
+        derivatives = derivatives_of(model, x, y)
+        share = multiply_adds(lambda: relative_flatness(derivatives)) / multiply_adds(forward(model, x))  # noqa: B023
         yield (
             setting.title,
             f"{setting.samples:,}",
@@ -117,19 +112,20 @@ def large_tail(rounds: int) -> Rows:
     """Yield what 1000 classes and 2048 filters cost, as multiples of a forward pass, that pass included."""
     yield "ResNet-50, 224 x 224, C = 1000, K = 2048", "x fwd", "shortest", "counted", "target"
     model, x, y = networks.lively(networks.resnet50()), torch.randn(4, 3, 224, 224), torch.zeros(4).long()
-    with Tap(model) as tap:
+    method = PooledMethod()
+    with ForwardRecorder(model) as recorder:
 
-        def run(name: str) -> None:
+        def run(quantity: Callable[[PooledDerivatives], object]) -> None:
             with torch.no_grad():
                 model(x)
-            getattr(tap.factors(y), name)
+            quantity(method.derivatives(recorder.take_pass(), y))
 
-        names = {"trace alone": ("hessian_trace", 1.05), "relative flatness": ("relative_flatness", 1.5)}
-        runs: dict[str, Callable[[], object]] = {title: partial(run, name) for title, (name, _) in names.items()}
+        quantities = {"trace alone": (hessian_trace, 1.05), "relative flatness": (relative_flatness, 1.5)}
+        runs: dict[str, Callable[[], object]] = {title: partial(run, of) for title, (of, _) in quantities.items()}
         times = interleaved(runs | {"forward": forward(model, x)}, rounds)
-    factors, counted = recorded(model, x, y), multiply_adds(forward(model, x))
-    for title, (name, target) in names.items():
-        share = 1 + multiply_adds(partial(fresh, factors, name)) / counted
+    derivatives, counted = derivatives_of(model, x, y), multiply_adds(forward(model, x))
+    for title, (of, target) in quantities.items():
+        share = 1 + multiply_adds(partial(of, derivatives)) / counted
         pair = times[title], times["forward"]
         yield title, f"{ratio(*pair):.2f}", f"{best_ratio(*pair):.2f}", f"{share:.2f}", f"{target}"
 
@@ -153,15 +149,15 @@ def growth(rounds: int) -> Rows:
         costs, counts = [], []
         for channels, filters, side, classes, kernel in cases.values():
             model = tail(channels, filters, side, classes, kernel)
-            factors = recorded(model, torch.randn(n, channels, side, side), torch.zeros(n).long())
-            own = partial(fresh, factors, "relative_flatness")
+            derivatives = derivatives_of(model, torch.randn(n, channels, side, side), torch.zeros(n).long())
+            own = partial(relative_flatness, derivatives)
             costs.append(f"{min(interleaved({'': own}, rounds)['']) / n * 1e6:.0f}")
             counts.append(f"{multiply_adds(own) / n / 1e6:.1f}")
         yield title, " / ".join(map(str, cases)), " / ".join(costs), " / ".join(counts)
     model, costs, counts = networks.lively(networks.resnet18(10)), [], []
     for side in (64, 128, 224):
         x, y = torch.randn(n, 3, side, side), torch.zeros(n).long()
-        own = partial(fresh, recorded(model, x, y), "relative_flatness")
+        own = partial(relative_flatness, derivatives_of(model, x, y))
         times = interleaved({"fwd": forward(model, x), "own": own}, rounds)
         counts.append(f"{multiply_adds(own) / n / 1e6:.1f}")
         costs.append(f"{min(times['own']) / n * 1e6:.0f} ({best_ratio(times['own'], times['fwd']):.1%} of fwd)")
@@ -185,12 +181,13 @@ def on_cuda(rounds: int) -> Rows:
     for build in (networks.resnet18, networks.resnet50, networks.mobilenet_v2):
         model = networks.lively(build()).cuda()
         x, y = torch.randn(64, 3, 224, 224, device="cuda"), torch.zeros(64, device="cuda").long()
-        with Tap(model) as tap:
+        method = PooledMethod()
+        with ForwardRecorder(model) as recorder:
 
-            def run(model: nn.Module = model, x: Tensor = x, y: Tensor = y, tap: Tap = tap) -> None:
+            def run(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> None:
                 with torch.no_grad():
                     model(x)
-                _ = tap.factors(y).relative_flatness
+                method.quantities(recorder.take_pass(), y)  # noqa: B023
 
             times = interleaved({"with": run, "fwd": forward(model, x)}, rounds)
         alone, both = (sorted(times[key])[rounds // 2] * 1e3 for key in ("fwd", "with"))

@@ -14,8 +14,7 @@ import argparse
 import lightning as L
 import torch
 
-from lightning_flatness import Tap
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
+from lightning_flatness import ForwardRecorder, PooledMethod, SampleQuantities
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule, digits_split
 from lightning_flatness.functional import pearson
 from lightning_flatness.metrics import FlatnessMarginCorrelation
@@ -39,31 +38,31 @@ def trained(seed: int, epochs: int) -> DigitsClassifier:
     return model.eval()
 
 
-def factors_of(model: DigitsClassifier, images: torch.Tensor, digits: torch.Tensor) -> TailFactors:
-    """Return the factors of a whole data set."""
-    with torch.no_grad(), Tap(model) as tap:
+def quantities_of(model: DigitsClassifier, images: torch.Tensor, digits: torch.Tensor) -> SampleQuantities:
+    """Return the quantities of a whole data set."""
+    with torch.no_grad(), ForwardRecorder(model) as recorder:
         model(images)
-        return tap.factors(digits)
+        return PooledMethod().quantities(recorder.take_pass(), digits)
 
 
-def row(factors: TailFactors) -> list[str]:
+def row(quantities: SampleQuantities) -> list[str]:
     """Return the number of correct samples, and r for each column without and with outlier removal."""
     values = []
     for remove_outliers in (False, True):
         metric = FlatnessMarginCorrelation(remove_outliers)
-        metric.update(factors)
+        metric.update(quantities)
         values.append(metric.compute())
     kept, removed = values
-    correct = int((factors.output_margin >= 0).sum())
+    correct = int((quantities.output_margin >= 0).sum())
     pairs = ((float(kept[f"{name}/correct"]), float(removed[f"{name}/correct"])) for name in COLUMNS)
-    return [f"{correct} of {len(factors)}", *(f"{plain:.2f} ({without:.2f})" for plain, without in pairs)]
+    return [f"{correct} of {len(quantities)}", *(f"{plain:.2f} ({without:.2f})" for plain, without in pairs)]
 
 
-def shared_confidence(factors: TailFactors) -> tuple[float, float]:
+def shared_confidence(quantities: SampleQuantities) -> tuple[float, float]:
     """Return r of trace and confidence, and of trace and ACEHT with the confidence divided out of both."""
-    correct = factors.output_margin >= 0
-    quantities = (factors.hessian_trace, factors.affine_hessian_trace, factors.confidence)
-    trace, aceht, confidence = (values[correct].double() for values in quantities)
+    correct = quantities.output_margin >= 0
+    compared = (quantities.hessian_trace, quantities.affine_hessian_trace, quantities.confidence)
+    trace, aceht, confidence = (values[correct].double() for values in compared)
     return float(pearson(trace, confidence)), float(pearson(trace / confidence, aceht / confidence))
 
 
@@ -79,9 +78,9 @@ def main() -> None:
     for seed in range(arguments.seeds):
         model = trained(seed, arguments.epochs)
         for name, dataset in zip(("training", "validation"), digits_split(seed), strict=True):
-            factors = factors_of(model, *dataset.tensors)
-            print("|", " | ".join([str(seed), name, *row(factors)]), "|")
-            shared.append(shared_confidence(factors))
+            quantities = quantities_of(model, *dataset.tensors)
+            print("|", " | ".join([str(seed), name, *row(quantities)]), "|")
+            shared.append(shared_confidence(quantities))
     for what, values in zip(("trace, confidence", "both without it"), zip(*shared, strict=True), strict=True):
         print(f"r of {what}: {min(values):.2f} to {max(values):.2f}")
 

@@ -76,6 +76,25 @@ def curvlinops(products: int, estimator: str, model: nn.Module, layer: str, x: T
     return float(getattr(curvlinops, estimator)(operator, products))
 
 
+def ekfac(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> float:
+    """Return the trace of EKFAC with the loss's exact curvature in the logits.
+
+    EKFAC approximates the matrix, not its trace: it keeps the diagonal of the Gauss-Newton matrix in an orthogonal
+    basis, and the sum of that diagonal is the same in every basis.
+    """
+    import curvlinops
+
+    operator = curvlinops.EKFACLinearOperator(
+        model,
+        nn.CrossEntropyLoss(),
+        [only_weight(model, layer)],
+        [(x, y)],
+        check_deterministic=False,
+        fisher_type=curvlinops.FisherType.TYPE2,
+    )
+    return float(operator.trace)
+
+
 def eigenthings(products: int, model: nn.Module, layer: str, x: Tensor, y: Tensor) -> float:
     """Return a Hutch++ estimate from Hessian-vector products."""
     from hessian_eigenthings import HessianOperator, supervised_loss, trace
@@ -115,6 +134,7 @@ PEERS = (
     Peer("asdfghjkl, exact diagonal", "asdl", True, asdl),
     Peer("torch.func, vmap(jacrev)", "torch", True, torch_func),
     Peer("BackPACK, DiagGGNExact", "backpack", True, backpack),
+    Peer("curvlinops, EKFAC, type-2 Fisher", "curvlinops", True, ekfac),
     Peer("curvlinops, XTrace, 12 products", "curvlinops", False, partial(curvlinops, 12, "xtrace")),
     Peer("curvlinops, Hutch++, 12 products", "curvlinops", False, partial(curvlinops, 12, "hutchpp_trace")),
     Peer("hessian-eigenthings, Hutch++, 9 products", "hessian_eigenthings", False, partial(eigenthings, 9)),

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR
 
-from lightning_flatness import Tap
 from lightning_flatness.examples.digits import ResidualBlock, digits_split
 from lightning_flatness.metrics.evaluation import Evaluation
 
@@ -145,9 +144,9 @@ class Training:
         self.network.eval()
         images, labels = self.validation
         evaluation = Evaluation(torch.device("cpu"))
-        with Tap(self.network) as tap, torch.no_grad():
+        with ForwardRecorder(self.network) as recorder, torch.no_grad():
             self.network(images)
-            evaluation.update(tap.factors(labels))
+            evaluation.update(PooledMethod().quantities(recorder.take_pass(), labels))
         values: dict[str, Tensor] = evaluation.compute()
         return {key: float(values[key]) for key in KEYS}
 

@@ -2,29 +2,36 @@
 
 from lightning_flatness.actions import Notify, ReduceLR, StopTraining
 from lightning_flatness.callback import FlatnessMonitor
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.errors import NonFiniteError, UnsupportedTailError
 from lightning_flatness.measure import FlatnessReport, measure
-from lightning_flatness.recording.recorded_pass import NonFiniteError, UnsupportedTailError
-from lightning_flatness.rules import AllOf, AnyOf, Rule
-from lightning_flatness.rules.alert import Action, Alert
+from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.recording.recorder import ForwardRecorder
+from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Action",
-    "Alert",
+__all__ = [  # noqa: RUF022  grouped by what they are for
+    # Watch a training, act on it.
+    "FlatnessMonitor",
+    "Rule",
     "AllOf",
     "AnyOf",
-    "FlatnessMonitor",
-    "FlatnessReport",
-    "NonFiniteError",
-    "Notify",
-    "ReduceLR",
-    "Rule",
+    "Action",
+    "Alert",
     "StopTraining",
-    "TailFactors",
-    "Tap",
-    "UnsupportedTailError",
+    "ReduceLR",
+    "Notify",
+    # Measure a model once.
     "measure",
+    "FlatnessReport",
+    # The parts behind both.
+    "ForwardRecorder",
+    "RecordedPass",
+    "PooledMethod",
+    "SampleQuantities",
+    # What is raised.
+    "UnsupportedTailError",
+    "NonFiniteError",
 ]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, TailFactors
-from lightning_flatness.curvature.pooled.measurement import Tap
-from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
+from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
+from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.data.passes import device_of, measured_batches, preserved_state
+from lightning_flatness.errors import NonFiniteError, require_counts
+from lightning_flatness.keys import CONFIDENCE, RELATIVE, SCALE_FREE, TRACE
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
-from lightning_flatness.recording.recorded_pass import NonFiniteError
+from lightning_flatness.recording.recorder import ForwardRecorder
 
 _QUANTITIES = (
     "relative_flatness",
@@ -125,90 +125,33 @@ def measure(
     require_counts(chunk_bytes=chunk_bytes)
     if max_samples is not None:
         require_counts(max_samples=max_samples)
-    tap = Tap(model, layer, classifier, as_loss(loss), chunk_bytes)
-    evaluation = Evaluation(device_of(model))
-    parts: list[dict[str, Tensor]] = []
-    with undisturbed(model):
-        for factors in batch_factors(tap, model, batches, max_samples, target):
-            evaluation.update(factors)
+    recorder, method = ForwardRecorder(model, layer, classifier), PooledMethod(as_loss(loss), chunk_bytes)
+    evaluation = Evaluation(device_of(model), method.name)
+    parts: list[SampleQuantities] = []
+    with preserved_state(model):
+        for quantities in measured_batches(recorder, method, model, batches, max_samples, target):
+            evaluation.update(quantities)
             if per_sample:
-                parts.append({name: getattr(factors, name) for name in _QUANTITIES})
+                parts.append(quantities)
     if evaluation.samples == 0:
         raise ValueError("`batches` must yield at least one sample; got none.")
     values = {key: float(value) for key, value in evaluation.compute().items()}
     if broken := [key for key, value in values.items() if not isfinite(value)]:
         raise NonFiniteError(f"Values must be finite; these are not: {broken}.")
     return FlatnessReport(
-        layer=str(tap.layer),
-        classifier=str(tap.classifier),
+        layer=str(recorder.layer),
+        classifier=str(recorder.classifier),
         n_samples=evaluation.samples,
-        relative_flatness=values["flatness/relative"],
-        hessian_trace=values["flatness/trace"],
-        scale_free_flatness=values["flatness/scale_free"],
-        confidence=values["flatness/confidence"],
+        relative_flatness=values[RELATIVE],
+        hessian_trace=values[TRACE],
+        scale_free_flatness=values[SCALE_FREE],
+        confidence=values[CONFIDENCE],
         margins={
             key.removeprefix("margin/"): value
             for key, value in values.items()
             if key.startswith("margin/") and key not in ("margin/softmax_mean", "margin/bound")
         },
-        samples={name: torch.cat([part[name] for part in parts]) for name in _QUANTITIES} if per_sample else None,
+        samples={name: torch.cat([getattr(part, name) for part in parts]) for name in _QUANTITIES}
+        if per_sample
+        else None,
     )
-
-
-def require_counts(**counts: object) -> None:
-    """Refuse arguments that are not a whole number, at least 1.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    for argument, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{argument}` must be a whole number, at least 1; got {value!r}.")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def batch_factors(
-    tap: Tap,
-    model: nn.Module,
-    batches: Iterable[Any],
-    max_samples: int | None = None,
-    target: Callable[[Any], Tensor] | None = None,
-) -> Iterator[TailFactors]:
-    """Run the model on each batch and yield its factors, of no more than `max_samples` samples in all."""
-    left = max_samples
-    device = device_of(model)
-    with tap:
-        for batch in batches:
-            try:
-                batch = move_data_to_device(batch, device)
-            except NotImplementedError as error:  # such as tensors of the meta device, which hold nothing
-                raise ValueError(f"A batch must hold data that can be moved to {device}: {error}") from error
-            targets = (target or batch_targets)(batch)
-            if is_empty(batch, targets):
-                continue
-            with torch.no_grad(), tap.alone():
-                model(batch_inputs(batch))
-            factors = tap.factors(targets)
-            yield factors if left is None else factors.select(slice(left))
-            left = None if left is None else left - len(factors)
-            if left is not None and left <= 0:
-                return
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode; afterwards leave the modes and all random generators as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    generators = isolate_rng()
-    generators.__enter__()
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        generators.__exit__(None, None, None)  # told of an exception, it would not restore them

@@ -26,7 +26,8 @@ CORE = {"torch", "lightning", "torchmetrics", "jaxtyping"}
 OURS = {"lightning_flatness"}
 ALONE = {"rules": OURS, "keys": OURS, "oracle": {"torch"}}
 HELPERS = {"conftest.py", "metrics/checks.py"} | {
-    f"{name}.py" for name in "cases fuzz_inputs fuzz_tails lightning_runs networks shape_checker wandb_files".split()
+    f"{name}.py"
+    for name in "cases fuzz_inputs fuzz_tails lightning_runs networks recorded shape_checker wandb_files".split()
 }
 WHOLES = """
     architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes optuna precisions processes sharding

@@ -26,7 +26,7 @@ def own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rules_of(cli: LightningCLI) -> list[Any]:
     monitors = [callback for callback in cli.trainer.callbacks if isinstance(callback, FlatnessMonitor)]
-    return plain([monitor._alarm.rules for monitor in monitors])
+    return plain([monitor._runner.rules for monitor in monitors])
 
 
 def plain(value: Any) -> Any:

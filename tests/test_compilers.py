@@ -19,8 +19,8 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_flatness import FlatnessMonitor, measure
-from lightning_flatness.recording.graph import Tape
-from lightning_flatness.recording.recorded_pass import UnsupportedTailError
+from lightning_flatness.errors import UnsupportedTailError
+from lightning_flatness.recording.dispatch import GraphTracer
 
 
 @pytest.fixture(autouse=True)
@@ -342,12 +342,12 @@ def test_a_computed_weight_that_is_used_again_is_refused(norm: Callable[..., nn.
 
 def test_memory_of_a_computed_weight_may_be_used_by_others() -> None:
     """Each access computes the weight anew, and what an earlier one computed is gone."""
-    tape, z = Tape(), torch.ones(1)
-    tape.add_root(z)
+    tracer, z = GraphTracer(), torch.ones(1)
+    tracer.graph.add_input(z)
     for size in [2**power for power in range(4, 19)] * 4:
-        tape.forbid(torch.zeros(size))
+        tracer.forbid_storage(torch.zeros(size))
         other = torch.ones(size)  # gets the memory that has just become free, if any did
-        tape.start()
+        tracer.start()
         z + other
-        tape.stop()
-    assert tape.doubt(99) is None
+        tracer.stop()
+    assert tracer.graph.incomplete_because(99) is None

@@ -8,10 +8,11 @@ import pytest
 import torch
 from cases import SUPPORTED, UNSUPPORTED, Case
 from lightning_runs import Classifier, images, trainer, values_of
+from recorded import Measured
 from torch.utils.data import DataLoader
 
 from lightning_flatness import FlatnessMonitor, UnsupportedTailError, measure, oracle
-from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.curvature.pooled.closed_form import sample_quantities
 from lightning_flatness.metrics.evaluation import Evaluation
 
 pytestmark = pytest.mark.cuda
@@ -44,12 +45,13 @@ def test_tensor_cores_are_off_for_the_monitor_alone(precision: str) -> None:
     expected = oracle.relative_flatness(model, case.layer, x, y)
     try:
         torch.set_float32_matmul_precision(precision)
-        with Tap(model.eval().float().cuda()) as tap, torch.no_grad():
+        with Measured(model.eval().float().cuda()) as recorder, torch.no_grad():
             model(x.float().cuda())
-            factors = tap.factors(y.cuda())
-        # What the network itself rounds is in the factors; their products are in full precision.
-        reference = factors.cpu().to(torch.float64).relative_flatness
-        torch.testing.assert_close(factors.relative_flatness.cpu().double(), reference, rtol=1e-5, atol=0)
+            derivatives = recorder.derivatives(y.cuda())
+        # What the network itself rounds is in the derivatives; their products are in full precision.
+        reference = sample_quantities(derivatives.to(torch.float64)).relative_flatness.cpu()
+        value = sample_quantities(derivatives).relative_flatness
+        torch.testing.assert_close(value.cpu().double(), reference, rtol=1e-5, atol=0)
         torch.testing.assert_close(reference, expected, rtol=0.05, atol=0)
         assert torch.get_float32_matmul_precision() == precision
     finally:
@@ -64,12 +66,12 @@ def test_after_the_first_batch_the_host_never_waits(autocast: torch.dtype, memor
     x, y = x.float().cuda().to(memory_format=memory_format), y.cuda()
     evaluation = Evaluation(x.device)
     try:
-        with Tap(model) as tap:
+        with Measured(model) as recorder:
             for mode in ("default", "error", "error"):
                 with torch.no_grad(), torch.autocast("cuda", autocast, enabled=autocast != torch.float32):
                     model(x)
                 torch.cuda.set_sync_debug_mode(mode)
-                evaluation.update(tap.factors(y))
+                evaluation.update(recorder.quantities(y))
                 torch.cuda.set_sync_debug_mode("default")
     finally:
         torch.cuda.set_sync_debug_mode("default")

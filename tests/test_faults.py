@@ -35,10 +35,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, Notify, Rule
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.curvature.pooled import closed_form
+from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
+from lightning_flatness.recording import recorder
+from lightning_flatness.recording.dispatch import dispatcher
 from lightning_flatness.recording.eager import EAGER
-from lightning_flatness.recording.graph import RECORDER
 
 ERRORS: list[Callable[[], BaseException]] = [lambda: RuntimeError("fault"), KeyboardInterrupt]
 each_error = pytest.mark.parametrize("error", ERRORS, ids=["error", "interrupt"])
@@ -55,6 +56,7 @@ def interrupts_still_arrive() -> Iterator[None]:
 
 def process() -> dict[str, Any]:
     """What the monitor might leave switched on."""
+    ours = dispatcher()
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
@@ -62,7 +64,9 @@ def process() -> dict[str, Any]:
         "modes": _get_current_dispatch_mode_stack(),
         "precision": torch.get_float32_matmul_precision(),
         "stance": torch._dynamo.eval_frame._stance.stance,
-        "ours": (EAGER._users, RECORDER.tapes, RECORDER.held, RECORDER.deaf, RECORDER._entered, Tap._alone),
+        "eager": EAGER._users,
+        "dispatcher": (ours.tracers, ours._retained, ours.is_paused, ours._entered),
+        "exclusive": recorder._THREAD.exclusive,
     }
 
 
@@ -102,33 +106,33 @@ def inject(monkeypatch: pytest.MonkeyPatch, target: str, number: int, error: Bas
 AFTER_THE_FIRST, BUT_FOR_THE_SECOND, ALL, NONE = [12, 18], [6, 18], [6, 12, 18], []
 OWN = {"data": given_batches()}
 FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
-    "the sums": ("lightning_flatness.callback.Evaluation.__init__", 2, BUT_FOR_THE_SECOND, {}),
-    "the tap": ("lightning_flatness.callback.Tap.__init__", 2, AFTER_THE_FIRST, {}),
+    "the sums": ("lightning_flatness.validation.Evaluation.__init__", 2, BUT_FOR_THE_SECOND, {}),
+    "the recorder": ("lightning_flatness.callback.ForwardRecorder.__init__", 2, AFTER_THE_FIRST, {}),
     "the stance": ("lightning_flatness.recording.eager.EagerStance.enter", 1, AFTER_THE_FIRST, {}),
-    "the recorder": ("lightning_flatness.recording.graph._Recorder.hold", 1, AFTER_THE_FIRST, {}),
-    "the hooks": ("lightning_flatness.curvature.pooled.measurement.Tap._install", 1, AFTER_THE_FIRST, {}),
-    "counting samples": ("lightning_flatness.callback.FlatnessMonitor._samples_left", 3, AFTER_THE_FIRST, {}),
-    "a batch's start": ("lightning_flatness.curvature.pooled.measurement.Tap.clear", 5, AFTER_THE_FIRST, {}),
-    "the convolution's hook": ("lightning_flatness.curvature.pooled.measurement.WeightCopies.of", 2, NONE, {}),
-    "before an operation": ("lightning_flatness.recording.graph.Tape._before", 8, NONE, {}),
-    "after an operation": ("lightning_flatness.recording.graph.Tape._bind", 9, NONE, {}),
-    "targets": ("lightning_flatness.callback.batch_targets", 2, AFTER_THE_FIRST, {}),
-    "the other hooks": ("lightning_flatness.curvature.pooled.measurement.Tap._install", 2, AFTER_THE_FIRST, {}),
-    "certificate": ("lightning_flatness.curvature.pooled.measurement.certify", 1, AFTER_THE_FIRST, {}),
-    "replay": ("lightning_flatness.curvature.pooled.measurement.replayed_features", 2, AFTER_THE_FIRST, {}),
-    "factors": ("lightning_flatness.curvature.pooled.measurement.TailFactors", 2, AFTER_THE_FIRST, {}),
-    "a chunk": ("lightning_flatness.curvature.pooled.derivatives.TailFactors._chunk_curvature", 2, AFTER_THE_FIRST, {}),
-    "adding up": ("lightning_flatness.callback.Evaluation.update", 2, AFTER_THE_FIRST, {}),
+    "the dispatcher": ("lightning_flatness.recording.dispatch.Dispatcher.attach", 1, NONE, {}),
+    "the hooks": ("lightning_flatness.recording.recorder.ForwardRecorder._install", 1, AFTER_THE_FIRST, {}),
+    "counting samples": ("lightning_flatness.validation.MeasuredValidation._samples_left", 3, AFTER_THE_FIRST, {}),
+    "a batch's start": ("lightning_flatness.recording.recorder.ForwardRecorder.clear", 3, AFTER_THE_FIRST, {}),
+    "the convolution's hook": ("lightning_flatness.recording.weights.WeightCopies.of", 2, NONE, {}),
+    "before an operation": ("lightning_flatness.recording.dispatch.GraphTracer._before", 8, NONE, {}),
+    "after an operation": ("lightning_flatness.recording.graph.OperationGraph.add_node", 9, NONE, {}),
+    "targets": ("lightning_flatness.validation.batch_targets", 2, AFTER_THE_FIRST, {}),
+    "the other hooks": ("lightning_flatness.recording.recorder.ForwardRecorder._install", 2, AFTER_THE_FIRST, {}),
+    "certificate": ("lightning_flatness.curvature.pooled.method.certify", 1, AFTER_THE_FIRST, {}),
+    "replay": ("lightning_flatness.recording.recorded_pass.RecordedPass.features_at", 9, AFTER_THE_FIRST, {}),
+    "derivatives": ("lightning_flatness.curvature.pooled.method.PooledDerivatives", 2, AFTER_THE_FIRST, {}),
+    "a chunk": ("lightning_flatness.curvature.pooled.closed_form._chunk_flatness", 2, AFTER_THE_FIRST, {}),
+    "adding up": ("lightning_flatness.validation.Evaluation.update", 2, AFTER_THE_FIRST, {}),
     "a metric": ("lightning_flatness.metrics.evaluation.MarginStatistics.update", 2, AFTER_THE_FIRST, {}),
-    "the means": ("lightning_flatness.callback.Evaluation.compute", 2, BUT_FOR_THE_SECOND, {}),
+    "the means": ("lightning_flatness.validation.Evaluation.compute", 2, BUT_FOR_THE_SECOND, {}),
     "logging": ("lightning.pytorch.LightningModule.log_dict", 2, BUT_FOR_THE_SECOND, {}),
-    "a rule": ("lightning_flatness.rules.Rule.observe", 2, BUT_FOR_THE_SECOND, {}),
+    "a rule": ("lightning_flatness.rules.tracker.RuleTracker.observe", 2, BUT_FOR_THE_SECOND, {}),
     "an action": ("lightning_flatness.actions.training.Notify.act", 2, ALL, {}),
-    "showing an alert": ("lightning_flatness.reporting.loggers.Sinks.alert", 2, ALL, {}),
-    "drawing samples": ("lightning_flatness.data.sampling.training_probe", 2, BUT_FOR_THE_SECOND, {"data": "train"}),
-    "moving batches": ("lightning_flatness.callback.moved", 2, BUT_FOR_THE_SECOND, OWN),
-    "the network": ("lightning_flatness.callback.network", 2, BUT_FOR_THE_SECOND, OWN),
-    "own passes": ("lightning_flatness.measure.batch_inputs", 2, AFTER_THE_FIRST, OWN),
+    "showing an alert": ("lightning_flatness.reporting.loggers.LoggerAlerts.show", 2, ALL, {}),
+    "drawing samples": ("lightning_flatness.data.sampling.training_sample", 2, BUT_FOR_THE_SECOND, {"data": "train"}),
+    "moving batches": ("lightning_flatness.validation.transferred", 2, BUT_FOR_THE_SECOND, OWN),
+    "the network": ("lightning_flatness.validation.callable_module", 2, BUT_FOR_THE_SECOND, OWN),
+    "own passes": ("lightning_flatness.data.passes.batch_inputs", 2, AFTER_THE_FIRST, OWN),
 }
 each_fault = pytest.mark.parametrize("where", FAULTS)
 
@@ -264,24 +268,24 @@ def test_an_error_of_the_user_arrives_as_it_is(tmp_path: Any, where: str, error:
 @pytest.mark.parametrize("fits", [1, 2, 3])
 def test_out_of_memory_halves_the_chunk(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
     """Batches are of four samples."""
-    original, sizes = TailFactors._chunk_curvature, []
+    original, sizes = closed_form._chunk_flatness, []
 
-    def limited(factors: TailFactors) -> Any:
-        sizes.append(len(factors))
-        if len(factors) > fits:
+    def limited(chunk: PooledDerivatives) -> Any:
+        sizes.append(len(chunk))
+        if len(chunk) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(factors)
+        return original(chunk)
 
     module, run = Classifier(), trainer(tmp_path, FlatnessMonitor(strict=True))
     expected = report_of(module, module.val_dataloader())
-    monkeypatch.setattr(TailFactors, "_chunk_curvature", limited)
+    monkeypatch.setattr(closed_form, "_chunk_flatness", limited)
     run.validate(module, verbose=False)
     assert_same(values_of(run), expected)
     assert max(sizes) == 4 > fits
     assert min(sizes) >= 1
 
 
-EXHAUSTED = ["the convolution's hook", "before an operation", "certificate", "replay", "factors", "adding up"]
+EXHAUSTED = ["the convolution's hook", "before an operation", "certificate", "replay", "derivatives", "adding up"]
 
 
 @pytest.mark.parametrize("where", EXHAUSTED)
@@ -300,10 +304,10 @@ def test_out_of_memory_in_every_validation_is_one_warning(
 ) -> None:
     free = itertools.count()
 
-    def exhausted(factors: TailFactors) -> None:
+    def exhausted(chunk: PooledDerivatives) -> None:
         raise torch.OutOfMemoryError(f"CUDA out of memory. {next(free)} MiB are free.")
 
-    monkeypatch.setattr(TailFactors, "_chunk_curvature", exhausted)
+    monkeypatch.setattr(closed_form, "_chunk_flatness", exhausted)
     with pytest.warns(UserWarning, match="out of memory") as caught:
         assert fitted(tmp_path, FlatnessMonitor()) == plain
     assert len(own_warnings(caught)) == 1

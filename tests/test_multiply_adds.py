@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from recorded import Measured
 from torch import nn
 
 from benchmarks.multiply_adds import multiply_adds
-from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness.curvature.pooled.closed_form import relative_flatness
 
 
 def test_network_and_monitor() -> None:
@@ -17,10 +18,10 @@ def test_network_and_monitor() -> None:
     x, y = torch.randn(n, inputs, side, side), torch.zeros(n).long()
     forward = n * (filters * inputs * side**2 + classes * filters)
     assert multiply_adds(lambda: model(x)) == forward
-    with Tap(model.eval()) as tap:
+    with Measured(model.eval()) as recorder:
         model(x)
-        factors = tap.factors(y)
+        derivatives = recorder.derivatives(y)
     # With 4 weights and 36 positions `a = M P` and `a a^T` take the fewest.
     least = n * (filters * inputs * side**2 + filters**2 * inputs)
-    assert least <= multiply_adds(lambda: factors.relative_flatness) < least + forward * 10
+    assert least <= multiply_adds(lambda: relative_flatness(derivatives)) < least + forward * 10
     assert multiply_adds(lambda: torch.ones(3) + 1) == 0

@@ -17,10 +17,11 @@ from networks import Net, conv2d, residual
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_flatness import FlatnessMonitor
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.curvature.pooled.measurement import Tap
-from lightning_flatness.measure import batch_factors, undisturbed
+from lightning_flatness import FlatnessMonitor, ForwardRecorder, PooledMethod
+from lightning_flatness.curvature.pooled.closed_form import sample_quantities
+from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
+from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.data.passes import measured_batches, preserved_state
 from lightning_flatness.metrics.evaluation import Evaluation
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -75,14 +76,20 @@ class Twofold(Evaluation):
     """Also adds up what float64 arithmetic makes of the same tensors."""
 
     exact: Evaluation
+    in_float64: SampleQuantities  # of the last batch
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        Twofold.exact = Scaled(device)
+    def __init__(self, device: torch.device, method: str) -> None:
+        super().__init__(device, method)
+        Twofold.exact = Scaled(device, method)
 
-    def update(self, factors: TailFactors) -> None:
-        super().update(factors)
-        self.exact.update(factors.to(torch.float64))
+    @staticmethod
+    def quantities(derivatives: PooledDerivatives) -> SampleQuantities:
+        Twofold.in_float64 = sample_quantities(derivatives.to(torch.float64))
+        return sample_quantities(derivatives)
+
+    def update(self, quantities: SampleQuantities) -> None:
+        super().update(quantities)
+        self.exact.update(Twofold.in_float64)
 
 
 class Scaled(Evaluation):
@@ -90,9 +97,9 @@ class Scaled(Evaluation):
 
     traces = 0.0
 
-    def update(self, factors: TailFactors) -> None:
-        super().update(factors)
-        self.traces += float(factors.hessian_trace.abs().sum())
+    def update(self, quantities: SampleQuantities) -> None:
+        super().update(quantities)
+        self.traces += float(quantities.hessian_trace.abs().sum())
 
     def deviation(self, values: Mapping[str, Tensor]) -> float:
         """The largest one of `values` from those of this evaluation."""
@@ -110,10 +117,11 @@ class Scaled(Evaluation):
 
 def of_float64(module: Classifier, loader: DataLoader) -> Scaled:
     """What a float64 model of the same weights gives on the same images."""
-    model, evaluation = copy.deepcopy(module).double(), Scaled(torch.device("cpu"))
-    with undisturbed(model):
-        for factors in batch_factors(Tap(model), model, [(x.double(), y) for x, y in loader]):
-            evaluation.update(factors)
+    model, evaluation = copy.deepcopy(module).double(), Scaled(torch.device("cpu"), "pooled")
+    batches = [(x.double(), y) for x, y in loader]
+    with preserved_state(model):
+        for quantities in measured_batches(ForwardRecorder(model), PooledMethod(), model, batches):
+            evaluation.update(quantities)
     return evaluation
 
 
@@ -136,7 +144,8 @@ def deviations(folder: Any, precision: str, build: Callable[[], nn.Module], spre
 def test_bounds(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, precision: str, build: Callable[[], nn.Module], spread: float
 ) -> None:
-    monkeypatch.setattr("lightning_flatness.callback.Evaluation", Twofold)
+    monkeypatch.setattr("lightning_flatness.validation.Evaluation", Twofold)
+    monkeypatch.setattr("lightning_flatness.curvature.pooled.method.sample_quantities", Twofold.quantities)
     found, bounds = deviations(tmp_path, precision, build, spread), BOUNDS[precision]
     assert found.arithmetic < bounds.arithmetic
     assert found.model < bounds.model

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 from wandb_files import records
 
 from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
-from lightning_flatness.metrics.evaluation import KEYS
+from lightning_flatness.keys import KEYS
 
 pytestmark = [
     pytest.mark.timeout(120),

@@ -32,7 +32,7 @@ def batch_targets(batch: Any) -> Tensor:
 
 
 def is_empty(batch: Any, target: Any) -> bool:
-    """Return whether a batch holds no sample, inputs and targets alike: the last batch of some loaders does not."""
+    """Return whether a batch holds no sample, inputs and targets alike, as the last batch of some loaders does."""
     parts = tensors(dict(batch) if isinstance(batch, Mapping) else batch)
     inputs = next((part for part in parts if part.dim() and part is not target), None)
     return all(isinstance(part, Tensor) and part.dim() > 0 and len(part) == 0 for part in (inputs, target))

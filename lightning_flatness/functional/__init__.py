@@ -3,7 +3,6 @@
 from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal
 from lightning_flatness.functional.flatness import (
     affine_hessian_trace,
-    affine_squared_norm,
     affine_trace,
     attribution,
     head_relative_flatness,
@@ -35,7 +34,6 @@ __all__ = [
     "ConvGeometry",
     "HadamardGram",
     "affine_hessian_trace",
-    "affine_squared_norm",
     "affine_trace",
     "at_temperature",
     "attribution",

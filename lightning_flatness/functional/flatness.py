@@ -110,12 +110,7 @@ def affine_trace(features: Float[Tensor, "n j"], curvature_trace: Float[Tensor, 
         >>> affine_trace(torch.tensor([[2.0]]), torch.tensor([0.5]))
         tensor([2.5000])
     """
-    return affine_squared_norm(features) * curvature_trace
-
-
-def affine_squared_norm(features: Float[Tensor, "n j"]) -> Float[Tensor, " n"]:
-    r"""Return \(\Vert x \Vert^2 + 1\), the squared norm of an affine layer's input and the constant 1 of its bias."""
-    return features.square().sum(-1) + 1
+    return (features.square().sum(-1) + 1) * curvature_trace
 
 
 def linear_relative_flatness(

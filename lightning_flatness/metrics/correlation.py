@@ -1,62 +1,74 @@
-"""How well margins and the classifier's own trace tell the flatness of each sample."""
+"""How well margins and the classifier's own trace predict the flatness of each sample."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lightning_flatness.functional as LF
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.metrics.flatness import FactorsMetric
+from lightning_flatness.curvature.quantities import SampleQuantities, given
+from lightning_flatness.metrics.flatness import SampleMetric
 
-_COMPARED = {"aceht": "affine_hessian_trace", "margin_bound": "margin_bound", "output_margin": "output_margin"}
+_QUANTITIES = ("aceht", "margin_bound", "output_margin")
 
 
-class FlatnessMarginCorrelation(FactorsMetric):
-    r"""Pearson's r over samples between the Hessian trace of the convolution and three cheaper quantities.
+class FlatnessMarginCorrelation(SampleMetric):
+    r"""Pearson's r over samples between the Hessian trace of the layer and three cheaper quantities.
 
     The quantities: `aceht` (`functional.affine_hessian_trace`), `margin_bound` and the signed `output_margin`; each
-    over `all`, `correct` (margin not negative) and `wrong` samples. r is 0 where a group is empty, has one
-    sample only, or does not vary.
+    over `all`, `correct` (margin not negative) and `wrong` samples. r is 0 where a group is empty, has only one
+    sample, or does not vary.
 
     Source: "On flat minima, large margins and generalizability", where r is taken after removing outliers.
 
     Args:
         remove_outliers: leave out of each group what scikit-learn's `LocalOutlierFactor` with its default settings
             marks as an outlier of the pairs (trace, quantity).
+        quantities: which of the three to compare; each one keeps a number per sample.
 
     Raises:
+        ValueError: if one of the quantities is another.
         ModuleNotFoundError: if outliers are to be removed and scikit-learn is not installed.
     """
 
-    def __init__(self, remove_outliers: bool = False, **kwargs: Any) -> None:
+    def __init__(self, remove_outliers: bool = False, quantities: Sequence[str] = _QUANTITIES, **kwargs: Any) -> None:
         """Start with no samples."""
         super().__init__(**kwargs)
+        if unknown := [name for name in quantities if name not in _QUANTITIES]:
+            raise ValueError(f"`quantities` must be among {list(_QUANTITIES)}; got {unknown[0]!r}.")
         if remove_outliers:
             _local_outlier_factor()
+        self.quantities = tuple(quantities)
         self.remove_outliers = remove_outliers
-        for name in ("hessian_trace", *_COMPARED.values()):
+        for name in dict.fromkeys(("trace", "output_margin", *quantities)):
             self._add_values(name)
 
-    def update(self, factors: TailFactors) -> None:
+    def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch."""
-        for name in ("hessian_trace", *_COMPARED.values()):
-            getattr(self, name).append(getattr(factors, name).double())
-        self.samples += len(factors)
+        values = {
+            "trace": quantities.hessian_trace,
+            "aceht": quantities.affine_hessian_trace,
+            "margin_bound": quantities.margin_bound,
+            "output_margin": quantities.output_margin,
+        }
+        for name in dict.fromkeys(("trace", "output_margin", *self.quantities)):
+            getattr(self, name).append(given(values[name], name).double())
+        self.samples += len(quantities)
 
     def compute(self) -> dict[str, Tensor]:
         """Return r by `quantity/group`, over all samples so far."""
-        trace, margin = self._values("hessian_trace"), self._values("output_margin")
+        trace, margin = self._values("trace"), self._values("output_margin")
         groups = {"all": torch.ones_like(margin, dtype=torch.bool), "correct": margin >= 0, "wrong": margin < 0}
-        values = {}
-        for name, quantity in _COMPARED.items():
-            compared = self._values(quantity)
+        correlations = {}
+        for name in self.quantities:
+            compared = self._values(name)
             for group, chosen in groups.items():
                 pairs = torch.stack([trace[chosen], compared[chosen]], 1)
-                values[f"{name}/{group}"] = LF.pearson(*self._inliers(pairs).unbind(1))
-        return values
+                correlations[f"{name}/{group}"] = LF.pearson(*self._inliers(pairs).unbind(1))
+        return correlations
 
     def _inliers(self, pairs: Tensor) -> Tensor:
         # With two samples or fewer there is no neighbourhood to be outside of.

@@ -4,70 +4,72 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.metrics import (
+from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.keys import RELATIVE, SCALE_FREE, TRACE, keys_of
+from lightning_flatness.metrics.correlation import FlatnessMarginCorrelation
+from lightning_flatness.metrics.flatness import (
     AffineHessianTrace,
     FlatnessFactors,
-    FlatnessMarginCorrelation,
     HessianTrace,
-    MarginBound,
-    MarginStatistics,
     RelativeFlatness,
+    SampleMetric,
     ScaleFreeFlatness,
-    SoftmaxMargin,
 )
+from lightning_flatness.metrics.margin import MarginBound, MarginStatistics, SoftmaxMargin
 
-KEYS = tuple(
-    [f"flatness/{name}" for name in ("relative", "trace", "scale_free", "confidence", "head", "kernel", "features")]
-    + [f"flatness/{name}" for name in ("alignment", "aceht", "margin_correlation")]
-    + [f"margin/{name}" for name in ("mean", "std", "skewness", "min", "negative", "softmax_mean", "bound")]
-    + [f"margin/q{percent:02}" for percent in (1, 5, 25, 50, 75, 95, 99)]
-)
-"""Every key of `Evaluation.compute`."""
+_CORRELATION = "flatness/margin_correlation"
+_LOGGED_CORRELATION = f"{_CORRELATION}/margin_bound/correct"
+
+
+def _metrics() -> dict[str, SampleMetric]:
+    """Return new metrics by key; one with several values names them below its own key."""
+    return {
+        RELATIVE: RelativeFlatness(),
+        TRACE: HessianTrace(),
+        SCALE_FREE: ScaleFreeFlatness(),
+        "flatness": FlatnessFactors(),
+        "flatness/aceht": AffineHessianTrace(),
+        _CORRELATION: FlatnessMarginCorrelation(quantities=["margin_bound"]),
+        "margin": MarginStatistics(),
+        "margin/softmax_mean": SoftmaxMargin(),
+        "margin/bound": MarginBound(),
+    }
 
 
 class Evaluation:
     """All quantities over the samples of one data set; exact for any split into batches and processes.
 
+    It is no `torchmetrics.MetricCollection`: that names the values of a metric which has several after the metric's
+    own words (`mean`), without the key above them (`margin/mean`).
+
     Args:
         device: where the sums are kept: that of the model, over which processes exchange them.
+        method: what gives the quantities; only the keys that it gives are evaluated.
 
     Example:
         >>> evaluation = Evaluation(torch.device("cpu"))
-        >>> for factors in ():  # of every batch
-        ...     evaluation.update(factors)
+        >>> for quantities in ():  # of every batch
+        ...     evaluation.update(quantities)
         >>> evaluation.samples
         0
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, method: str = "pooled") -> None:
         """Start with no samples."""
         device = torch.device("cpu") if device.type == "mps" else device
-        # A metric with several values names them below its own key.
-        metrics: dict[str, Metric] = {
-            "flatness/relative": RelativeFlatness(),
-            "flatness/trace": HessianTrace(),
-            "flatness/scale_free": ScaleFreeFlatness(),
-            "flatness": FlatnessFactors(),
-            "flatness/aceht": AffineHessianTrace(),
-            "margin": MarginStatistics(),
-            "margin/softmax_mean": SoftmaxMargin(),
-            "margin/bound": MarginBound(),
-        }
         self.samples = 0
         """Number of samples so far, of this process."""
-        self._metrics = {key: metric.to(device) for key, metric in metrics.items()}
-        self._correlation = FlatnessMarginCorrelation().to(device)
+        self._keys = keys_of(method)
+        self._metrics = {key: metric.to(device) for key, metric in _metrics().items() if self._asks_for(key)}
 
-    def update(self, factors: TailFactors) -> None:
+    def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch."""
-        if factors.logits.device.type == "mps":  # which has no float64
-            factors = factors.cpu()
-        for metric in (*self._metrics.values(), self._correlation):
-            metric.update(factors)
-        self.samples += len(factors)
+        if quantities.hessian_trace.device.type == "mps":  # which has no float64
+            quantities = quantities.cpu()
+        for metric in self._metrics.values():
+            metric.update(quantities)
+        self.samples += len(quantities)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the value of every key over all samples of all processes; every process has to call it.
@@ -77,7 +79,12 @@ class Evaluation:
         values: dict[str, Tensor] = {}
         for key, metric in self._metrics.items():
             value = metric.compute()
-            parts = {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
-            values.update(parts)
-        values["flatness/margin_correlation"] = self._correlation.compute()["margin_bound/correct"]
-        return values
+            values.update(
+                {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
+            )
+        if _LOGGED_CORRELATION in values:
+            values[_CORRELATION] = values[_LOGGED_CORRELATION]
+        return {key: values[key] for key in self._keys}
+
+    def _asks_for(self, key: str) -> bool:
+        return any(f"{asked}/".startswith(f"{key}/") for asked in self._keys)

@@ -11,13 +11,13 @@ from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 import lightning_flatness.functional as LF
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
+from lightning_flatness.curvature.quantities import SampleQuantities, given
 
 
-class FactorsMetric(Metric):
-    """A metric of the `TailFactors` of batches; exact for any split of the samples into batches and processes.
+class SampleMetric(Metric):
+    """A metric of the `SampleQuantities` of batches; exact for any split of the samples into batches and processes.
 
-    The sums are float64 where the device has it, whatever the dtype of the model.
+    The sums are float64, whatever the dtype of the model.
     """
 
     is_differentiable = False
@@ -33,7 +33,7 @@ class FactorsMetric(Metric):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Float64, the dtype in which a process without samples sends its nothing: that of the others' values."""
+        """Float64: a process without samples then sends an empty tensor of the dtype that the others send."""
         return torch.float64
 
     def _add_sum(self, name: str, *shape: int) -> None:
@@ -45,9 +45,9 @@ class FactorsMetric(Metric):
     def _values(self, name: str) -> Tensor:
         """Return a per-sample state of all batches (and of all processes, where they have been synchronised)."""
         values: Tensor | list[Tensor] = getattr(self, name)
-        return (
-            values if isinstance(values, Tensor) else torch.cat([self.samples.new_zeros(0, dtype=self.dtype), *values])
-        )
+        if isinstance(values, Tensor):
+            return values
+        return torch.cat([self.samples.new_zeros(0, dtype=self.dtype), *values])
 
     def plot(
         self, val: Tensor | dict[str, Tensor] | Sequence[Any] | None = None, ax: _AX_TYPE | None = None
@@ -56,11 +56,10 @@ class FactorsMetric(Metric):
         return self._plot(val, ax)
 
 
-class SampleMean(FactorsMetric):
-    """Mean over samples of one per-sample quantity of `TailFactors`."""
+class SampleMean(SampleMetric):
+    """Mean over samples of one quantity."""
 
     higher_is_better: bool | None = False
-    quantity: str
 
     total: Tensor
 
@@ -69,40 +68,46 @@ class SampleMean(FactorsMetric):
         super().__init__(**kwargs)
         self._add_sum("total")
 
-    def update(self, factors: TailFactors) -> None:
+    def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch."""
-        self.total += getattr(factors, self.quantity).sum(dtype=self.total.dtype)
-        self.samples += len(factors)
+        self.total += self._quantity(quantities).sum(dtype=self.total.dtype)
+        self.samples += len(quantities)
 
     def compute(self) -> Tensor:
         """Return the mean over all samples so far; NaN if there were none."""
         return self.total / self.samples
 
+    def _quantity(self, quantities: SampleQuantities) -> Tensor:
+        raise NotImplementedError
+
 
 class HessianTrace(SampleMean):
-    """Mean Hessian trace of the monitored convolution, see `functional.hessian_trace`; lower is flatter."""
+    """Mean Hessian trace of the layer, see `functional.hessian_trace`; lower is flatter."""
 
-    quantity = "hessian_trace"
+    def _quantity(self, quantities: SampleQuantities) -> Tensor:
+        return quantities.hessian_trace
 
 
 class RelativeFlatness(SampleMean):
-    """Mean relative flatness of the monitored convolution, see `functional.relative_flatness`; lower is flatter."""
+    """Mean relative flatness of the layer, see `functional.relative_flatness`; lower is flatter."""
 
-    quantity = "relative_flatness"
+    def _quantity(self, quantities: SampleQuantities) -> Tensor:
+        return quantities.relative_flatness
 
 
 class AffineHessianTrace(SampleMean):
     """Mean Hessian trace of the affine classifier (ACEHT), see `functional.affine_hessian_trace`; lower is flatter."""
 
-    quantity = "affine_hessian_trace"
+    def _quantity(self, quantities: SampleQuantities) -> Tensor:
+        return given(quantities.affine_hessian_trace, "affine_hessian_trace")
 
 
-class ScaleFreeFlatness(FactorsMetric):
+class ScaleFreeFlatness(SampleMetric):
     r"""Mean relative flatness of the predictor `phi / tau`; scaling the logits does not change it; lower is flatter.
 
     `tau` is the root mean square of `phi - mean_c phi` over all samples and classes of the evaluation, a constant to
-    the Hessian: `S = softmax(phi / tau)`, classifier `V / tau`. As `tau` is known only at the end, the sums are kept
-    at every temperature of `functional.TEMPERATURES` and read at `tau` by `functional.at_temperature`: one pass,
+    the Hessian: `S = softmax(phi / tau)`, classifier `V / tau`. It is known only at the end. The sums are therefore
+    kept at every temperature of `functional.TEMPERATURES` and read at `tau` by `functional.at_temperature`: one pass,
     without memory of earlier evaluations, to a relative 1e-7 of the value with `tau` known beforehand. A `tau` outside
     of [2^-12, 2^12] counts as the nearer end.
     """
@@ -110,26 +115,27 @@ class ScaleFreeFlatness(FactorsMetric):
     higher_is_better = False
 
     curve: Tensor
-    energy: Tensor
+    logit_mean_square: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         """Start with no samples."""
         super().__init__(**kwargs)
         self._add_sum("curve", len(LF.TEMPERATURES))
-        self._add_sum("energy")
+        self._add_sum("logit_mean_square")
 
-    def update(self, factors: TailFactors) -> None:
+    def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch."""
-        self.curve += factors.scaled_flatness.sum(0, dtype=self.curve.dtype)
-        self.energy += factors.logit_mean_square.sum(dtype=self.energy.dtype)
-        self.samples += len(factors)
+        mean_square = given(quantities.logit_mean_square, "logit_mean_square")
+        self.curve += given(quantities.scaled_flatness, "scaled_flatness").sum(0, dtype=self.curve.dtype)
+        self.logit_mean_square += mean_square.sum(dtype=self.logit_mean_square.dtype)
+        self.samples += len(quantities)
 
     def compute(self) -> Tensor:
         """Return the value over all samples so far; NaN if there were none."""
-        return LF.at_temperature(self.curve / self.samples, (self.energy / self.samples).sqrt())
+        return LF.at_temperature(self.curve / self.samples, (self.logit_mean_square / self.samples).sqrt())
 
 
-class FlatnessFactors(FactorsMetric):
+class FlatnessFactors(SampleMetric):
     """The five factors of mean relative flatness, see `functional.attribution`; their product is that mean."""
 
     totals: Tensor
@@ -139,13 +145,17 @@ class FlatnessFactors(FactorsMetric):
         super().__init__(**kwargs)
         self._add_sum("totals", 5)
 
-    def update(self, factors: TailFactors) -> None:
+    def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch."""
-        quantities = (factors.relative_flatness, factors.confidence, factors.feature_energy)
-        constants = (factors.head_energy, factors.kernel_energy)
-        sums = [quantity.sum(dtype=self.totals.dtype) for quantity in quantities]
-        self.totals += torch.stack([*sums, *(len(factors) * constant.to(self.totals) for constant in constants)])
-        self.samples += len(factors)
+        features = given(quantities.feature_squared_norm, "feature_squared_norm")
+        constants = (
+            given(quantities.head_squared_norm, "head_squared_norm"),
+            given(quantities.kernel_squared_norm, "kernel_squared_norm"),
+        )
+        per_sample = (quantities.relative_flatness, quantities.confidence, features)
+        sums = [quantity.sum(dtype=self.totals.dtype) for quantity in per_sample]
+        self.totals += torch.stack([*sums, *(len(quantities) * constant.to(self.totals) for constant in constants)])
+        self.samples += len(quantities)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the factors over all samples so far; NaN if there were none."""

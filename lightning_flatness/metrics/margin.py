@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 import lightning_flatness.functional as LF
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.metrics.flatness import FactorsMetric, SampleMean
+from lightning_flatness.curvature.quantities import SampleQuantities, given
+from lightning_flatness.metrics.flatness import SampleMean, SampleMetric
 
 
-class MarginStatistics(FactorsMetric):
+class MarginStatistics(SampleMetric):
     """Statistics of the signed output margins, see `functional.output_margin` and `functional.distribution`.
 
     Keeps one number per sample, so that the quantiles are exact; higher margins are better.
@@ -24,10 +24,10 @@ class MarginStatistics(FactorsMetric):
         super().__init__(**kwargs)
         self._add_values("margins")
 
-    def update(self, factors: TailFactors) -> None:
+    def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch."""
-        self.margins.append(factors.output_margin.double())
-        self.samples += len(factors)
+        self.margins.append(given(quantities.output_margin, "output_margin").double())
+        self.samples += len(quantities)
 
     def compute(self) -> dict[str, Tensor]:
         """Return mean, std, skewness, min, quantiles and the share of negative margins of all samples so far."""
@@ -38,10 +38,13 @@ class SoftmaxMargin(SampleMean):
     """Mean signed softmax margin, see `functional.softmax_margin`; higher is better."""
 
     higher_is_better = True
-    quantity = "softmax_margin"
+
+    def _quantity(self, quantities: SampleQuantities) -> Tensor:
+        return given(quantities.softmax_margin, "softmax_margin")
 
 
 class MarginBound(SampleMean):
     """Mean bound of `AffineHessianTrace` by the margin, see `functional.margin_bound`; lower is flatter."""
 
-    quantity = "margin_bound"
+    def _quantity(self, quantities: SampleQuantities) -> Tensor:
+        return given(quantities.margin_bound, "margin_bound")

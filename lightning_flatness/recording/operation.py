@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_flatness.errors import GraphError
+from lightning_flatness.recording.operators import Trait, traits
+
 _Argument = TypeVar("_Argument")
-LOW_PRECISION = (torch.float16, torch.bfloat16)
-_ADAPTIVE_MEANS = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 
 
-class Slot(NamedTuple):
-    """Stands for a tensor that depends on a root."""
+@dataclass(frozen=True)
+class Node:
+    """Stands for a tensor that depends on an input of the graph."""
 
-    number: int
+    index: int
 
 
-class Constant(NamedTuple):
-    """Stands for a tensor that does not."""
+@dataclass(frozen=True)
+class Captured:
+    """Stands for a tensor that does not: its value is kept beside the graph."""
 
-    number: int
+    index: int
 
 
 class Operation(NamedTuple):
-    """One recorded operation; tensors in its arguments are replaced by `Slot` and `Constant`."""
+    """One recorded operation; tensors in its arguments are replaced by `Node` and `Captured`."""
 
     function: Any
     args: tuple[Any, ...]
@@ -35,40 +39,54 @@ class Operation(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the operation's plain name, such as `relu_`."""
+        """The operator's plain name, such as `relu_`."""
         return self.function.overloadpacket.__name__
 
     @property
-    def slots(self) -> list[Slot]:
-        """Return the arguments that depend on a root."""
-        return self._arguments(Slot)
+    def traits(self) -> Trait:
+        """What is known about the operator."""
+        return traits(self.name)
 
     @property
-    def constants(self) -> list[Constant]:
-        """Return the arguments that are tensors and do not depend on a root."""
-        return self._arguments(Constant)
+    def nodes(self) -> list[Node]:
+        """The arguments that depend on an input of the graph."""
+        return self._arguments(Node)
+
+    @property
+    def captured(self) -> list[Captured]:
+        """The arguments that are tensors and do not depend on an input of the graph."""
+        return self._arguments(Captured)
 
     def _arguments(self, kind: type[_Argument]) -> list[_Argument]:
         found: list[_Argument] = []
-        transform((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, kind) else None)
+        map_tree((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, kind) else None)
         return found
 
     @property
-    def depends_on_first_alone(self) -> bool:
-        """Return whether the first argument, and no other, depends on a root."""
-        return len(self.slots) == 1 and isinstance(self.args[0], Slot)
+    def is_piecewise_linear(self) -> bool:
+        """Whether its second derivative in what depends on the graph's inputs is zero almost everywhere."""
+        known, dependent = self.traits, len(self.nodes)
+        if Trait.LINEAR_IN_EACH in known:
+            return dependent == 1
+        if Trait.LINEAR_IN_FIRST in known:
+            return dependent == 1 and isinstance(self.args[0], Node)
+        return Trait.PIECEWISE_LINEAR in known
 
     def require_repeatable(self) -> None:
-        """Refuse an operation that draws random numbers or updates running statistics."""
+        """Refuse an operation that draws random numbers or updates running statistics.
+
+        Raises:
+            GraphError: if it does.
+        """
         schema = self.function._schema.arguments
         named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
         named.update({argument.name: value for argument, value in zip(schema, self.args, strict=False)} | self.kwargs)
         training = named.get("train", named.get("training"))
         drawn = training is not False and named.get("dropout_p") != 0
         if "batch_norm" in self.name and training:
-            raise TapeError(f"`{self.name}` runs in training mode: it mixes samples. Put the model in eval mode")
+            raise GraphError(f"`{self.name}` runs in training mode: it mixes samples. Put the model in eval mode")
         if torch.Tag.nondeterministic_seeded in self.function.tags and drawn:
-            raise TapeError(f"`{self.name}` draws random numbers. Put the model in eval mode")
+            raise GraphError(f"`{self.name}` draws random numbers. Put the model in eval mode")
 
     def repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the operation returns for these arguments, under autograd."""
@@ -79,13 +97,13 @@ class Operation(NamedTuple):
             return output if self.name == "batch_norm" else (output, args[3][:0], args[4][:0])
         if self.name == "mean":
             return _averaged(*args, **kwargs)
-        if self.name in _ADAPTIVE_MEANS and set(args[1]) == {1}:
+        if Trait.GLOBAL_MEAN in self.traits and set(args[1]) == {1}:
             return _averaged(args[0], tuple(range(-len(args[1]), 0)), True)
         return self.function(*args, **kwargs)
 
 
 def _averaged(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return the mean as a multiple of the sum: its own backward pass fills whole maps with one number."""
+    """Return the mean as a multiple of the sum: torch's backward pass of a mean fills whole maps with one number."""
     if x.numel() == 0:
         return torch.mean(x, *args, **kwargs)
     total = torch.sum(x, *args, **kwargs)
@@ -93,7 +111,7 @@ def _averaged(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _normalized(args: tuple[Any, ...]) -> Tensor:
-    """Return batch norm in eval mode as the affine map that it is: its own backward pass is slow on small maps."""
+    """Return batch norm in eval mode as an affine map: torch's own backward pass is slow on small maps."""
     x, weight, bias, mean, variance, _, _, eps = args[:8]
     scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale
@@ -101,26 +119,12 @@ def _normalized(args: tuple[Any, ...]) -> Tensor:
     return x * scale.reshape(shape) + shift.reshape(shape)
 
 
-class TapeError(RuntimeError):
-    """The recorded computation cannot be repeated faithfully."""
-
-
-def is_low_precision(tensor: Tensor) -> bool:
-    """Return whether the tensor is in half precision."""
-    return tensor.dtype in LOW_PRECISION
-
-
-def raised(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32 if it is in half precision, else as it is."""
-    return tensor.float() if is_low_precision(tensor) else tensor
-
-
-def transform(tree: Any, change: Callable[[Any], Any]) -> Any:
+def map_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
     """Return nested lists, tuples and dictionaries with every leaf changed; lists become tuples."""
-    if isinstance(tree, (list, tuple)) and not isinstance(tree, (Slot, Constant)):
-        return tuple(transform(item, change) for item in tree)
+    if isinstance(tree, (list, tuple)):
+        return tuple(map_tree(item, change) for item in tree)
     if isinstance(tree, dict):
-        return {key: transform(item, change) for key, item in tree.items()}
+        return {key: map_tree(item, change) for key, item in tree.items()}
     return change(tree)
 
 

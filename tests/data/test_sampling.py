@@ -1,4 +1,4 @@
-"""Which samples are measured, and that they arrive as the module's own steps get them."""
+"""Which samples a process measures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from networks import Net
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate
 
-from lightning_flatness.data.sampling import moved, network, share_of, training_probe
+from lightning_flatness.data.sampling import local_sample_count, training_sample
 
 
 class Numbers(Dataset):
@@ -49,13 +46,13 @@ def test_shares_are_disjoint_and_the_same_samples_each_time(samples: int, size: 
     """However many processes there are, and whatever the order of the training loader and the random state."""
     dataset = Numbers(size)
     loader = DataLoader(dataset, batch_size=7, shuffle=True)
-    whole = drawn(training_probe(trainer_of(loader), samples))
+    whole = drawn(training_sample(trainer_of(loader), samples))
     assert whole == sorted(set(whole))
     assert len(whole) == min(samples, size)
     assert dataset.read == whole  # nothing else was loaded
     for world in (2, 3):
         torch.manual_seed(world)
-        shares = [drawn(training_probe(trainer_of(loader, rank, world), samples)) for rank in range(world)]
+        shares = [drawn(training_sample(trainer_of(loader, rank, world), samples)) for rank in range(world)]
         assert sorted(chain(*shares)) == whole
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -63,7 +60,7 @@ def test_shares_are_disjoint_and_the_same_samples_each_time(samples: int, size: 
 def test_samples_are_drawn_from_everywhere_without_touching_the_random_state() -> None:
     loader = DataLoader(Numbers(10_000), batch_size=32)
     state = torch.get_rng_state()
-    probe = training_probe(trainer_of(loader), 1000)
+    probe = training_sample(trainer_of(loader), 1000)
     assert torch.equal(torch.get_rng_state(), state)
     assert 4500 < sum(drawn(probe)) / 1000 < 5500
 
@@ -73,12 +70,12 @@ def collated(samples: list[Any]) -> Any:
 
 
 def test_batches_like_those_of_training() -> None:
-    probe = training_probe(trainer_of(DataLoader(Numbers(64), batch_size=7, collate_fn=collated, shuffle=True)), 20)
+    probe = training_sample(trainer_of(DataLoader(Numbers(64), batch_size=7, collate_fn=collated, shuffle=True)), 20)
     numbers, labels = next(iter(probe))
     assert len(labels) == 7
     assert bool((numbers >= 100).all())
     sampler = torch.utils.data.BatchSampler(range(64), 5, drop_last=False)
-    assert len(drawn(training_probe(trainer_of(DataLoader(Numbers(64), batch_sampler=sampler)), 20))) == 20
+    assert len(drawn(training_sample(trainer_of(DataLoader(Numbers(64), batch_sampler=sampler)), 20))) == 20
 
 
 @pytest.mark.parametrize(
@@ -92,7 +89,7 @@ def test_batches_like_those_of_training() -> None:
 )
 def test_training_data_that_cannot_be_indexed(loader: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"{message}.*\n?.*data=\["):
-        training_probe(trainer_of(loader), 8)
+        training_sample(trainer_of(loader), 8)
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9])
@@ -103,7 +100,7 @@ def test_no_sample_counts_twice_where_the_sampler_pads(shuffle: bool, world: int
     counted = []
     for sampler in samplers:
         trainer: Any = SimpleNamespace(val_dataloaders=[DataLoader(sampler.dataset, sampler=sampler)])
-        counted += list(sampler)[: share_of(trainer, 0)]
+        counted += list(sampler)[: local_sample_count(trainer, 0)]
     assert sorted(counted) == list(range(size))
 
 
@@ -113,96 +110,4 @@ def test_no_sample_counts_twice_where_the_sampler_pads(shuffle: bool, world: int
 )
 def test_share_without_padding_that_is_known(sampler: Any) -> None:
     loader = DataLoader(Numbers(9), sampler=sampler)
-    assert share_of(SimpleNamespace(val_dataloaders=loader), 0) is None
-
-
-class Doubling:
-    """Data hooks, of a module or of a data module."""
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return [batch[0] + 1, batch[1]]
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return [batch[0] * 2, batch[1]]
-
-
-class Model(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Net()
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, index: int) -> None:
-        return None
-
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.seen.append(batch[0])
-
-    def configure_optimizers(self) -> None:
-        return None
-
-
-class ModelWithHooks(Doubling, Model):
-    pass
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(torch.ones(4, 2, 5, 4), torch.zeros(4, dtype=torch.long)), batch_size=2)
-
-    val_dataloader = train_dataloader
-
-
-class DataWithHooks(Doubling, Data):
-    pass
-
-
-class Moves(Callback):
-    """Moves the batches of validation once more."""
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batches = list(moved(Data().val_dataloader(), trainer, pl_module))
-
-
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize(("model", "data"), [(Model, Data), (ModelWithHooks, Data), (Model, DataWithHooks)])
-def test_batches_arrive_as_in_the_modules_own_steps(model: Any, data: Any, precision: str) -> None:
-    module, moves = model(), Moves()
-    trainer = Trainer(
-        fast_dev_run=2,
-        accelerator="cpu",
-        precision=precision,
-        callbacks=[moves],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.validate(module, data(), verbose=False)
-    for (inputs, targets), seen in zip(moves.batches, module.seen, strict=True):
-        assert inputs.dtype == seen.dtype
-        assert torch.equal(inputs, seen)
-        assert targets.dtype == torch.long
-
-
-class NoForward(LightningModule):
-    def __init__(self, **children: nn.Module) -> None:
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
-
-
-def test_what_is_called_with_inputs() -> None:
-    whole, part = Model(), NoForward(net=Net(), loss=nn.CrossEntropyLoss(), head=nn.Linear(3, 3))
-    assert network(whole) is whole
-    assert network(part) is part.net
-
-
-@pytest.mark.parametrize(
-    ("children", "message"),
-    [({"a": Net(), "b": Net()}, r"2 networks: \['a', 'b'\]"), ({"fc": nn.Linear(2, 2)}, "0 networks")],
-)
-def test_no_way_to_tell_what_to_call(children: dict[str, nn.Module], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"`NoForward` has no `forward`, and {message}"):
-        network(NoForward(**children))
+    assert local_sample_count(SimpleNamespace(val_dataloaders=loader), 0) is None

@@ -13,32 +13,38 @@ import matplotlib as mpl
 import pytest
 import torch
 from cases import SUPPORTED
+from recorded import Measured
 from torchmetrics import Metric
 
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.curvature.pooled.measurement import Tap
+from lightning_flatness import SampleQuantities
+from lightning_flatness.curvature.pooled.closed_form import sample_quantities
+from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 
 CASES = {case.name: case for case in SUPPORTED}
 SPLITS = {"whole": [5], "uneven": [1, 3, 1], "single": [1] * 5, "with an empty one": [2, 0, 3]}
 
 
 @cache
-def factors(name: str = "relu") -> TailFactors:
-    """Factors of the five samples of a case, some of them wrongly classified."""
+def derivatives(name: str = "relu") -> PooledDerivatives:
+    """Derivatives of the five samples of a case, some of them wrongly classified."""
     model, (x, y) = CASES[name].model().eval(), CASES[name].data()
-    with torch.no_grad(), Tap(model) as tap:
+    with torch.no_grad(), Measured(model) as recorder:
         model(x)
-        return tap.factors(y)
+        return recorder.derivatives(y)
 
 
-def split(whole: TailFactors, sizes: list[int]) -> list[TailFactors]:
+def quantities(name: str = "relu") -> SampleQuantities:
+    return sample_quantities(derivatives(name))
+
+
+def split(whole: PooledDerivatives, sizes: list[int]) -> list[PooledDerivatives]:
     bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     return [whole.select(slice(start, stop)) for start, stop in pairwise(bounds)]
 
 
-def value_of(metric: Metric, *batches: TailFactors) -> Any:
+def value_of(metric: Metric, *batches: PooledDerivatives) -> Any:
     for batch in batches:
-        metric.update(batch)
+        metric.update(sample_quantities(batch))
     return metric.compute()
 
 
@@ -48,12 +54,12 @@ def assert_equal(value: Any, expected: Any, rtol: float = 1e-12) -> None:
 
 def check(new: Callable[[], Metric]) -> None:
     """Forward, reset, clone, pickle, empty state, dtype, any split, plot; what the class says of itself."""
-    whole = factors()
+    whole = derivatives()
     first, second = split(whole, [3, 2])
     expected = value_of(new(), whole)
     metric = new()
-    assert_equal(metric(first), value_of(new(), first))
-    assert_equal(metric(second), value_of(new(), second))
+    assert_equal(metric(sample_quantities(first)), value_of(new(), first))
+    assert_equal(metric(sample_quantities(second)), value_of(new(), second))
     assert_equal(metric.compute(), expected)
     for other in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
         assert_equal(other.compute(), expected)

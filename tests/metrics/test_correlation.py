@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from metrics.checks import check, factors, value_of
+from metrics.checks import check, derivatives, quantities, value_of
 from sklearn.neighbors import LocalOutlierFactor
 
 from lightning_flatness.functional import pearson
@@ -23,14 +23,14 @@ def test_behaves_as_a_metric() -> None:
 
 @pytest.mark.parametrize("remove_outliers", [False, True])
 def test_values(remove_outliers: bool) -> None:
-    whole = factors("relu6")
-    wrong = whole.output_margin < 0
+    whole, of_each = derivatives("relu6"), quantities("relu6")
+    wrong = of_each.output_margin < 0
     assert 0 < wrong.sum() < len(whole)
     values = value_of(FlatnessMarginCorrelation(remove_outliers), whole)
     assert len(values) == 9
     for name, quantity in QUANTITIES.items():
         for group, chosen in {"all": wrong | True, "correct": ~wrong, "wrong": wrong}.items():
-            pairs = torch.stack([whole.hessian_trace[chosen], getattr(whole, quantity)[chosen]], 1)
+            pairs = torch.stack([of_each.hessian_trace[chosen], getattr(of_each, quantity)[chosen]], 1)
             if remove_outliers and len(pairs) > 2:
                 inside = LocalOutlierFactor(min(20, len(pairs) - 1)).fit_predict(pairs.numpy())
                 pairs = pairs[torch.as_tensor(inside > 0)]
@@ -39,7 +39,7 @@ def test_values(remove_outliers: bool) -> None:
 
 @pytest.mark.parametrize("correct", [True, False])
 def test_empty_groups_and_single_samples_have_no_correlation(correct: bool) -> None:
-    whole = factors()
+    whole = derivatives()
     order = whole.logits.argsort(1)
     whole = replace(whole, target=order[:, -1 if correct else 0])
     values = value_of(FlatnessMarginCorrelation(), whole)

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from metrics.checks import CASES, factors, split, value_of
+from metrics.checks import CASES, derivatives, split, value_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness.metrics
 from lightning_flatness import FlatnessMonitor, measure
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
+from lightning_flatness.curvature.pooled.closed_form import sample_quantities
+from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
 from lightning_flatness.metrics.evaluation import Evaluation
 
@@ -28,10 +29,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
 FACTORS = ("confidence", "head", "kernel", "features", "alignment")
 
 
-def evaluated(*batches: TailFactors) -> dict[str, Tensor]:
+def evaluated(*batches: PooledDerivatives) -> dict[str, Tensor]:
     evaluation = Evaluation(CPU)
     for batch in batches:
-        evaluation.update(batch)
+        evaluation.update(sample_quantities(batch))
     return evaluation.compute()
 
 
@@ -75,7 +76,7 @@ def test_the_page_lists_what_is_logged(real_run: list[dict[str, float]]) -> None
     documented = [row for row in rows if re.fullmatch(r"`(flatness|margin)/\w+`", row[0])]
     assert all(len(row) == 5 and all(row) for row in documented)
     assert [sorted(logged) for logged in real_run] == [sorted(row[0].strip("`") for row in documented)] * len(real_run)
-    assert set(evaluated(factors())) == set(real_run[0])
+    assert set(evaluated(derivatives())) == set(real_run[0])
 
 
 def test_factors_multiply_in_every_validation_of_a_real_run(real_run: list[dict[str, float]]) -> None:
@@ -88,16 +89,16 @@ def test_factors_multiply_in_every_validation_of_a_real_run(real_run: list[dict[
 
 @pytest.mark.parametrize("name", ["relu", "silu"])
 def test_splits_do_not_matter(name: str) -> None:
-    expected = evaluated(factors(name))
+    expected = evaluated(derivatives(name))
     for sizes in ([1] * 5, [2, 0, 3], [4, 1]):
-        assert_same(evaluated(*split(factors(name), sizes)), expected)
+        assert_same(evaluated(*split(derivatives(name), sizes)), expected)
 
 
 def run_on_rank(rank: int, folder: Path, sizes: list[int]) -> None:
     """Measure this process's share and save what it gets to see."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    share = split(factors("silu"), sizes)[rank]
+    share = split(derivatives("silu"), sizes)[rank]
     batches = split(share, [1, len(share) - 1]) if len(share) else []
     torch.save([evaluated(*batches), *(value_of(metric(), *batches) for metric in METRICS)], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -105,7 +106,7 @@ def run_on_rank(rank: int, folder: Path, sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("sizes", [[3, 2], [5, 0]], ids=str)
 def test_two_processes_equal_one(tmp_path: Path, sizes: list[int]) -> None:
-    whole = factors("silu")
+    whole = derivatives("silu")
     expected = [evaluated(whole), *(value_of(metric(), whole) for metric in METRICS)]
     context = torch.multiprocessing.get_context("fork")
     processes = [context.Process(target=run_on_rank, args=(rank, tmp_path, sizes)) for rank in range(2)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from metrics.checks import check, factors, split, value_of
+from metrics.checks import check, derivatives, quantities, split, value_of
 
 from lightning_flatness.functional import distribution
 from lightning_flatness.metrics import MarginBound, MarginStatistics, SoftmaxMargin
@@ -19,9 +19,9 @@ def test_behaves_as_a_metric(metric: type, higher_is_better: bool | None) -> Non
 
 
 def test_values() -> None:
-    whole = factors()
+    whole, of_each = derivatives(), quantities()
     parts = split(whole, [1, 4])
-    assert value_of(MarginStatistics(), *parts) == distribution(whole.output_margin)
-    torch.testing.assert_close(value_of(SoftmaxMargin(), *parts), whole.softmax_margin.mean())
-    torch.testing.assert_close(value_of(MarginBound(), *parts), whole.margin_bound.mean())
-    assert (whole.affine_hessian_trace <= whole.margin_bound).all()
+    assert value_of(MarginStatistics(), *parts) == distribution(of_each.output_margin)
+    torch.testing.assert_close(value_of(SoftmaxMargin(), *parts), of_each.softmax_margin.mean())
+    torch.testing.assert_close(value_of(MarginBound(), *parts), of_each.margin_bound.mean())
+    assert (of_each.affine_hessian_trace <= of_each.margin_bound).all()

@@ -11,15 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_flatness.errors import GraphError
 from lightning_flatness.recording.operation import (
-    Constant,
+    Captured,
+    Node,
     Operation,
-    Slot,
-    TapeError,
-    is_low_precision,
-    raised,
+    map_tree,
     tensors,
-    transform,
 )
 
 ATEN = torch.ops.aten
@@ -42,35 +40,36 @@ def text(leaf: Any) -> str:
 @pytest.mark.parametrize(("tree", "leaves", "changed"), TREES.values(), ids=TREES)
 def test_trees(tree: Any, leaves: list[Tensor], changed: Any) -> None:
     assert [id(tensor) for tensor in tensors(tree)] == [id(leaf) for leaf in leaves]
-    assert transform(tree, text) == changed
+    assert map_tree(tree, text) == changed
 
 
-def test_slots_and_constants_are_leaves_though_they_are_tuples() -> None:
-    assert transform([Slot(3), (Constant(4),)], lambda leaf: leaf.number) == (3, (4,))
-    assert transform([Slot(3), Constant(3)], type) == (Slot, Constant)
+def test_nodes_and_captured_values_are_leaves() -> None:
+    assert map_tree([Node(3), (Captured(4),)], lambda leaf: leaf.index) == (3, (4,))
+    assert map_tree([Node(3), Captured(3)], type) == (Node, Captured)
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs", "slots", "first_alone"),
+    ("args", "kwargs", "nodes", "piecewise_linear"),
     [
-        ((Slot(0), 2), {}, [0], True),
-        ((2, Slot(0)), {}, [0], False),
-        (((Slot(0), Slot(1)), 1), {}, [0, 1], False),
-        ((Constant(0),), {"other": Slot(5)}, [5], False),
-        ((Constant(0),), {}, [], False),
+        ((Node(0), 2), {}, [0], True),
+        ((2, Node(0)), {}, [0], False),
+        (((Node(0), Node(1)), 1), {}, [0, 1], False),
+        ((Captured(0),), {"other": Node(5)}, [5], False),
+        ((Captured(0),), {}, [], False),
     ],
 )
-def test_which_arguments_belong_to_the_tail(args: Any, kwargs: Any, slots: list[int], first_alone: bool) -> None:
+def test_which_arguments_depend_on_the_inputs(args: Any, kwargs: Any, nodes: list[int], piecewise_linear: bool) -> None:
+    """A quotient is piecewise linear in its first argument only."""
     operation = Operation(ATEN.div.Tensor, args, kwargs, (9,))
-    assert operation.slots == [Slot(number) for number in slots]
-    assert all(isinstance(constant, Constant) for constant in operation.constants)
-    assert len(operation.constants) == str((args, kwargs)).count("Constant(")
-    assert operation.depends_on_first_alone == first_alone
+    assert operation.nodes == [Node(index) for index in nodes]
+    assert all(isinstance(captured, Captured) for captured in operation.captured)
+    assert len(operation.captured) == str((args, kwargs)).count("Captured(")
+    assert operation.is_piecewise_linear == piecewise_linear
     assert operation.name == "div"
 
 
 class Recorded(TorchDispatchMode):
-    """The operations as the tape would note them."""
+    """The operations as the tracer would record them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str | None]] = {
 def refused(operation: Operation) -> str | None:
     try:
         return operation.require_repeatable()
-    except TapeError as error:
+    except GraphError as error:
         return str(error)
 
 
@@ -161,21 +160,3 @@ def test_a_repeated_mean_is_the_same_one(call: Callable[[], Tensor], mode: Any) 
     torch.testing.assert_close(*values, equal_nan=True)
     cotangent = torch.rand_like(values[0])
     torch.testing.assert_close(*(torch.autograd.grad(value, leaf, cotangent)[0] for value in values))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "low", "after"),
-    [
-        (torch.float16, True, torch.float32),
-        (torch.bfloat16, True, torch.float32),
-        (torch.float32, False, torch.float32),
-        (torch.float64, False, torch.float64),
-        (torch.int64, False, torch.int64),
-        (torch.bool, False, torch.bool),
-    ],
-)
-def test_half_precision_is_raised_and_nothing_else(dtype: torch.dtype, low: bool, after: torch.dtype) -> None:
-    tensor = torch.ones(3, dtype=dtype)
-    assert is_low_precision(tensor) == low
-    assert raised(tensor).dtype == after
-    assert (raised(tensor) is tensor) != low

@@ -1,231 +1,56 @@
-"""Which call ends the tail: the one whose output the network and the loss use as logits, or none."""
+"""A recorded pass as a value: a function of the convolution's output, and what must not change."""
 
 from __future__ import annotations
-
-from collections import UserDict, namedtuple
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case
-from networks import Net, conv2d
-from torch import Tensor, nn
+from cases import SUPPORTED, Case
+from networks import Net
+from recorded import recorded
+from torch import nn
 
-from lightning_flatness.curvature.pooled.derivatives import TailFactors
-from lightning_flatness.curvature.pooled.measurement import Tap
-from lightning_flatness.recording.recorded_pass import UnsupportedTailError, WeightCopies
+from lightning_flatness.errors import GraphError
 
-Output = namedtuple("Output", "features logits")
-
-
-@dataclass
-class DataOutput:
-    loss: Tensor | None
-    logits: Tensor
+CASES = {case.name: case for case in SUPPORTED}
 
 
-class Backbone(Net):
-    """Returns the pooled features; the rest is the user's step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(self.tail(self, self.stem(x))).flatten(1)
-
-
-class Embedding(Backbone):
-    """Returns the output of a linear layer that is not the classifier."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(super().forward(x))
-
-
-def cross_entropy(m: nn.Module, x: Tensor, y: Tensor) -> None:
-    F.cross_entropy(m(x), y)
+@pytest.mark.parametrize("name", ["relu in place", "silu", "residual", "dense block", "conv3d", "conv is classifier"])
+def test_it_is_the_network_as_a_function_of_the_map(name: str) -> None:
+    case = CASES[name]
+    model, (x, _) = case.model().eval(), case.data()
+    one_pass = recorded(model, x)
+    assert (one_pass.layer, len(one_pass)) == (case.layer, len(x))
+    points = one_pass.points()
+    features = one_pass.features_at(points)
+    torch.testing.assert_close(features, one_pass.classifier.inputs.flatten(1))
+    assert torch.equal(one_pass.weight, model.get_submodule(case.layer).weight.flatten(1))
+    moved = one_pass.features_at({node: point + 1 for node, point in points.items()})
+    assert not torch.equal(moved, features)
 
 
-def two_views(m: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Test-time augmentation: each view is a pass of its own, and the predictions are averaged."""
-    first, second = m(x), m(x.flip(3))
-    _ = F.cross_entropy(first, y), ((first.softmax(1) + second.softmax(1)) / 2).argmax(1)
+def test_its_path_names_the_steps() -> None:
+    model, (x, _) = CASES["functional mean"].model().eval(), CASES["functional mean"].data()
+    assert recorded(model, x).path == "conv > native_batch_norm > relu_ > mean > addmm > head"
 
 
-def averaged_views(m: nn.Module, x: Tensor, y: Tensor) -> None:
-    F.cross_entropy((m(x) + m(x.flip(3))) / 2, y)
+def test_equal_tails_have_equal_signatures_whatever_the_batch() -> None:
+    model, (x, _) = CASES["relu"].model().eval(), CASES["relu"].data()
+    assert recorded(model, x).signature == recorded(model, x[:2]).signature
+    other = CASES["silu"].model().eval()
+    assert recorded(model, x).signature != recorded(other, x).signature
 
 
-def siamese(m: nn.Module, x: Tensor, y: Tensor) -> None:
-    F.normalize(m(x)) @ F.normalize(m(x.flip(3))).mT
-
-
-def output(make: Callable[[Tensor, Tensor], Any]) -> Callable[[], nn.Module]:
-    return lambda: Net(output=make)
-
-
-# name -> (network, the user's step, name of the classifier)
-CHOSEN: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], str]] = {
-    "tensor": (Net, cross_entropy, "head"),
-    "no loss": (Net, lambda m, x, y: m(x), "head"),
-    "tuple": (output(lambda phi, p: (phi, p)), lambda m, x, y: F.cross_entropy(m(x)[0], y), "head"),
-    "list, logits last": (output(lambda phi, p: [p, phi]), lambda m, x, y: m(x), "head"),
-    "dict": (output(lambda phi, p: {"features": p, "out": phi}), lambda m, x, y: m(x), "head"),
-    "named tuple": (output(lambda phi, p: Output(p, phi)), lambda m, x, y: m(x), "head"),
-    "dataclass": (output(lambda phi, p: DataOutput(None, phi)), lambda m, x, y: m(x), "head"),
-    "namespace": (output(lambda phi, p: SimpleNamespace(logits=phi)), lambda m, x, y: m(x), "head"),
-    "mapping": (output(lambda phi, p: UserDict(a={"b": phi})), lambda m, x, y: m(x), "head"),
-    "distribution": (
-        output(lambda phi, p: torch.distributions.Categorical(logits=phi)),
-        lambda m, x, y: -m(x).log_prob(y).mean(),
-        "head",
-    ),
-    "log softmax": (output(lambda phi, p: phi.log_softmax(1)), lambda m, x, y: F.nll_loss(m(x), y), "head"),
-    "loss inside the network": (
-        output(lambda phi, p: DataOutput(F.cross_entropy(phi, torch.zeros(5, dtype=torch.long)), phi)),
-        lambda m, x, y: m(x).loss,
-        "head",
-    ),
-    "backbone, classifier in the step": (
-        lambda: nn.ModuleDict({"net": Backbone(), "fc": nn.Linear(4, 3)}),
-        lambda m, x, y: F.cross_entropy(m["fc"](m["net"](x)), y),
-        "fc",
-    ),
-    "two linear layers, the first returned": (
-        lambda: Net(head=FirstOfTwo()),
-        lambda m, x, y: F.cross_entropy(m(x), y),
-        "head.first",
-    ),
-    "two views in two passes": (Net, two_views, "head"),
-    "number read for the log": (
-        Net,
-        lambda m, x, y: (phi := m(x)).max().item() + F.cross_entropy(phi, y).item(),
-        "head",
-    ),
-    "label smoothing and weights": (
-        Net,
-        lambda m, x, y: F.cross_entropy(m(x), y, torch.ones(3).double(), label_smoothing=0.1),
-        "head",
-    ),
-    "softened copy besides": (
-        Net,
-        lambda m, x, y: F.cross_entropy(phi := m(x), y) + (phi / 4).log_softmax(1).mean(),
-        "head",
-    ),
-    "classes returned": (output(lambda phi, p: phi.argmax(1)), lambda m, x, y: m(x), "head"),
-    "predictions": (Net, lambda m, x, y: (m(x).softmax(1).argmax(1) == y).double().mean(), "head"),
-}
-CHANGED = "after `head` they are"
-REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], str]] = {
-    "temperature in the loss": (Net, lambda m, x, y: F.cross_entropy(m(x) / 2, y), CHANGED),
-    "temperature, after a number was read": (
-        Net,
-        lambda m, x, y: F.cross_entropy((phi := m(x)) / (2 + 0 * phi.max().item()), y),
-        CHANGED,
-    ),
-    "margin in the loss": (Net, lambda m, x, y: F.cross_entropy(m(x) - 0.3 * F.one_hot(y, 3), y), CHANGED),
-    "ensemble": (Net, lambda m, x, y: F.cross_entropy(m(x) + torch.randn(5, 3), y), CHANGED),
-    "mean of two views": (Net, averaged_views, CHANGED),
-    "siamese": (Embedding, siamese, CHANGED),
-    "embedding times prototypes": (
-        Embedding,
-        lambda m, x, y: F.cross_entropy(m(x) @ torch.eye(3).double() * 2, y),
-        CHANGED,
-    ),
-    "embedding, linear function": (
-        Embedding,
-        lambda m, x, y: F.cross_entropy(F.linear(m(x), torch.randn(3, 3).double()), y),
-        CHANGED,
-    ),
-    "embedding, einsum": (
-        Embedding,
-        lambda m, x, y: torch.einsum("nk,ck->nc", m(x), torch.randn(7, 3).double()),
-        CHANGED,
-    ),
-    "prototypical": (
-        Embedding,
-        lambda m, x, y: F.cross_entropy(-torch.cdist(m(x), torch.randn(3, 3).double()), y),
-        CHANGED,
-    ),
-    "functional classifier in the step": (
-        Backbone,
-        lambda m, x, y: F.cross_entropy(F.linear(m(x), m.head.weight), y),
-        "the network they are",
-    ),
-    "softmax returned": (output(lambda phi, p: phi.softmax(1)), lambda m, x, y: m(x), CHANGED),
-    "some logits returned": (output(lambda phi, p: phi[:, 1:]), lambda m, x, y: m(x), CHANGED),
+REFUSED: dict[str, tuple[str, nn.Module]] = {
+    "folded": ("folded", Net(tail=lambda m, h: torch.cat([m.act(m.conv(h))] * 2))),
+    "flattened map": ("shape", Net(pool=nn.Identity(), head=nn.Conv2d(4, 3, (5, 4)))),
+    "cut off": ("does not depend", Net(tail=lambda m, h: F.relu(torch.from_numpy(m.conv(h).numpy().copy())))),
 }
 
 
-class FirstOfTwo(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
-
-    def forward(self, p: Tensor) -> Tensor:
-        phi = self.first(p)
-        self.confidence = self.second(p)
-        return phi
-
-
-def tapped(
-    build: Callable[[], nn.Module], step: Callable[..., Any], mode: Any, **names: Any
-) -> tuple[Tap, TailFactors]:
-    case = Case("tail", build, classifier=None)
-    model, (x, y) = case.model().eval(), case.data()
-    with Tap(model, **names) as tap:
-        for _ in range(2):
-            with mode():
-                step(model, x.clone(), y)
-            factors = tap.factors(y)
-    return tap, factors
-
-
-each_mode = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-
-
-@each_mode
-@pytest.mark.parametrize("name", CHOSEN)
-def test_finds_the_logits(name: str, mode: Any) -> None:
-    build, step, classifier = CHOSEN[name]
-    tap, factors = tapped(build, step, mode)
-    assert tap.classifier == classifier
-    _, named = tapped(build, step, mode, classifier=classifier)
-    assert torch.equal(factors.logits, named.logits)
-    assert torch.equal(factors.hessian_trace, named.hessian_trace)
-
-
-@each_mode
-@pytest.mark.parametrize("name", REFUSED)
-def test_refuses_logits_that_are_not_the_classifiers(name: str, mode: Any) -> None:
-    build, step, message = REFUSED[name]
-    with pytest.raises(UnsupportedTailError, match=message):
-        tapped(build, step, mode)
-
-
-@pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.Linear(4, 3, bias=False), conv2d(5), conv2d(5, bias=False)])
-def test_weights_as_rows(module: nn.Module) -> None:
-    """Copies, in full precision."""
-    weight, bias = WeightCopies().of(module.bfloat16())
-    assert weight.dtype == bias.dtype == torch.float32
-    expected = module.weight.detach().float().flatten(1)
-    module.weight.data.zero_()
-    assert torch.equal(weight, expected)
-    assert torch.equal(bias, torch.zeros(len(weight)) if module.bias is None else module.bias.float())
-
-
-def test_copies_stay_while_the_weights_do() -> None:
-    module, copies = nn.Linear(4, 3), WeightCopies()
-    before = copies.of(module)
-    assert copies.of(module) is before
-    for parameter, index in ((module.bias, 1), (module.weight, 0)):
-        parameter.data += 1  # leaves no trace in the version of the parameter
-        assert torch.equal(copies.of(module)[index], parameter)
-        assert not torch.equal(before[index], parameter)
-
-
-def test_a_sharded_weight_is_refused() -> None:
-    module = nn.Linear(2, 2)
-    module.weight = nn.Parameter(torch.empty(0))
-    with pytest.raises(UnsupportedTailError, match=r"Linear\(in_features=2.*is sharded"):
-        WeightCopies().of(module)
+@pytest.mark.parametrize("name", ["folded", "flattened map"])
+def test_what_is_no_row_per_sample_is_an_error(name: str) -> None:
+    message, model = REFUSED[name]
+    one_pass = recorded(Case(name, lambda: model).model().eval(), torch.randn(5, 2, 5, 4, dtype=torch.float64))
+    with pytest.raises(GraphError, match=message):
+        one_pass.features_at(one_pass.points())

@@ -1,190 +1,207 @@
-"""Certifies that the closed form is exact for a recorded tail."""
+"""Certifies that the closed form is exact for a recorded pass.
+
+The claim: feature `p_pi(k)` depends on the map `z_k` of one filter alone, and position by position if the tail is
+curved. It is proved by differentiating the recorded operations with random cotangents, at random points. What comes out
+is a verdict: a `Certificate`, or a `Refusal` with the step that breaks the claim.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_flatness.curvature.pooled.subset import (
-    agree,
-    excerpt,
-    has_rows_of_samples,
-    recorded_points,
-    replayed_features,
-)
+from lightning_flatness.errors import NonFiniteError, Refusal
 from lightning_flatness.functional import ConvGeometry, patches
-from lightning_flatness.recording.operation import Operation, raised
-from lightning_flatness.recording.recorded_pass import NonFiniteError, Recording, refusal
+from lightning_flatness.precision import allclose_at_scale, allclose_for_dtype, upcast
+from lightning_flatness.recording.operation import Operation
+from lightning_flatness.recording.operators import Trait
+from lightning_flatness.recording.recorded_pass import RecordedPass
 
-_PIECEWISE_LINEAR = frozenset(
-    "relu leaky_relu rrelu rrelu_with_noise hardtanh hardsigmoid relu6 clamp clamp_min clamp_max threshold "
-    "prelu _prelu_kernel abs "
-    "add sub rsub neg mean sum amax amin cat stack "
-    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "_adaptive_avg_pool2d _adaptive_avg_pool3d mkldnn_adaptive_avg_pool2d "
-    "batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit_no_training "
-    "view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t expand contiguous "
-    "clone _to_copy to alias detach copy slice select split split_with_sizes chunk narrow unbind index_select "
-    "channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle dropout feature_dropout "
-    "constant_pad_nd pad".split()
-)
-# Curved, but what they connect does not depend on the values.
-_POINTWISE = frozenset(
-    "silu gelu hardswish sigmoid tanh mish elu celu selu softplus softsign log_sigmoid_forward "
-    "exp expm1 log log1p sqrt rsqrt pow square reciprocal sin cos erf softshrink hardshrink".split()
-)
-# Piecewise linear as long as one of their factors alone belongs to the tail.
-_OF_ONE_FACTOR = frozenset("mul mm addmm linear convolution maximum minimum max min where".split())
-# With these, a tensor that has a row for each sample only shifts it, or stands beside it, or is a layer's weight.
-_ALIKE = frozenset("add sub rsub cat addmm mm linear".split())
-# How far, in spreads, samples are moved: activations wake at different heights, and fall asleep again.
-_LEVELS = torch.tensor([1.0, 5.0, 30.0])
+# How far samples are moved, in multiples of the map's spread: units become active at different heights, and may
+# become inactive again further up.
+_OFFSETS = torch.tensor([1.0, 5.0, 30.0])
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was found to hold for a tail: which feature each filter feeds, and whether the tail is curved."""
+    """What was found to hold for a tail.
+
+    Attributes:
+        signature: of the recorded pass, see `RecordedPass.signature`.
+        call: which call of the convolution reaches the classifier.
+        feature_index: `pi`, the feature that each filter feeds, shape (k,).
+        inactive: filters that reached no feature where the tail was certified, shape (k,).
+        any_inactive: whether there are some, known to the host; they may become active in later batches.
+        scales: magnitude of the largest first and second derivative.
+        has_second_derivative: whether the tail is curved.
+        is_value_independent: whether what depends on what is the same for all values; if not, each batch is certified.
+    """
 
     signature: tuple[Any, ...]
-    root: int  # which call of the convolution
-    channels: Tensor  # (k,)
-    silent: Tensor  # filters that reached no feature where it was certified, (k,)
-    any_silent: bool  # known to the host: later batches may wake them
-    sizes: tuple[Tensor, Tensor]  # of the largest first and second derivative there
-    curved: bool
-    fixed: bool  # whether what depends on what is the same for all values; if not, certify every batch
+    call: int
+    feature_index: Tensor
+    inactive: Tensor
+    any_inactive: bool
+    scales: tuple[Tensor, Tensor]
+    has_second_derivative: bool
+    is_value_independent: bool
 
 
-def certify(recording: Recording, generic: bool = True) -> Certificate:
-    """Certify that feature `p_pi(k)` depends on the map `z_k` alone, and position by position if curved.
+def certify(recorded: RecordedPass, at_random_points: bool = True) -> Certificate | Refusal:
+    """Certify that each feature depends on the map of one filter alone, and position by position if curved.
 
-    The tail is repeated and differentiated with random cotangents: `d(r p) / dz_k` must equal
-    `r_pi(k) dp / dz_k` for every filter, position and sample. The weights are checked against what the
-    modules really computed.
+    The recorded operations are differentiated with random cotangents `r`: `d(r p) / dz_k` must equal
+    `r_pi(k) dp / dz_k` for every filter, position and sample. The weights are checked against what the modules really
+    computed.
 
     Args:
-        recording: of one forward pass.
-        generic: certify at random points, where every activation is alive; False: at the recorded values.
+        recorded: one forward pass.
+        at_random_points: certify at random points, where every unit is active; False: at the recorded values.
+
+    Returns:
+        The certificate, or why there is none, with the path and the step.
 
     Raises:
-        UnsupportedTailError: if any of it does not hold; the message has the path and the step.
+        NonFiniteError: if the convolution's output or the logits hold NaN.
     """
     try:
-        return _certify(recording, generic)
+        with torch.device("cpu"):  # of the random numbers, whatever the default device is
+            verdict = _refused_module(recorded) or _certificate(recorded, at_random_points)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # TapeError, or an operation without a derivative
-        raise refusal(recording, str(error)) from error
+    except RuntimeError as error:  # GraphError, or an operation without a derivative
+        return _refusal(recorded, str(error), error)
+    if isinstance(verdict, Refusal):
+        return verdict
+    return replace(verdict, feature_index=_completed(verdict, recorded.classifier.inputs.shape[1]))
 
 
-def _certify(recording: Recording, generic: bool) -> Certificate:
-    with torch.device("cpu"):  # of the random numbers, whatever the default device is
-        _check_modules(recording)
-        certificate = _certified_somewhere(recording, generic)
-        return replace(certificate, channels=_completed(certificate, recording.classifier.inputs.shape[1]))
+def _refusal(recorded: RecordedPass, reason: str, cause: Exception | None = None) -> Refusal:
+    return Refusal(
+        f"The closed form needs every filter of `{recorded.layer}` to reach one input of a linear classifier "
+        f"on its own (normalisation in eval mode, activation, skip, pooling): {reason}.\n"
+        f"  path: {recorded.path}\n"
+        f"  Name another convolution (`layer=...`) or the classifier (`classifier=...`).",
+        cause,
+    )
 
 
 def _completed(certificate: Certificate, features: int) -> Tensor:
-    """Return the channels with the features that no filter was seen to feed given to the silent filters.
+    """Return the feature index with the features that no active filter feeds given to the inactive filters.
 
-    Of the classifier's columns each is then counted once, which is all that the silent ones have to do with.
+    Each of the classifier's columns is then counted once; an inactive filter adds nothing else.
     """
-    channels, silent = certificate.channels.clone(), certificate.silent.nonzero().flatten()
-    spare = torch.ones(features, dtype=torch.bool, device=channels.device)
-    spare[channels[~certificate.silent]] = False
-    left = spare.nonzero().flatten()[: len(silent)]
-    channels[silent[: len(left)]] = left
-    return channels
+    index, inactive = certificate.feature_index.clone(), certificate.inactive.nonzero().flatten()
+    is_free = torch.ones(features, dtype=torch.bool, device=index.device)
+    is_free[index[~certificate.inactive]] = False
+    free = is_free.nonzero().flatten()[: len(inactive)]
+    index[inactive[: len(free)]] = free
+    return index
 
 
-def _certified_somewhere(recording: Recording, generic: bool) -> Certificate:
-    if not generic:
-        return _certified(recording, recorded_points(recording), torch.Generator().manual_seed(0))
-    if (part := excerpt(recording)) is not None:
-        with suppress(Exception):  # what refuses, and why, is for the whole batch to say
-            return _certified_at_generic_points(part)
-    return _certified_at_generic_points(recording)
-
-
-def _certified_at_generic_points(recording: Recording) -> Certificate:
+def _certificate(recorded: RecordedPass, at_random_points: bool) -> Certificate | Refusal:
     generator = torch.Generator().manual_seed(0)
+    if not at_random_points:
+        return _certified_at(recorded, recorded.points(), generator)
     certificates: list[Certificate] = []
-    for points in _generic_points(recording, generator):
-        # Where all sleep, their derivatives are rounding: they count beside those of the first point.
-        least = certificates[0].sizes if certificates else None
-        certificates.append(_certified(recording, points, generator, least))
-    return _merged(recording, certificates)
+    for points in _random_points(recorded, generator):
+        # If every unit is inactive at a point, its derivatives are pure rounding error: they are judged against the
+        # magnitudes found at the first point.
+        scales = certificates[0].scales if certificates else None
+        verdict = _certified_at(recorded, points, generator, scales)
+        if isinstance(verdict, Refusal):
+            return verdict
+        certificates.append(verdict)
+    return _merged(recorded, certificates)
 
 
-def _merged(recording: Recording, certificates: list[Certificate]) -> Certificate:
-    """Return what holds at all points: which feature a filter feeds is known from where it is alive."""
+def _merged(recorded: RecordedPass, certificates: list[Certificate]) -> Certificate | Refusal:
+    """Return what holds at all points: which feature a filter feeds is known from where it is active."""
     first, *others = certificates
-    channels, silent = first.channels, first.silent
+    index, inactive = first.feature_index, first.inactive
     for other in others:
-        if (channels != other.channels)[~(silent | other.silent)].any():
-            raise refusal(recording, "which feature a filter reaches depends on the values")
-        channels = torch.where(silent, other.channels, channels)
-        silent = silent & other.silent
-    if not _injective(channels, silent):
-        raise refusal(recording, "several filters reach one feature, at different values")
-    return replace(first, channels=channels, silent=silent, any_silent=bool(silent.any()))
+        if (index != other.feature_index)[~(inactive | other.inactive)].any():
+            return _refusal(recorded, "which feature a filter reaches depends on the values")
+        index = torch.where(inactive, other.feature_index, index)
+        inactive = inactive & other.inactive
+    if not _is_injective(index, inactive):
+        return _refusal(recorded, "several filters reach one feature, at different values")
+    return replace(first, feature_index=index, inactive=inactive, any_inactive=bool(inactive.any()))
 
 
-def _injective(channels: Tensor, silent: Tensor) -> bool:
-    return channels[~silent].unique().numel() == int((~silent).sum())
+def _is_injective(index: Tensor, inactive: Tensor) -> bool:
+    return index[~inactive].unique().numel() == int((~inactive).sum())
 
 
-def _certified(
-    recording: Recording,
+def _certified_at(
+    recorded: RecordedPass,
     points: dict[int, Tensor],
     generator: torch.Generator,
-    least: tuple[Tensor, Tensor] | None = None,
-) -> Certificate:
-    features = replayed_features(recording, points)
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Certificate | Refusal:
+    features = recorded.features_at(points)
     used = [0]
     if len(points) > 1:
         gradients = torch.autograd.grad(features.sum(), list(points.values()), retain_graph=True, allow_unused=True)
         used = [i for i, gradient in enumerate(gradients) if gradient is not None]
     if len(used) != 1:
-        raise refusal(recording, f"{len(used)} calls of `{recording.layer}` reach the classifier in one forward pass")
+        reason = f"{len(used)} calls of `{recorded.layer}` reach the classifier in one forward pass"
+        return _refusal(recorded, reason)
     point = list(points.values())[used[0]]
-    slope, bend = least or (point.new_zeros(()), point.new_zeros(()))
-    channels, silent, slope = _channel_map(features, point, generator, slope)
-    if channels is None:
-        raise refusal(recording, _breaking_step(recording, used[0]))
-    operations = recording.tape.operations[: recording.classifier.end]
-    curved = not all(map(_is_piecewise_linear, operations))
-    by_position, bend = _acts_by_position(features, point, generator, bend) if curved else (True, bend)
-    if not by_position:
-        raise refusal(recording, "a curved activation acts on several positions of a map at once")
-    # With two branches, one may be saturated at this point and hide what the other does elsewhere.
-    fixed = all(
-        len(step.slots) == 1
-        and (_is_piecewise_linear(step) or step.name.rstrip("_") in _POINTWISE)
-        and not _differs_by_sample(recording, step)
-        for step in operations
+    first, second = scales or (point.new_zeros(()), point.new_zeros(()))
+    index, inactive, first = _feature_index(features, point, generator, first)
+    if index is None:
+        return _refusal(recorded, _breaking_step(recorded, used[0]))
+    operations = recorded.graph.operations[: recorded.classifier.end]
+    is_curved = not all(operation.is_piecewise_linear for operation in operations)
+    if is_curved:
+        by_position, second = _acts_by_position(features, point, generator, second)
+        if not by_position:
+            return _refusal(recorded, "a curved activation acts on several positions of a map at once")
+    return Certificate(
+        signature=recorded.signature,
+        call=used[0],
+        feature_index=index,
+        inactive=inactive,
+        any_inactive=bool(inactive.any()),
+        scales=(first, second),
+        has_second_derivative=is_curved,
+        is_value_independent=all(_is_value_independent(recorded, operation) for operation in operations),
     )
-    return Certificate(recording.signature, used[0], channels, silent, bool(silent.any()), (slope, bend), curved, fixed)
 
 
-def _generic_points(recording: Recording, generator: torch.Generator) -> Iterator[dict[int, Tensor]]:
-    """Yield roots that wake activations: neighbours up and down in turn, all above the largest, all below the least.
+def _is_value_independent(recorded: RecordedPass, operation: Operation) -> bool:
+    """Return whether what the operation connects is the same for all values and samples.
 
-    What two samples or positions share shows only where both are alive.
+    With two dependent arguments, one may be saturated at a point and hide what the other does elsewhere. A captured
+    tensor with a row per sample, such as a mask, may connect filters in one sample and not in another.
     """
-    moved = {slot: _moved(point.detach(), generator) for slot, point in recorded_points(recording).items()}
-    for points in zip(*moved.values(), strict=True):
-        yield {slot: point.requires_grad_() for slot, point in zip(moved, points, strict=True)}
+    if len(operation.nodes) != 1:
+        return False
+    if not (operation.is_piecewise_linear or Trait.POINTWISE in operation.traits):
+        return False
+    if Trait.SAME_FOR_EACH_SAMPLE in operation.traits:
+        return True
+    values = (recorded.graph.captures.value(captured.index) for captured in operation.captured)
+    return not any(value.dim() > 1 and len(value) == len(recorded) for value in values)
 
 
-def _moved(value: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+def _random_points(recorded: RecordedPass, generator: torch.Generator) -> Iterator[dict[int, Tensor]]:
+    """Yield values of the maps at which units become active.
+
+    Neighbours are moved up and down in turn, then all above the largest value, then all below the least. What two
+    samples or positions share shows only where both are active.
+    """
+    perturbed = {node: _perturbed(point.detach(), generator) for node, point in recorded.points().items()}
+    for points in zip(*perturbed.values(), strict=True):
+        yield {node: point.requires_grad_() for node, point in zip(perturbed, points, strict=True)}
+
+
+def _perturbed(value: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield `value` moved by several of its spreads: up and down in turn, up from the largest, down from the least."""
     flat, n = value.flatten(2), len(value)
     spread = (flat - flat.mean((0, 2), keepdim=True)).abs().mean()
@@ -194,28 +211,27 @@ def _moved(value: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
     turn = (flip.sign() * (1 - 2 * ((samples + torch.arange(flat.shape[2])) % 2))).to(value)
     drawn = torch.rand(flat.shape, generator=generator)
     yield (flat + turn * spread * 10 ** (2.5 * drawn - 1).to(value)).reshape(value.shape)
-    for shift in range(len(_LEVELS) if n < 2 * len(_LEVELS) else 1):  # two samples for each level
-        level = _LEVELS[(samples // 2 + shift) % len(_LEVELS)].to(value)
-        rise = spread * level * (1 + drawn / 2).to(value)
+    for shift in range(len(_OFFSETS) if n < 2 * len(_OFFSETS) else 1):  # two samples for each offset
+        offset = _OFFSETS[(samples // 2 + shift) % len(_OFFSETS)].to(value)
+        rise = spread * offset * (1 + drawn / 2).to(value)
         yield (flat.amax((0, 2), keepdim=True) + rise).reshape(value.shape)
         yield (flat.amin((0, 2), keepdim=True) - rise).reshape(value.shape)
 
 
-def _scaled(candidate: Tensor, reference: Tensor, size: Tensor) -> bool:
-    """Return whether two tensors agree up to rounding, that of numbers of this size at least."""
-    eps = torch.finfo(reference.dtype).eps
-    bound = reference.abs()
-    largest = torch.maximum(bound.max(), size)
-    bound.mul_(1e4 * eps).add_(1e2 * eps * largest)
-    return bool(((candidate - reference).abs_() <= bound).all())
-
-
-def _channel_map(
-    output: Tensor, point: Tensor, generator: torch.Generator, size: Tensor
+def _feature_index(
+    output: Tensor, point: Tensor, generator: torch.Generator, scale: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return which channel of `output` each channel of `point` feeds, None if it is not one; the silent ones; the size.
+    """Find which channel of `output` each channel of `point` feeds.
 
-    The size is that of the largest derivative, here or before.
+    Args:
+        output: a function of the point, shape (n, j, ...).
+        point: the map, shape (n, k, *positions).
+        generator: of the random cotangents.
+        scale: the largest derivative seen before.
+
+    Returns:
+        The index, shape (k,), None if a channel does not feed one alone; the inactive channels, shape (k,); the
+        largest derivative, here or before.
     """
     n, channels = output.shape[:2]
     dims = [1] * (output.dim() - 2)
@@ -230,73 +246,65 @@ def _channel_map(
 
     ones = pulled_back(torch.ones_like(output))
     reach = ones.abs().amax((0, 2))
-    size = torch.maximum(reach.max(), size)
-    silent = reach <= torch.finfo(ones.dtype).eps * size
+    scale = torch.maximum(reach.max(), scale)
+    inactive = reach <= torch.finfo(ones.dtype).eps * scale
     numbers = torch.randperm(channels, generator=generator)
     coded = pulled_back((numbers + 1).to(output).reshape(1, -1, *dims))
     ratio = (coded * ones).sum((0, 2)) / ones.square().sum((0, 2)).clamp_min(torch.finfo(ones.dtype).tiny)
-    index = (ratio.nan_to_num().round().long() - 1).clamp(0, channels - 1)
-    found = numbers.argsort().to(point.device)[index]
+    position = (ratio.nan_to_num().round().long() - 1).clamp(0, channels - 1)
+    index = numbers.argsort().to(point.device)[position]
     code = torch.randn(channels, generator=generator, dtype=torch.float64).to(output)
-    expected = by_sample.reshape(n, 1, 1) * code[found].reshape(1, -1, 1) * ones
-    honest = _scaled(pulled_back(code.reshape(1, -1, *dims) * by_sample), expected, size)
-    return (found if honest and _injective(found, silent) else None), silent, size
+    expected = by_sample.reshape(n, 1, 1) * code[index].reshape(1, -1, 1) * ones
+    consistent = allclose_at_scale(pulled_back(code.reshape(1, -1, *dims) * by_sample), expected, scale)
+    return (index if consistent and _is_injective(index, inactive) else None), inactive, scale
 
 
-def _acts_by_position(features: Tensor, point: Tensor, generator: torch.Generator, size: Tensor) -> tuple[bool, Tensor]:
-    (slope,) = torch.autograd.grad(features.sum(), point, create_graph=True)
-    if not slope.requires_grad:
-        return True, size
+def _acts_by_position(
+    features: Tensor, point: Tensor, generator: torch.Generator, scale: Tensor
+) -> tuple[bool, Tensor]:
+    """Return whether the second derivative is diagonal over positions, and its largest value, here or before."""
+    (jacobian,) = torch.autograd.grad(features.sum(), point, create_graph=True)
+    if not jacobian.requires_grad:
+        return True, scale
     direction = torch.rand(point.shape, generator=generator, dtype=torch.float64).to(point) + 0.5
-    (ones,) = torch.autograd.grad(slope.sum(), point, retain_graph=True, materialize_grads=True)
-    (turned,) = torch.autograd.grad((slope * direction).sum(), point, materialize_grads=True)
-    size = torch.maximum(ones.abs().max(), size)
-    return _scaled(turned, direction * ones, size), size
+    (ones,) = torch.autograd.grad(jacobian.sum(), point, retain_graph=True, materialize_grads=True)
+    (turned,) = torch.autograd.grad((jacobian * direction).sum(), point, materialize_grads=True)
+    scale = torch.maximum(ones.abs().max(), scale)
+    return allclose_at_scale(turned, direction * ones, scale), scale
 
 
-def _differs_by_sample(recording: Recording, operation: Operation) -> bool:
-    """Return whether the operation may connect filters in one sample and not in another, as a mask for each does."""
-    values = (recording.tape.value(constant.number) for constant in operation.constants)
-    samples = len(recording.classifier.inputs)
-    return operation.name.rstrip("_") not in _ALIKE and any(has_rows_of_samples(value, samples) for value in values)
-
-
-def _is_piecewise_linear(operation: Operation) -> bool:
-    name = operation.name.rstrip("_")
-    if name in _OF_ONE_FACTOR:
-        return len(operation.slots) == 1
-    return operation.depends_on_first_alone if name == "div" else name in _PIECEWISE_LINEAR
-
-
-def _breaking_step(recording: Recording, used: int) -> str:
+def _breaking_step(recorded: RecordedPass, used: int) -> str:
     """Name the first step after which a channel no longer depends on one filter alone."""
     generator = torch.Generator().manual_seed(1)
-    slot, points = recording.roots[used][0], next(_generic_points(recording, generator))
-    for end, operation in enumerate(recording.tape.operations[: recording.classifier.end], start=1):
-        outputs = recording.tape.replay(points, end)
+    node, points = recorded.calls[used].node, next(_random_points(recorded, generator))
+    for end, operation in enumerate(recorded.graph.operations[: recorded.classifier.end], start=1):
+        outputs = recorded.graph.replay(points, end)
         for result in operation.results:
             output = outputs[result]
-            if not output.numel() or not output.requires_grad or output.dim() < 2 or len(output) != len(points[slot]):
+            if not output.numel() or not output.requires_grad or output.dim() < 2 or len(output) != len(points[node]):
                 continue
-            if _channel_map(output, points[slot], generator, output.new_zeros(()))[0] is None:
+            if _feature_index(output, points[node], generator, output.new_zeros(()))[0] is None:
                 return f"step {end}, `{operation.name}`, mixes them (its output has shape {tuple(output.shape)})"
     return "the steps after it mix filters"
 
 
-def _check_modules(recording: Recording) -> None:
-    """Check that the convolution and the classifier computed what their weights say."""
-    tape, call = recording.tape, recording.classifier
-    _, z, inputs = recording.roots[0]
-    for what, value in ((f"the output of `{recording.layer}`", tape.value(z)), ("the logits", call.output)):
+def _refused_module(recorded: RecordedPass) -> Refusal | None:
+    """Return why the convolution or the classifier did not compute what their weights say; None if they did."""
+    values, call = recorded.graph.captures, recorded.classifier
+    if recorded.weight_is_shared:
+        return _refusal(recorded, f"the weight of `{recorded.layer}` is shared with another module")
+    z, inputs = values.value(recorded.calls[0].output), values.value(recorded.calls[0].inputs)
+    for what, value in ((f"the output of `{recorded.layer}`", z), ("the logits", call.output)):
         if broken := int(value.flatten(1).isnan().any(1).sum()):
             raise NonFiniteError(f"A measurement needs numbers; {what} is NaN in {broken} of {len(value)} samples.")
-    geometry = ConvGeometry.of(recording.convolution)
-    rows = patches(raised(tape.value(inputs)[:2]), geometry).to(recording.weight.dtype)
-    filters = recording.weight.unflatten(0, (geometry.groups, -1))
-    observed = tape.value(z)[:2].flatten(2)
-    if not agree((filters @ rows.mT).flatten(1, 2) + recording.bias.unsqueeze(-1), observed):
-        raise refusal(recording, f"`{recording.layer}` does more than convolve with its `weight`")
+    geometry = ConvGeometry.of(recorded.convolution)
+    rows = patches(upcast(inputs[:2]), geometry).to(recorded.weight.dtype)
+    filters = recorded.weight.unflatten(0, (geometry.groups, -1))
+    computed = (filters @ rows.mT).flatten(1, 2) + recorded.bias.unsqueeze(-1)
+    if not allclose_for_dtype(computed, z[:2].flatten(2)):
+        return _refusal(recorded, f"`{recorded.layer}` does more than convolve with its `weight`")
     if call.weights is not None:
-        features = raised(call.inputs.detach()).flatten(1)
-        if not agree(features @ call.weights[0].mT + call.weights[1], call.output):
-            raise refusal(recording, f"`{call.name}` does more than multiply by its `weight`")
+        weight, bias = call.weights
+        if not allclose_for_dtype(upcast(call.inputs.detach()).flatten(1) @ weight.mT + bias, call.output):
+            return _refusal(recorded, f"`{call.name}` does more than multiply by its `weight`")
+    return None

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import SUPPORTED, UNSUPPORTED, Case
+from cases import MAP, SUPPORTED, UNSUPPORTED, Case
 from networks import Net, StandardizedConv, conv2d, dense, shuffled, squeezed_and_excited
+from recorded import Measured, certified, recorded
 from torch import Tensor, nn
 
 from lightning_flatness import oracle
-from lightning_flatness.curvature.pooled.certificate import Certificate, certify
-from lightning_flatness.curvature.pooled.measurement import Tap
-from lightning_flatness.recording.recorded_pass import NonFiniteError, Recording, UnsupportedTailError
+from lightning_flatness.curvature.pooled.certificate import Certificate
+from lightning_flatness.errors import NonFiniteError, UnsupportedTailError
 
 CASES = {case.name: case for case in (*SUPPORTED, *UNSUPPORTED)}
 STRAIGHT = "relu,relu in place,relu6,leaky relu,hardtanh,identity,prelu,saturated relu6".split(",")
@@ -23,16 +23,8 @@ CURVED = "hardswish,silu,gelu,gelu tanh,elu,mish,softplus,tanh,squared relu,writ
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-def recorded(model: nn.Module, x: Tensor) -> Recording:
-    with Tap(model) as tap:
-        with torch.no_grad():
-            model(x)
-        tap._close()
-        return tap._recording()
-
-
-def certified(case: Case, dtype: torch.dtype = torch.float64, n: int | None = None) -> Certificate:
-    return certify(recorded(case.model().to(dtype).eval(), case.data()[0][:n].to(dtype)))
+def certificate_of(case: Case, dtype: torch.dtype = torch.float64, n: int | None = None) -> Certificate:
+    return certified(recorded(case.model().to(dtype).eval(), case.data()[0][:n].to(dtype)))
 
 
 @each_dtype
@@ -53,14 +45,14 @@ def certified(case: Case, dtype: torch.dtype = torch.float64, n: int | None = No
     ],
 )
 def test_which_filter_feeds_which_feature(name: str, channels: list[int], n: int | None, dtype: torch.dtype) -> None:
-    certificate = certified(CASES[name], dtype, n)
-    assert certificate.channels.tolist() == channels
-    assert not certificate.any_silent
+    certificate = certificate_of(CASES[name], dtype, n)
+    assert certificate.feature_index.tolist() == channels
+    assert not certificate.any_inactive
 
 
 @pytest.mark.parametrize("name", [*STRAIGHT, *CURVED])
 def test_whether_the_tail_is_curved(name: str) -> None:
-    assert certified(CASES[name]).curved == (name in CURVED)
+    assert certificate_of(CASES[name]).has_second_derivative == (name in CURVED)
 
 
 def with_dead_channels(model: Net) -> Net:
@@ -77,15 +69,15 @@ def with_dead_channels(model: Net) -> Net:
 def test_dead_channels(act: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     case = Case("dead", lambda: Net(act=act))
     model, (x, y) = with_dead_channels(case.model()).to(dtype).eval(), case.data()
-    certificate = certify(recorded(model, x.to(dtype)))
-    assert certificate.silent.tolist() == [True, act is not shuffled, False, False]
-    assert sorted(certificate.channels.tolist()) == [0, 1, 2, 3]
-    with Tap(model) as tap, torch.no_grad():
+    certificate = certified(recorded(model, x.to(dtype)))
+    assert certificate.inactive.tolist() == [True, act is not shuffled, False, False]
+    assert sorted(certificate.feature_index.tolist()) == [0, 1, 2, 3]
+    with Measured(model) as recorder, torch.no_grad():
         model(x.to(dtype))
-        factors = tap.factors(y)
+        quantities = recorder.quantities(y)
     expected = oracle.hessian_trace(model.double(), "conv", x, y)
     torch.testing.assert_close(
-        factors.hessian_trace.double(), expected, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-9
+        quantities.hessian_trace.double(), expected, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-9
     )
 
 
@@ -93,11 +85,11 @@ def test_all_dead() -> None:
     case = Case("all dead", lambda: Net(norm=False))
     model, (x, y) = case.model().eval(), case.data()
     nn.init.constant_(model.conv.bias, -1000)
-    with Tap(model) as tap, torch.no_grad():
+    with Measured(model) as recorder, torch.no_grad():
         model(x)
-        factors = tap.factors(y)
-    assert torch.equal(factors.hessian_trace, torch.zeros(5).double())
-    assert torch.equal(factors.relative_flatness, torch.zeros(5).double())
+        quantities = recorder.quantities(y)
+    assert torch.equal(quantities.hessian_trace, torch.zeros(5).double())
+    assert torch.equal(quantities.relative_flatness, torch.zeros(5).double())
 
 
 GATE = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
@@ -143,7 +135,7 @@ def test_names_the_step_that_breaks_the_claim(name: str) -> None:
     case = Case(name, build, classifier=None)
     for dtype in (torch.float64, torch.float32):
         with pytest.raises(UnsupportedTailError, match=message) as caught:
-            certified(case, dtype)
+            certificate_of(case, dtype)
         assert "path: conv > " in str(caught.value)
         assert "layer=" in str(caught.value)
 
@@ -165,12 +157,12 @@ def test_wiring_that_shows_only_at_some_values_is_never_wrong(name: str, sizes: 
         case = Case(f"{name} {seed}", lambda: Net(pool=lambda a: HIDDEN[name](a.mean((2, 3)))))
         model, (x, y) = case.model().eval(), case.data()
         expected = oracle.hessian_trace(model, "conv", x, y).split(sizes)
-        with Tap(model) as tap:
+        with Measured(model) as recorder:
             for images, targets, trace in zip(x.split(sizes), y.split(sizes), expected, strict=True):
                 with torch.no_grad():
                     model(images)
                 try:
-                    value = tap.factors(targets).hessian_trace
+                    value = recorder.quantities(targets).hessian_trace
                 except UnsupportedTailError:
                     break
                 torch.testing.assert_close(value, trace, rtol=1e-9, atol=1e-12)
@@ -196,22 +188,26 @@ def poisoned(where: str) -> tuple[nn.Module, Tensor]:
 )
 def test_not_a_number(where: str, message: str) -> None:
     with pytest.raises(NonFiniteError, match=message):
-        certify(recorded(*poisoned(where)))
+        certified(recorded(*poisoned(where)))
 
 
 def test_is_the_same_every_time_and_draws_nothing() -> None:
     case = CASES["channel shuffle"]
-    recording = recorded(case.model().eval(), case.data()[0])
+    one_pass = recorded(case.model().eval(), case.data()[0])
     state = torch.get_rng_state()
-    first, second = certify(recording), certify(recording)
+    first, second = certified(one_pass), certified(one_pass)
     assert torch.equal(torch.get_rng_state(), state)
-    assert (first.signature, first.root, first.curved) == (second.signature, second.root, second.curved)
-    assert torch.equal(first.channels, second.channels)
+    assert (first.signature, first.call, first.has_second_derivative) == (
+        second.signature,
+        second.call,
+        second.has_second_derivative,
+    )
+    assert torch.equal(first.feature_index, second.feature_index)
 
 
 def signature(act: Callable[[Tensor], Tensor], **options: Any) -> Any:
     case = Case("signature", lambda: Net(act=act, **options))
-    return certified(case).signature
+    return certificate_of(case).signature
 
 
 def test_signature_tells_tails_apart() -> None:
@@ -226,6 +222,73 @@ def test_wide_layers_in_float32() -> None:
     torch.manual_seed(0)
     model = Net(conv2d(256, 1), tail=dense, wide_norm=nn.BatchNorm2d(259), head=nn.Linear(259, 10)).eval()
     nn.init.uniform_(model.wide_norm.weight, 0.5, 1).data.mul_(torch.logspace(-3, 3, 259))
-    certificate = certify(recorded(model, torch.randn(3, 2, 5, 4)))
-    assert certificate.channels.tolist() == list(range(3, 259))
-    assert not certificate.any_silent
+    certificate = certified(recorded(model, torch.randn(3, 2, 5, 4)))
+    assert certificate.feature_index.tolist() == list(range(3, 259))
+    assert not certificate.any_inactive
+
+
+SAMPLES = 64
+
+
+def by_sample(even: Tensor, odd: Tensor) -> Tensor:
+    return torch.stack([even, odd]).repeat(SAMPLES // 2, *[1] * even.dim())
+
+
+def adapted(h: Tensor) -> Tensor:
+    """Every second sample's filters are mixed."""
+    matrices = by_sample(torch.eye(4).to(h), torch.ones(4, 4).to(h))
+    return (h.unsqueeze(1) * matrices[..., None, None]).sum(2).relu()
+
+
+def halves(h: Tensor) -> Tensor:
+    first, second = h.relu().chunk(2)
+    return torch.cat([first, second + first])
+
+
+# (after the convolution, whether the closed form holds)
+CONNECTED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "the mean of the batch": (lambda h: h + h.mean(0), False),
+    "the sample before": (lambda h: h + h.roll(1, 0), False),
+    "the second sample before": (lambda h: h + h.roll(2, 0), False),
+    "half a batch before": (lambda h: h + h.roll(SAMPLES // 2, 0), False),
+    "halves of the batch": (halves, False),
+    "pairs": (lambda h: h.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2, 0), False),
+    "the last sample": (lambda h: h + h[-1:], False),
+    "a matrix for each sample": (adapted, False),
+    "a factor for each sample": (lambda h: h * by_sample(h.new_ones(4, 1, 1), h.new_zeros(4, 1, 1)), True),
+    "an index for each sample": (lambda h: h.relu()[torch.arange(len(h))], True),
+}
+
+
+@pytest.mark.parametrize("name", CONNECTED)
+def test_samples_that_are_connected_in_a_large_batch(name: str) -> None:
+    step, exact = CONNECTED[name]
+    x = torch.randn(SAMPLES, *MAP[1:], dtype=torch.float64)
+    one_pass = recorded(Net(tail=lambda net, x: step(net.conv(x))).double().eval(), x)
+    if exact:
+        assert certified(one_pass).feature_index.tolist() == [0, 1, 2, 3]
+    else:
+        with pytest.raises(UnsupportedTailError):
+            certified(one_pass)
+
+
+def test_a_later_batch_that_is_wired_otherwise_is_refused() -> None:
+    """The first batch's matrices, one for each sample, leave the filters apart; the second's mix them."""
+    matrices = torch.eye(4).double().expand(6, 4, 4).clone()
+    model = Net(tail=lambda net, x: (net.conv(x).unsqueeze(1) * matrices.clone()[..., None, None]).sum(2).relu())
+    model, x = model.double().eval(), torch.randn(6, *MAP[1:], dtype=torch.float64)
+    with Measured(model) as recorder, torch.no_grad():
+        model(x)
+        recorder.quantities()
+        matrices[3] = 1
+        model(x)
+        with pytest.raises(UnsupportedTailError):
+            recorder.quantities()
+
+
+def test_the_captured_values_stay_what_they_are() -> None:
+    model, (x, _) = CASES["residual in place"].model().eval(), CASES["residual in place"].data()
+    one_pass = recorded(model, x)
+    before = [capture.value.clone() for capture in one_pass.graph.captures._captures]
+    certified(one_pass)
+    assert all(map(torch.equal, before, (capture.value for capture in one_pass.graph.captures._captures)))

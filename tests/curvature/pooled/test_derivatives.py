@@ -1,153 +1,31 @@
-"""The small tensors of one batch: precision in float32, every loss against the oracle, empty batches."""
+"""The derivatives of a batch: parts of it, other dtypes, the columns that filters feed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
-import pytest
 import torch
-from cases import SUPPORTED, Case
-from networks import Net, conv2d, residual
-from torch import Tensor, nn
-from torch.nn import functional as F
+from metrics.checks import derivatives
 
-import lightning_flatness.functional as LF
-from lightning_flatness import oracle
-from lightning_flatness.curvature.pooled.derivatives import TailFactors, full_precision
-from lightning_flatness.curvature.pooled.measurement import Tap
-from lightning_flatness.losses import as_loss
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: Net(conv2d(32, inputs=16), head=nn.Linear(32, 10)),
-    "residual": lambda: Net(conv2d(32, inputs=32), tail=residual, head=nn.Linear(32, 10)),
-    "silu": lambda: Net(conv2d(32, inputs=16), nn.SiLU(), head=nn.Linear(32, 10)),
-    "depthwise": lambda: Net(conv2d(32, inputs=32, groups=32), head=nn.Linear(32, 10)),
-}
+PER_SAMPLE = ("inputs", "jacobian", "second_derivative", "features", "logits", "target")
 
 
-def tapped(name: str, scale: float) -> TailFactors:
-    """Factors of a float32 network whose logits have standard deviation `scale`."""
-    case = Case(name, NETWORKS[name], (64, 2, 7, 7))
-    model, (x, y) = case.model().float().eval(), case.data()
-    x = x.float()
-    with torch.no_grad():
-        spread = model(x).std() / scale
-        model.head.weight.div_(spread)
-        model.head.bias.div_(spread)
-        with Tap(model) as tap:
-            model(x)
-            return tap.factors(y)
+def test_a_part_has_the_rows_of_its_samples() -> None:
+    whole = derivatives("silu")
+    part = whole.select(slice(1, 4))
+    assert (len(whole), len(part)) == (5, 3)
+    for name in PER_SAMPLE:
+        assert torch.equal(getattr(part, name), getattr(whole, name)[1:4])
+    for name in ("kernel_gram", "head", "feature_index", "geometry", "loss"):
+        assert getattr(part, name) is getattr(whole, name)
 
 
-def assert_precise(value: Tensor, reference: Tensor) -> None:
-    assert (value.dtype, reference.dtype) == (torch.float32, torch.float64)
-    comparable = reference.abs() > 1e-30
-    torch.testing.assert_close(value[comparable].double(), reference[comparable], rtol=1e-4, atol=0)
+def test_another_dtype_is_that_of_all_floating_tensors() -> None:
+    single = derivatives("silu").to(torch.float32)
+    assert {getattr(single, name).dtype for name in ("inputs", "jacobian", "logits", "head")} == {torch.float32}
+    assert single.target.dtype == single.feature_index.dtype == torch.int64
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0, 30.0])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_float32_keeps_its_precision_for_confident_predictions(name: str, scale: float) -> None:
-    factors = tapped(name, scale)
-    exact = factors.to(torch.float64)
-    assert_precise(factors.confidence, exact.confidence)
-    assert_precise(factors.hessian_trace, exact.hessian_trace)
-    assert_precise(factors.relative_flatness, exact.relative_flatness)
-    assert_precise(factors.affine_hessian_trace, exact.affine_hessian_trace)
-    assert_precise(factors.head_relative_flatness, exact.head_relative_flatness)
-    assert_precise(factors.margin_bound, exact.margin_bound)
-
-
-def smoothed(phi: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(phi, y, label_smoothing=0.3)
-
-
-def weighted(phi: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(phi, y, torch.tensor([0.2, 1.0, 3.0]).to(phi), reduction="sum")
-
-
-def binary(phi: Tensor, y: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(phi, y, reduction="sum")
-
-
-def binary_weighted(phi: Tensor, y: Tensor) -> Tensor:
-    weights = torch.tensor([0.2, 1.0, 3.0]).to(phi)
-    return F.binary_cross_entropy_with_logits(phi, y, weights, pos_weight=weights.flip(0), reduction="sum")
-
-
-WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
-SOFT = torch.tensor([[0.1, 0.7, 0.2], [1.0, 0.0, 0.0], [0.3, 0.3, 0.4], [0.0, 1.0, 0.0], [0.0, 0.5, 0.5]])
-# What is given, the same as a function of logits and targets, targets in place of class indices.
-LOSSES: dict[str, tuple[object, Callable[[Tensor, Tensor], Tensor], Tensor | None]] = {
-    "cross-entropy": ("cross_entropy", F.cross_entropy, None),
-    "label smoothing": (nn.CrossEntropyLoss(label_smoothing=0.3), smoothed, None),
-    "class weights": (nn.CrossEntropyLoss(WEIGHTS), weighted, None),
-    "soft targets": ("cross_entropy", F.cross_entropy, SOFT),
-    "labels": ("bce_with_logits", binary, SOFT.round()),
-    "weighted labels": (nn.BCEWithLogitsLoss(WEIGHTS, pos_weight=WEIGHTS.flip(0)), binary_weighted, SOFT),
-}
-
-
-@pytest.mark.parametrize("name", ["relu", "silu without norm", "channel shuffle", "conv is classifier silu"])
-@pytest.mark.parametrize(("given", "function", "target"), LOSSES.values(), ids=LOSSES)
-def test_every_loss_equals_the_oracle(
-    name: str, given: object, function: Callable[[Tensor, Tensor], Tensor], target: Tensor | None
-) -> None:
-    case = {case.name: case for case in SUPPORTED}[name]
-    model, (x, y) = case.model().eval(), case.data()
-    y = y if target is None else target.double()
-    with torch.no_grad(), Tap(model, loss=as_loss(given)) as tap:
-        model(x)
-        factors = tap.factors(y)
-    args = (model, "conv", x, y, function)
-    torch.testing.assert_close(factors.hessian_trace, oracle.hessian_trace(*args), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(factors.relative_flatness, oracle.relative_flatness(*args), rtol=1e-9, atol=1e-12)
-    assert (factors.affine_hessian_trace <= factors.margin_bound * (1 + 1e-12)).all()
-    if case.name == "relu":
-        head = oracle.relative_flatness(model, "head", x, y, function)
-        torch.testing.assert_close(factors.head_relative_flatness, head, rtol=1e-9, atol=1e-12)
-        # The bias sees the constant input 1.
-        trace = oracle.hessian_trace(model, "head", x, y, function) + factors.confidence
-        torch.testing.assert_close(factors.affine_hessian_trace, trace, rtol=1e-9, atol=1e-12)
-
-
-def test_an_empty_batch_has_no_values() -> None:
-    empty = tapped("silu", 1.0).select(slice(0))
-    for name in ("hessian_trace", "relative_flatness", "confidence", "output_margin", "margin_bound"):
-        assert getattr(empty, name).shape == (0,)
-    assert empty.scaled_flatness.shape[0] == 0
-
-
-def test_chunks_do_not_matter() -> None:
-    whole = tapped("silu", 1.0).to(torch.float64)
-    expected = [*whole._curvature]
-    again = replace(whole, chunk_bytes=1)
-    for value, reference in zip(again._curvature, expected, strict=True):
-        torch.testing.assert_close(value, reference, rtol=1e-12, atol=0)
-
-
-BACKENDS = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-
-
-@pytest.mark.skipif(not all(hasattr(part, "fp32_precision") for part in BACKENDS), reason="this torch has one switch")
-@pytest.mark.parametrize("precisions", [("tf32", "none"), ("none", "bf16"), ("tf32", "bf16"), ("none", "none")])
-def test_full_precision_whatever_the_user_set(precisions: tuple[str, str]) -> None:
-    before = [part.fp32_precision for part in BACKENDS]
-    try:
-        for part, precision in zip(BACKENDS, precisions, strict=True):
-            part.fp32_precision = precision
-        with full_precision(torch.device("cpu")):
-            assert [part.fp32_precision for part in BACKENDS] == ["ieee", "ieee"]
-        assert tuple(part.fp32_precision for part in BACKENDS) == precisions
-        with pytest.raises(ZeroDivisionError), full_precision(torch.device("cpu")):
-            _ = 1 / 0
-        assert tuple(part.fp32_precision for part in BACKENDS) == precisions
-    finally:
-        for part, precision in zip(BACKENDS, before, strict=True):
-            part.fp32_precision = precision
-
-
-def test_every_quantity_of_logits_has_a_gradient() -> None:
-    logits, features, head = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (3, 5), (4, 5)))
-    assert torch.autograd.gradcheck(LF.head_relative_flatness, (features, logits.requires_grad_(), head))
+def test_used_columns_are_those_that_the_filters_feed() -> None:
+    """A dense block: the first features are not the convolution's."""
+    whole = derivatives("dense block")
+    assert torch.equal(whole.used_head, whole.head[:, 3:])
+    assert derivatives("relu").second_derivative is None

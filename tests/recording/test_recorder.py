@@ -1,4 +1,4 @@
-"""The tap: exact in whatever way the forward pass runs, and unnoticed by it."""
+"""The recorder: exact in whatever way the forward pass runs, and unnoticed by it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from cases import SUPPORTED, Case
 from networks import Net, conv2d, residual, tied
+from recorded import Measured
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from lightning_flatness import oracle
+from lightning_flatness import ForwardRecorder, oracle
 from lightning_flatness.curvature.pooled.certificate import certify
-from lightning_flatness.curvature.pooled.measurement import Tap
-from lightning_flatness.recording.graph import RECORDER
-from lightning_flatness.recording.operation import TapeError
-from lightning_flatness.recording.recorded_pass import UnsupportedTailError
+from lightning_flatness.curvature.pooled.closed_form import sample_quantities
+from lightning_flatness.errors import GraphError, UnsupportedTailError
+from lightning_flatness.recording.dispatch import dispatcher
 
 CASES = {case.name: case for case in SUPPORTED}
 MODES: dict[str, Callable[[], Any]] = {
@@ -72,12 +72,12 @@ def test_exact_and_unnoticed_in_every_mode(name: str, mode: Any) -> None:
     case = CASES[name]
     model, (x, y) = case.model().eval(), case.data()
     plain = run(model, x, mode)
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for _ in range(2):  # finding the modules, then only listening to them
             output = run(model, x, mode)
             assert torch.equal(output, plain)
             assert (output.requires_grad, output.is_inference()) == (plain.requires_grad, plain.is_inference())
-            assert_same(tap.factors(y).hessian_trace, expected(case))
+            assert_same(recorder.quantities(y).hessian_trace, expected(case))
             assert torch.is_grad_enabled()
     assert hooks(model) == 0
 
@@ -94,10 +94,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_layout_of_the_input_does_not_matter(change: Callable[[Tensor], Tensor], mode: Any) -> None:
     case = CASES["silu"]
     model, (x, y) = case.model().eval(), case.data()
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         with mode():
             model(change(x))
-        assert_same(tap.factors(y).hessian_trace, expected(case))
+        assert_same(recorder.quantities(y).hessian_trace, expected(case))
 
 
 PRECISIONS: dict[str, tuple[torch.dtype, Callable[[], Any], float]] = {
@@ -114,25 +114,25 @@ def test_precision_of_the_pass(precision: str, name: str) -> None:
     case = CASES[name]
     model, (x, y) = case.model().to(dtype).eval(), case.data()
     plain = run(model, x.to(dtype), mode)
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for _ in range(2):
             assert torch.equal(run(model, x.to(dtype), mode), plain)
-            factors = tap.factors(y)
-            assert factors.logits.dtype == factors.jacobian.dtype == torch.float32
-            assert_same(factors.hessian_trace.mean(), expected(case).mean(), rtol)
+            derivatives = recorder.derivatives(y)
+            assert derivatives.logits.dtype == derivatives.jacobian.dtype == torch.float32
+            assert_same(sample_quantities(derivatives).hessian_trace.mean(), expected(case).mean(), rtol)
 
 
 def test_gradients_of_the_caller_are_the_same_to_the_last_bit() -> None:
     """In training mode, with a graph and an accumulated gradient; dropout-free networks can be measured there."""
     case = Case("training", lambda: Net(act=lambda z: F.silu(z, inplace=True).mul(1), norm=False))
     (x, y), models = case.data(), [case.model().train() for _ in range(2)]
-    with Tap(models[0]) as tap:
+    with Measured(models[0]) as recorder:
         for _ in range(2):
             for model in models:
                 F.cross_entropy(model(x), y).backward()
-            assert_same(tap.factors(y).hessian_trace, expected(case))
-    for plain, tapped in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(plain.grad, tapped.grad)
+            assert_same(recorder.quantities(y).hessian_trace, expected(case))
+    for plain, recorded in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(plain.grad, recorded.grad)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_gradients_of_the_caller_are_the_same_to_the_last_bit() -> None:
 def test_layers_in_training_mode_are_refused(act: nn.Module, message: str) -> None:
     case = Case("training", lambda: Net(act=act, norm=False))
     model, (x, y) = case.model().train(), case.data()
-    with Tap(model) as tap, torch.no_grad():
+    with Measured(model) as recorder, torch.no_grad():
         model(x)
         with pytest.raises(UnsupportedTailError, match=f"{message}.*eval mode"):
-            tap.factors(y)
+            recorder.quantities(y)
 
 
 @pytest.mark.parametrize("name", ["relu", "1x1 convolution as classifier", "conv is classifier", "nested"])
@@ -153,12 +153,12 @@ def test_listens_to_the_modules_that_matter(name: str) -> None:
     case = CASES[name]
     model, (x, y) = case.model().eval(), case.data()
     user = model.register_forward_hook(lambda *_: None)
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         assert "" in hooked(model)
         run(model, x)
-        tap.factors(y)
+        recorder.quantities(y)
         assert set(hooked(model)) == {"", case.layer, case.classifier or ""}
-        assert (tap.layer, tap.classifier) == (case.layer, case.classifier or tap.classifier)
+        assert (recorder.layer, recorder.classifier) == (case.layer, case.classifier or recorder.classifier)
     assert hooked(model) == [""]
     user.remove()
 
@@ -166,10 +166,10 @@ def test_listens_to_the_modules_that_matter(name: str) -> None:
 def test_batches_of_other_sizes() -> None:
     case = CASES["gelu"]
     model, (x, y) = case.model().eval(), case.data()
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for part in (slice(0, 3), slice(3, 4), slice(0, 5), slice(3, 5)):
             run(model, x[part])
-            assert_same(tap.factors(y[part]).hessian_trace, expected(case)[part])
+            assert_same(recorder.quantities(y[part]).hessian_trace, expected(case)[part])
 
 
 def test_certifies_once_and_again_when_the_tail_changes() -> None:
@@ -180,10 +180,13 @@ def test_certifies_once_and_again_when_the_tail_changes() -> None:
     for model.deep in (True, False):
         expected[model.deep] = oracle.hessian_trace(model, "conv", x, y)
     counts = []
-    with mock.patch("lightning_flatness.curvature.pooled.measurement.certify", wraps=certify) as spy, Tap(model) as tap:
+    with (
+        mock.patch("lightning_flatness.curvature.pooled.method.certify", wraps=certify) as spy,
+        Measured(model) as recorder,
+    ):
         for model.deep in (True, True, False, False, True):
             run(model, x)
-            assert_same(tap.factors(y).hessian_trace, expected[model.deep])
+            assert_same(recorder.quantities(y).hessian_trace, expected[model.deep])
             counts.append(spy.call_count)
     assert counts == [1, 1, 2, 2, 3]
 
@@ -195,7 +198,7 @@ class Broken(RuntimeError):
 @each_mode
 @pytest.mark.parametrize("where", ["stem", "conv", "norm", "act", "pool", "head"])
 def test_an_error_of_the_network_leaves_nothing_behind(where: str, mode: Any) -> None:
-    """In the first and in a later batch; the tap goes on if the caller does."""
+    """In the first and in a later batch; the recorder goes on if the caller does."""
     case = CASES["relu in place"]
     model, (x, y) = copy.deepcopy(case.model()).eval(), case.data()  # the table's activations are shared
     fail = itertools.cycle([True, False, True, False])
@@ -205,29 +208,29 @@ def test_an_error_of_the_network_leaves_nothing_behind(where: str, mode: Any) ->
             raise Broken
 
     model.get_submodule(where).register_forward_hook(break_down)
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for _ in range(2):
             with pytest.raises(Broken):
                 run(model, x, mode)
-            tap.clear()
+            recorder.clear()
             run(model, x, mode)
-            assert_same(tap.factors(y).hessian_trace, expected(case))
+            assert_same(recorder.quantities(y).hessian_trace, expected(case))
     assert hooks(model) == 1
-    with pytest.raises(Broken), Tap(model):
+    with pytest.raises(Broken), Measured(model):
         run(model, x, mode)
     assert hooks(model) == 1
     assert _get_current_dispatch_mode() is None
 
 
-def test_an_error_of_the_tap_does_not_reach_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_recorder_does_not_reach_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["relu"]
     model, (x, y) = case.model().eval(), case.data()
     plain = run(model, x)
-    monkeypatch.setattr("lightning_flatness.curvature.pooled.measurement.WeightCopies.of", lambda copies, module: 1 / 0)
-    with Tap(model) as tap:
+    monkeypatch.setattr("lightning_flatness.recording.weights.WeightCopies.of", lambda copies, module: 1 / 0)
+    with Measured(model) as recorder:
         assert torch.equal(run(model, x), plain)
         with pytest.raises(UnsupportedTailError, match="ZeroDivisionError"):
-            tap.factors(y)
+            recorder.quantities(y)
 
 
 class Counted(Net):
@@ -274,41 +277,41 @@ def test_modes_of_the_caller_see_what_they_would_and_stay_where_they_are(part: s
     model.part = part
     plain = run(model, x)
     count, model.count = model.count, 0
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for _ in range(2):
             assert torch.equal(run(model, x), plain)
-            assert (model.count, _get_current_dispatch_mode() in (None, RECORDER)) == (count, True)
+            assert (model.count, _get_current_dispatch_mode() in (None, dispatcher())) == (count, True)
             model.count = 0
             with contextlib.suppress(UnsupportedTailError):
-                assert_same(tap.factors(y).hessian_trace, reference)
+                assert_same(recorder.quantities(y).hessian_trace, reference)
             assert _get_current_dispatch_mode() is None
 
 
 @pytest.mark.parametrize("layers", list(itertools.permutations(["conv", "branch"])), ids=str)
 @pytest.mark.parametrize("order", [1, -1])
-def test_several_taps_on_one_model(layers: tuple[str, str], order: int) -> None:
+def test_several_recorders_on_one_model(layers: tuple[str, str], order: int) -> None:
     case = CASES["inception"]
     model, (x, y) = case.model().eval(), case.data()
     values = {layer: oracle.hessian_trace(model, layer, x, y) for layer in layers}
-    with Tap(model, layers[0]) as first, Tap(model, layers[1]) as second:
+    with Measured(model, layers[0]) as first, Measured(model, layers[1]) as second:
         for _ in range(2):
             run(model, x)
-            for tap in (first, second)[::order]:
-                assert_same(tap.factors(y).hessian_trace, values[tap.layer])
+            for recorder in (first, second)[::order]:
+                assert_same(recorder.quantities(y).hessian_trace, values[recorder.layer])
 
 
 def test_the_first_complete_pass_is_measured() -> None:
     case = CASES["relu"]
     model, (x, y) = case.model().eval(), case.data()
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for _ in range(2):
             run(model, x)
             run(model, x.flip(3) * 2)
-            assert_same(tap.factors(y).hessian_trace, expected(case))
-        tap.skip()
+            assert_same(recorder.quantities(y).hessian_trace, expected(case))
+        recorder.ignore_passes()
         run(model, x)
         with pytest.raises(UnsupportedTailError, match="none did"):
-            tap.factors(y)
+            recorder.quantities(y)
 
 
 class ByKeyword(Net):
@@ -344,12 +347,12 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], str]] = {
 def test_any_way_to_call(name: str) -> None:
     build, call, layer = CALLS[name]
     model, (x, y) = Case("called", build, classifier=None).model().eval(), CASES["relu"].data()
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for _ in range(2):
             with torch.no_grad():
                 call(model, x)
-            assert_same(tap.factors(y).hessian_trace, expected(CALLED))
-    assert tap.layer == layer
+            assert_same(recorder.quantities(y).hessian_trace, expected(CALLED))
+    assert recorder.layer == layer
 
 
 def test_a_weight_that_is_computed() -> None:
@@ -358,9 +361,9 @@ def test_a_weight_that_is_computed() -> None:
     plain = CALLED.model().eval()
     plain.load_state_dict(model.state_dict() | {"conv.weight": model.conv.weight}, strict=False)
     before = copy.deepcopy(model.state_dict())
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         run(model, x)
-        assert_same(tap.factors(y).hessian_trace, oracle.hessian_trace(plain, "conv", x, y))
+        assert_same(recorder.quantities(y).hessian_trace, oracle.hessian_trace(plain, "conv", x, y))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -384,10 +387,10 @@ REUSED: dict[str, Callable[[], nn.Module]] = {
 def test_a_weight_that_is_used_twice_is_refused(name: str, sizes: list[int]) -> None:
     case = Case(name, REUSED[name], classifier=None)
     model, (x, y) = case.model().eval(), case.data()
-    with Tap(model) as tap, torch.no_grad():
+    with Measured(model) as recorder, torch.no_grad():
         model(x.split(sizes)[0])
         with pytest.raises(UnsupportedTailError):
-            tap.factors(y.split(sizes)[0])
+            recorder.quantities(y.split(sizes)[0])
 
 
 class WorksInPlace(Net):
@@ -407,11 +410,11 @@ def test_what_happens_after_the_classifier_does_not_matter_or_is_noticed(mode: A
     model.later = torch.relu
     reference = oracle.hessian_trace(model, "conv", x, y)
     model.later = torch.relu_
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for _ in range(2):
             run(model, x, mode)
-            with contextlib.suppress(TapeError):  # refused, where it can be noticed
-                assert_same(tap.factors(y).hessian_trace, reference)
+            with contextlib.suppress(GraphError):  # refused, where it can be noticed
+                assert_same(recorder.quantities(y).hessian_trace, reference)
 
 
 @pytest.mark.parametrize("swapped", ["functional_call", "copied"])
@@ -426,7 +429,7 @@ def test_weights_swapped_for_the_pass_are_the_ones_that_count(swapped: str) -> N
     own = {name: parameter.clone() for name, parameter in model.named_parameters()}
     other = dict(averaged.named_parameters())
     references = [oracle.hessian_trace(m, "conv", x, y) for m in (model, averaged)]
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for weights, reference in zip((own, other), references, strict=True):
             with torch.no_grad():
                 if swapped == "functional_call":
@@ -437,7 +440,7 @@ def test_weights_swapped_for_the_pass_are_the_ones_that_count(swapped: str) -> N
                     model(x)
                     for name, parameter in model.named_parameters():
                         parameter.data.copy_(own[name])
-            assert_same(tap.factors(y).hessian_trace, reference)
+            assert_same(recorder.quantities(y).hessian_trace, reference)
 
 
 class Unbatched(Net):
@@ -449,33 +452,33 @@ class Unbatched(Net):
 def test_a_single_sample_without_a_batch(mode: Any) -> None:
     case = Case("unbatched", Unbatched)
     model, (x, y) = case.model().eval(), case.data()
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         run(model, x[0], mode)
         with pytest.raises(UnsupportedTailError, match="must run after `conv`"):
-            tap.factors(y[:1])
+            recorder.quantities(y[:1])
 
 
 def test_names_that_do_not_exist() -> None:
     model = Net()
     with pytest.raises(ValueError, match=r"`layer`.*'stem\.0'.*got 'con'"):
-        Tap(model, layer="con")
+        ForwardRecorder(model, layer="con")
     with pytest.raises(ValueError, match=r"`classifier`.*'head'.*got 'norm'"):
-        Tap(model, classifier="norm")
+        ForwardRecorder(model, classifier="norm")
     assert hooks(model) == 0
 
 
 def test_nothing_ran() -> None:
     model = Net()
-    with Tap(model) as tap, pytest.raises(UnsupportedTailError, match=r"none did.*'conv', 'stem\.0'"):
-        tap.factors()
+    with Measured(model) as recorder, pytest.raises(UnsupportedTailError, match=r"none did.*'conv', 'stem\.0'"):
+        recorder.quantities()
     assert hooks(model) == 0
 
 
 def test_only_the_weights_that_matter_are_kept() -> None:
     case = CASES["inception"]
     model, (x, y) = case.model().eval(), case.data()
-    with Tap(model) as tap:
+    with Measured(model) as recorder:
         for _ in range(2):
             run(model, x)
-            tap.factors(y)
-        assert set(tap._copies._known) == {model.conv, model.head}
+            recorder.quantities(y)
+        assert set(recorder._copies._known) == {model.conv, model.head}

@@ -1,0 +1,169 @@
+"""The closed form: from the derivatives of a pooled convolution to the quantities of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import lightning_flatness.functional as LF
+from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
+from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.functional.flatness import pairs_pay
+from lightning_flatness.functional.gram import BLOCK_ROWS
+from lightning_flatness.precision import full_precision
+
+
+class _Flatness(NamedTuple):
+    """What one pass over the samples yields; the first dimension of every entry is that of the samples."""
+
+    filter_squared_norm: Tensor
+    relative: Tensor
+    scaled: Tensor
+
+
+def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
+    """Return every quantity that the closed form gives.
+
+    Without targets there are no margins; losses and tails whose curvature depends on the label need them.
+
+    Args:
+        derivatives: of one batch.
+
+    Raises:
+        ValueError: if the curvature depends on the label and there are no targets.
+    """
+    loss, logits, target = derivatives.loss, derivatives.logits, derivatives.target
+    flatness = _flatness(derivatives)
+    diagonal = _curvature_diagonal(derivatives)
+    uncertainty = loss.curvature_trace(logits, target)
+    features, labelled = derivatives.features, target is not None
+    return SampleQuantities(
+        hessian_trace=_hessian_trace(derivatives, flatness.filter_squared_norm, diagonal),
+        relative_flatness=flatness.relative,
+        confidence=uncertainty,
+        scaled_flatness=flatness.scaled,
+        logit_mean_square=loss.logit_mean_square(logits),
+        feature_squared_norm=flatness.filter_squared_norm.sum(-1),
+        head_squared_norm=derivatives.used_head.square().sum(),
+        kernel_squared_norm=derivatives.kernel_gram.diagonal().sum(),
+        affine_hessian_trace=LF.affine_trace(features, uncertainty),
+        head_relative_flatness=LF.linear_relative_flatness(features, diagonal),
+        output_margin=loss.output_margin(logits, target) if labelled else None,
+        softmax_margin=loss.softmax_margin(logits, target) if labelled else None,
+        margin_bound=LF.affine_trace(features, loss.trace_bound(logits, target)) if labelled else None,
+    )
+
+
+def hessian_trace(derivatives: PooledDerivatives) -> Float[Tensor, " n"]:
+    """Return the Hessian trace of each sample alone, from diagonals; far cheaper than all quantities.
+
+    See `functional.hessian_trace`; a curved activation adds its label term.
+
+    Args:
+        derivatives: of one batch.
+    """
+    (squared_norm,) = _by_chunks(derivatives, lambda chunk: (_gram(chunk).squared_norms(),))
+    return _hessian_trace(derivatives, squared_norm, _curvature_diagonal(derivatives))
+
+
+def relative_flatness(derivatives: PooledDerivatives) -> Float[Tensor, "n u"]:
+    """Return the relative flatness of each sample, of the predictor itself and at all temperatures.
+
+    See `functional.relative_flatness`; a curved activation adds its label term.
+
+    Args:
+        derivatives: of one batch.
+
+    Returns:
+        The value of the predictor itself, then those at `functional.TEMPERATURES`, shape (n, 1 + t).
+    """
+    flatness = _flatness(derivatives)
+    return torch.cat([flatness.relative.unsqueeze(1), flatness.scaled], 1)
+
+
+def _hessian_trace(derivatives: PooledDerivatives, squared_norm: Tensor, diagonal: Tensor) -> Tensor:
+    trace = LF.hessian_trace(squared_norm, diagonal[:, derivatives.feature_index])
+    if derivatives.second_derivative is None:
+        return trace
+    with full_precision(derivatives.logits.device):
+        return trace + _label_term(
+            derivatives, derivatives.logits.unsqueeze(-1), _activation_curvature(derivatives)
+        ).squeeze(1)
+
+
+def _flatness(derivatives: PooledDerivatives) -> _Flatness:
+    return _Flatness(*_by_chunks(derivatives, _chunk_flatness))
+
+
+def _chunk_flatness(derivatives: PooledDerivatives) -> _Flatness:
+    gram, logits = _gram(derivatives), derivatives.logits
+    taus = torch.cat([LF.TEMPERATURES.new_ones(1), LF.TEMPERATURES]).to(logits)
+    scaled = logits.unsqueeze(-1) / taus
+    loss, target = derivatives.loss, derivatives.target
+    flatness = loss.relative_flatness(scaled, derivatives.used_head, gram, target) / taus.square()
+    if derivatives.second_derivative is not None:
+        added = _activation_curvature(derivatives) * derivatives.kernel_gram.diagonal()
+        flatness = flatness + _label_term(derivatives, scaled, added) / taus
+    return _Flatness(gram.squared_norms(), flatness[:, 0], flatness[:, 1:])
+
+
+def _curvature_diagonal(derivatives: PooledDerivatives) -> Float[Tensor, "n j"]:
+    """Return `Q_jj` of all inputs of the classifier."""
+    with full_precision(derivatives.logits.device):
+        return derivatives.loss.curvature_diagonal(derivatives.logits, derivatives.head, derivatives.target)
+
+
+def _gram(derivatives: PooledDerivatives) -> LF.HadamardGram:
+    factors = LF.gram_factors(derivatives.inputs, derivatives.jacobian, derivatives.geometry)
+    return LF.HadamardGram(derivatives.kernel_gram, *factors)
+
+
+def _activation_curvature(derivatives: PooledDerivatives) -> Float[Tensor, "n k"]:
+    """Return `sum_s (d2 p_k / d z_ks^2) |P_s|^2`, the trace of feature k's own Hessian in its filter."""
+    geometry, second = derivatives.geometry, derivatives.second_derivative
+    assert second is not None
+    grouped = second.unflatten(1, (geometry.groups, -1))
+    squared_norm = LF.patch_squared_norm(derivatives.inputs, geometry).unsqueeze(2)
+    return (grouped * squared_norm).sum(-1).flatten(1)
+
+
+def _label_term(
+    derivatives: PooledDerivatives, logits: Float[Tensor, "n c t"], added: Float[Tensor, "n k"]
+) -> Float[Tensor, "n t"]:
+    """Return `sum_k t_k`: what the curvature of the activation adds through the gradient of the loss in the logits."""
+    return derivatives.loss.logit_gradient_product(logits, added @ derivatives.used_head.mT, derivatives.target)
+
+
+def _by_chunks(
+    derivatives: PooledDerivatives, function: Callable[[PooledDerivatives], tuple[Tensor, ...]]
+) -> list[Tensor]:
+    """Return what the function does, by chunks of samples under `chunk_bytes`, or smaller ones if memory is short."""
+    step = max(1, derivatives.chunk_bytes // _bytes_per_sample(derivatives))
+    with full_precision(derivatives.logits.device):
+        while True:
+            starts = range(0, max(1, len(derivatives)), step)
+            try:
+                parts = [function(derivatives.select(slice(start, start + step))) for start in starts]
+                return list(map(torch.cat, zip(*parts, strict=True)))
+            except torch.OutOfMemoryError:
+                if step == 1:
+                    raise
+                step = (min(step, len(derivatives)) + 1) // 2
+
+
+def _bytes_per_sample(derivatives: PooledDerivatives) -> int:
+    """Return an estimate of what temporary tensors take for one sample."""
+    classes, filters, temperatures = len(derivatives.head), derivatives.jacobian.shape[1], 1 + len(LF.TEMPERATURES)
+    pixels = prod(derivatives.geometry.padded_shape(derivatives.inputs.shape[2:]))
+    weights = derivatives.inputs.shape[1] * prod(derivatives.geometry.kernel)
+    rows = classes if pairs_pay(classes, filters, temperatures) else classes + temperatures
+    numbers = 3 * rows * filters + 3 * temperatures * classes
+    numbers += pixels * min(2 * pixels, weights) + 2 * filters * min(pixels, weights)
+    if derivatives.logits.is_cuda:  # where a block of the Gram matrix holds all samples of a chunk
+        numbers += min(BLOCK_ROWS, filters) * filters
+    return numbers * derivatives.jacobian.element_size()

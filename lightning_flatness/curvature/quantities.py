@@ -1,0 +1,84 @@
+"""What every method returns: one value per sample of each quantity that it can give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SampleQuantities:
+    r"""The quantities of one batch, for each sample; metrics add them up and compute nothing themselves.
+
+    Symbols are those of `docs/mathematics.md`. A quantity that a method cannot give is None; the table of `keys`
+    says which method gives which.
+
+    Attributes:
+        hessian_trace: trace of the loss's Hessian in the layer, shape (n,).
+        relative_flatness: relative flatness of the layer, shape (n,).
+        confidence: trace of the loss's curvature in the logits, `1 - |S|^2` for cross-entropy, shape (n,).
+        scaled_flatness: relative flatness at each of `functional.TEMPERATURES`, shape (n, t).
+        logit_mean_square: mean square of the logits about their mean, shape (n,).
+        feature_squared_norm: `Tr R`, shape (n,).
+        head_squared_norm: `|V|_F^2` of the columns that the filters feed, a scalar.
+        kernel_squared_norm: `|W|_F^2`, a scalar.
+        affine_hessian_trace: Hessian trace of the classifier on its own input (ACEHT), shape (n,).
+        head_relative_flatness: relative flatness of the classifier, shape (n,).
+        output_margin: signed margin in the logits, shape (n,).
+        softmax_margin: signed margin in the probabilities, shape (n,).
+        margin_bound: bound of `affine_hessian_trace` by the margin, shape (n,).
+        curvature: whether trace and flatness are those of the Hessian or of its Gauss-Newton part.
+    """
+
+    hessian_trace: Float[Tensor, " n"]
+    relative_flatness: Float[Tensor, " n"]
+    confidence: Float[Tensor, " n"]
+    scaled_flatness: Float[Tensor, "n t"] | None = None
+    logit_mean_square: Float[Tensor, " n"] | None = None
+    feature_squared_norm: Float[Tensor, " n"] | None = None
+    head_squared_norm: Float[Tensor, ""] | None = None
+    kernel_squared_norm: Float[Tensor, ""] | None = None
+    affine_hessian_trace: Float[Tensor, " n"] | None = None
+    head_relative_flatness: Float[Tensor, " n"] | None = None
+    output_margin: Float[Tensor, " n"] | None = None
+    softmax_margin: Float[Tensor, " n"] | None = None
+    margin_bound: Float[Tensor, " n"] | None = None
+    curvature: Literal["hessian", "ggn"] = "hessian"
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.hessian_trace)
+
+    def select(self, samples: slice) -> SampleQuantities:
+        """Return the quantities of some of the samples."""
+        return self._changed(lambda value: value[samples] if value.dim() else value)
+
+    def cpu(self) -> SampleQuantities:
+        """Return the same quantities on the CPU."""
+        return self._changed(torch.Tensor.cpu)
+
+    def _changed(self, change: Any) -> SampleQuantities:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def given(quantity: Tensor | None, name: str) -> Tensor:
+    """Return a quantity, or refuse if the method did not give it.
+
+    Args:
+        quantity: of `SampleQuantities`.
+        name: of the quantity.
+
+    Raises:
+        ValueError: if it is None.
+    """
+    if quantity is None:
+        raise ValueError(
+            f"This metric needs `{name}` of every sample; the quantities have none. Pass the targets to the method "
+            "that makes them, or use a method that gives it."
+        )
+    return quantity

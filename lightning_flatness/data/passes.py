@@ -1,0 +1,118 @@
+"""Forward passes on batches of one's own: the model's state is preserved, each batch is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
+from lightning_flatness.recording.recorder import ForwardRecorder
+
+
+def measured_batches(
+    recorder: ForwardRecorder,
+    method: PooledMethod,
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_samples: int | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+) -> Iterator[SampleQuantities]:
+    """Run the model on each batch and yield its quantities, of no more than `max_samples` samples in all.
+
+    Args:
+        recorder: of the model.
+        method: what measures the recorded passes.
+        model: called with the inputs of each batch.
+        batches: of (inputs, targets).
+        max_samples: stop after so many samples; None: all.
+        target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
+
+    Raises:
+        ValueError: if a batch or its targets are not what they must be.
+    """
+    left = max_samples
+    device = device_of(model)
+    with recorder:
+        for batch in batches:
+            try:
+                batch = move_data_to_device(batch, device)
+            except NotImplementedError as error:  # such as tensors of the meta device, which hold nothing
+                raise ValueError(f"A batch must hold data that can be moved to {device}: {error}") from error
+            targets = (target or batch_targets)(batch)
+            if is_empty(batch, targets):
+                continue
+            with torch.no_grad(), recorder.exclusive():
+                model(batch_inputs(batch))
+            quantities = method.quantities(recorder.take_pass(), targets, slice(left))
+            yield quantities
+            left = None if left is None else left - len(quantities)
+            if left is not None and left <= 0:
+                return
+
+
+@contextmanager
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode; afterwards leave the modes and all random generators as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    generators = isolate_rng()
+    generators.__enter__()
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        # Without the exception: given one, the context manager would not restore the generators.
+        generators.__exit__(None, None, None)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def transferred(batches: Iterable[Any], trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+    """Yield batches as the module's own steps get them: in its precision, on its device, after its hooks."""
+    module = trainer.datamodule  # type: ignore[attr-defined]
+
+    def hook(name: str) -> Callable[..., Any]:
+        own = module is None or is_overridden(name, pl_module)  # Lightning prefers the LightningModule's
+        owner = module if not own and is_overridden(name, module, parent=DataHooks) else pl_module
+        return cast(Callable[..., Any], getattr(owner, name))
+
+    for batch in batches:
+        batch = hook("on_before_batch_transfer")(trainer.precision_plugin.convert_input(batch), 0)
+        batch = hook("transfer_batch_to_device")(batch, pl_module.device, 0)
+        yield hook("on_after_batch_transfer")(batch, 0)
+
+
+def callable_module(pl_module: LightningModule) -> nn.Module:
+    """Return what can be called with inputs: the module itself if it defines `forward`, else its one network.
+
+    Raises:
+        ValueError: if there is not exactly one.
+    """
+    if type(pl_module).forward is not LightningModule.forward:
+        return pl_module
+    holders = {
+        name: child
+        for name, child in pl_module.named_children()
+        if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in child.modules())
+    }
+    if len(holders) != 1:
+        raise ValueError(
+            f"The monitor must know what to call with its own batches: `{type(pl_module).__name__}` has no `forward`, "
+            f"and {len(holders)} networks: {sorted(holders)}. Define `forward(self, inputs)` that returns the logits."
+        )
+    return next(iter(holders.values()))

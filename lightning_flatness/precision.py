@@ -1,0 +1,87 @@
+"""Floating-point precision: half precision is upcast, products are exact, and results are compared up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+"""The dtypes in half precision."""
+
+
+def is_low_precision(tensor: Tensor) -> bool:
+    """Return whether the tensor is in half precision."""
+    return tensor.dtype in LOW_PRECISION
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 if it is in half precision, else the tensor itself."""
+    return tensor.float() if is_low_precision(tensor) else tensor
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Run matrix products in the precision of their operands: no autocast, no TF32, no graph."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _exact_products():
+        yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    # The older switch of all backends raises where a user has set one of the newer ones, which are by backend.
+    parts: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    before = [(part, part.fp32_precision) for part in parts if hasattr(part, "fp32_precision")]
+    precision = None if before else torch.get_float32_matmul_precision()
+    try:
+        for part, _ in before:
+            part.fp32_precision = "ieee"
+        if precision:
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        for part, chosen in before:
+            part.fp32_precision = chosen
+        if precision:
+            torch.set_float32_matmul_precision(precision)
+
+
+def allclose_for_dtype(computed: Tensor, observed: Tensor) -> bool:
+    """Return whether two results agree up to the rounding of the observed one's arithmetic.
+
+    The bound is relative to the largest finite number observed: 0.05 in half precision, 1e-9 in float64, 1e-3 in
+    float32, 1e-2 in float32 on a CUDA device, which may multiply in TF32.
+
+    Args:
+        computed: what the result should be.
+        observed: what it is; numbers that are not finite are left out.
+    """
+    if is_low_precision(observed):
+        tolerance = 0.05
+    elif observed.dtype == torch.float64:
+        tolerance = 1e-9
+    else:
+        tolerance = 1e-2 if observed.is_cuda else 1e-3
+    finite = observed.isfinite()
+    difference = (computed.to(observed.dtype) - observed).abs()[finite]
+    return difference.numel() == 0 or bool(difference.max() <= tolerance * observed[finite].abs().max())
+
+
+def allclose_at_scale(computed: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    """Return whether two results agree up to rounding, at least that of numbers as large as `scale`.
+
+    The bound of each number is `1e4 eps` of its expected value plus `1e2 eps` of the largest one or of `scale`.
+
+    Args:
+        computed: the result.
+        expected: what it should be.
+        scale: a magnitude, a scalar.
+    """
+    eps = torch.finfo(expected.dtype).eps
+    bound = expected.abs()
+    largest = torch.maximum(bound.max(), scale)
+    bound.mul_(1e4 * eps).add_(1e2 * eps * largest)
+    return bool(((computed - expected).abs_() <= bound).all())

@@ -1,0 +1,195 @@
+"""Listens to torch's dispatcher: each operation that depends on a traced tensor is added to a graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from lightning_flatness.errors import GraphError
+from lightning_flatness.recording.graph import OperationGraph, storage_of
+from lightning_flatness.recording.operation import Captured, Node, Operation, map_tree, tensors
+from lightning_flatness.recording.operators import Trait, traits
+
+
+class GraphTracer:
+    """Between `start` and `stop`, adds every operation that depends on an input of the graph to it.
+
+    It works below autograd, autocast and inference mode: nothing that the user's code computes, returns or can
+    observe changes. Gradients are taken later, on a replay of the graph.
+
+    Attributes:
+        graph: what has been recorded.
+    """
+
+    def __init__(self) -> None:
+        """Start with an empty graph."""
+        self.graph = OperationGraph()
+        self._forbidden: dict[int, Tensor] = {}  # by storage; alive, or their memory would be given to others
+
+    def start(self) -> None:
+        """Trace from now on, in this thread.
+
+        Raises:
+            GraphError: if a dispatch mode of somebody else is active: it may end before this one.
+        """
+        dispatcher().attach(self)
+
+    def stop(self) -> None:
+        """Trace no more."""
+        dispatcher().detach(self)
+
+    def finalize(self) -> None:
+        """Trace no more, and make the graph independent of what happens to the network later."""
+        self.stop()
+        self.graph.captures.finalize()
+
+    def forbid_storage(self, tensor: Tensor) -> None:
+        """Mark the graph incomplete from the moment on when the network reads this memory."""
+        self._forbidden[storage_of(tensor)] = tensor
+
+    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Return the encoded arguments of an operation that depends on an input; keep what it will overwrite."""
+        try:
+            return self._before(func, args, kwargs)
+        except Exception as error:  # the user's forward pass must go on
+            self._note_error(func, error)
+            return None
+
+    def after(self, func: Any, encoded: tuple[Any, Any] | None, result: Any) -> None:
+        """Record an operation that `before` returned the arguments of."""
+        if encoded is None:
+            return
+        try:
+            results = tuple(self.graph.add_node(item) for item in tensors(result))
+            self.graph.operations.append(Operation(func, *encoded, results))
+        except Exception as error:  # such as a result without memory of its own kind
+            self._note_error(func, error)
+
+    def _before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        graph, encoded = self.graph, None
+        read = list(tensors((args, kwargs)))
+        if any(graph.node(tensor) is not None for tensor in read):
+            if Trait.READS_NUMBER in traits(func.overloadpacket.__name__) and args[0].is_floating_point():
+                graph.mark_incomplete("a number was read out of the tail with `.item()` and may be used in it")
+            encoded = (map_tree(args, self._encode), map_tree(kwargs, self._encode))
+        elif any(map(graph.shares_memory, read)):
+            graph.mark_incomplete(f"`{func}` reads memory of the tail through a tensor that was made outside it")
+        if any(storage_of(tensor) in self._forbidden for tensor in read):
+            graph.mark_incomplete(f"`{func}` uses the weight of the convolution once more")
+        if func._schema.is_mutable:
+            self._preserve(func, args, kwargs)
+        return encoded
+
+    def _encode(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        if (node := self.graph.node(item)) is not None:
+            return Node(node)
+        if self.graph.shares_memory(item):
+            self.graph.mark_incomplete("the tail reads its own memory through a tensor that was made outside it")
+        return Captured(self.graph.captures.add(item))
+
+    def _preserve(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Copy captured values that `func` is about to overwrite."""
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = kwargs.get(argument.name, args[position] if position < len(args) else None)
+            for tensor in tensors(value):
+                self.graph.captures.preserve(storage_of(tensor))
+
+    def _note_error(self, func: Any, error: Exception) -> None:
+        self.graph.mark_incomplete(f"recording `{func}` failed: {error!r}")
+        if isinstance(error, torch.OutOfMemoryError):
+            self.graph.out_of_memory = error
+
+
+class Dispatcher(TorchDispatchMode):
+    """The one dispatch mode of a thread, through which all of its tracers listen: they start and stop in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracers: list[GraphTracer] = []
+        self.is_paused = False
+        self._retained = 0  # by how many the mode is kept on the stack while no tracer listens
+        self._entered = False
+
+    def attach(self, tracer: GraphTracer) -> None:
+        """Let a tracer listen."""
+        self._leave_if_unused()
+        if (other := _get_current_dispatch_mode()) not in (None, self):
+            raise GraphError(f"another dispatch mode is active: {type(other).__name__}")
+        self.tracers.append(tracer)
+        self._enter()
+
+    def detach(self, tracer: GraphTracer) -> None:
+        """Let a tracer listen no more."""
+        if tracer in self.tracers:
+            self.tracers.remove(tracer)
+        self._leave_if_unused()
+
+    def retain(self) -> None:
+        """Stay on the stack until `release`: a mode entered within a compiled module's call ends with that call."""
+        self._retained += 1
+        self._enter()
+
+    def release(self) -> None:
+        """Undo one `retain`."""
+        self._retained -= 1
+        self._leave_if_unused()
+
+    def _enter(self) -> None:
+        if not self._entered:
+            self._entered = True
+            self.__enter__()
+
+    def _leave_if_unused(self) -> None:
+        """Leave the stack once nobody listens; below a mode that the user entered since, wait for its end."""
+        if self._entered and not self.tracers and not self._retained and _get_current_dispatch_mode() is self:
+            self._entered = False
+            self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and record it for each tracer that it concerns."""
+        kwargs = kwargs or {}
+        # Private, as of torch 2.13: whether the backward pass is running, which is not the network.
+        running_backward = torch._C._current_graph_task_id() != -1
+        if self.is_paused or running_backward or not self.tracers:
+            return func(*args, **kwargs)
+        encoded = [tracer.before(func, args, kwargs) for tracer in self.tracers]
+        result = func(*args, **kwargs)
+        for tracer, arguments in zip(self.tracers, encoded, strict=True):
+            tracer.after(func, arguments, result)
+        return result
+
+
+class _OfThread(threading.local):
+    """What each thread has of its own: torch's stack of modes is by thread, too."""
+
+    def __init__(self) -> None:
+        self.dispatcher = Dispatcher()
+
+
+_THREAD = _OfThread()
+
+
+def dispatcher() -> Dispatcher:
+    """Return the dispatcher of this thread."""
+    return _THREAD.dispatcher
+
+
+@contextmanager
+def not_recorded() -> Iterator[None]:
+    """Hide what is computed within, which is not the user's, from every tracer of this thread."""
+    mode = dispatcher()
+    before, mode.is_paused = mode.is_paused, True
+    try:
+        yield
+    finally:
+        mode.is_paused = before
