@@ -30,7 +30,7 @@ HELPERS = {"conftest.py", "metrics/checks.py"} | {
     for name in "cases fuzz_inputs fuzz_tails lightning_runs networks recorded shape_checker wandb_files".split()
 }
 WHOLES = """
-    architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes optuna precisions processes sharding
+    architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes old_checkpoints optuna precisions processes sharding
 """.split()
 TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in WHOLES}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

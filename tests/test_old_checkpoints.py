@@ -1,0 +1,41 @@
+"""Checkpoints of earlier versions still load, and the rules go on from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning_runs import Classifier, trainer
+
+from lightning_flatness import AllOf, FlatnessMonitor, ReduceLR, Rule, rules
+
+# Written after 12 of the 24 epochs of the run below.
+OLD = sorted((Path(__file__).parent / "checkpoints").glob("*.ckpt"))
+
+
+def watched(tmp_path: Any, checkpoint: Path | None) -> FlatnessMonitor:
+    """A run whose rules have every kind of memory; they fire 32 times in all."""
+    monitor = FlatnessMonitor(
+        strict=True,
+        rules=[
+            Rule("flatness/relative", rise=0.05, reference="previous", action=ReduceLR(factor=0.5), cooldown=2),
+            Rule("flatness/trace", rise=0.1, reference="ema", patience=2),
+            Rule("flatness/scale_free", rise=0.1),
+            Rule("margin/mean", shift_up=0.5),
+            AllOf([Rule("flatness/confidence", below=0.6), Rule("margin/mean", above=-1.0)], patience=2, cooldown=3),
+            *rules.default(),
+        ],
+    )
+    trainer(tmp_path, monitor, max_epochs=24).fit(Classifier(), ckpt_path=checkpoint)
+    return monitor
+
+
+@pytest.mark.parametrize("checkpoint", OLD, ids=[path.stem for path in OLD])
+def test_a_run_goes_on_with_the_alerts_of_one_that_was_not_interrupted(tmp_path: Any, checkpoint: Path) -> None:
+    whole, resumed = (
+        [(alert.key, alert.step, alert.epoch) for alert in watched(tmp_path, path).alerts]
+        for path in (None, checkpoint)
+    )
+    assert len(whole) == 32
+    assert resumed == whole
