@@ -12,7 +12,15 @@ RELATIVE = "flatness/relative"
 TRACE = "flatness/trace"
 SCALE_FREE = "flatness/scale_free"
 CONFIDENCE = "flatness/confidence"
+HEAD = "flatness/head"
+KERNEL = "flatness/kernel"
+FEATURES = "flatness/features"
+ALIGNMENT = "flatness/alignment"
+ACEHT = "flatness/aceht"
+MARGIN_CORRELATION = "flatness/margin_correlation"
 MARGIN = "margin/mean"
+SOFTMAX_MARGIN = "margin/softmax_mean"
+MARGIN_BOUND = "margin/bound"
 
 
 class Key(NamedTuple):
@@ -45,13 +53,13 @@ _TABLE = (
     Key(TRACE, "Hessian trace", "loss per squared weight", _FLAT, "[T]", "lower"),
     Key(SCALE_FREE, "Scale-free flatness", "loss", _FLAT, "this package, after [G]", "lower"),
     Key(CONFIDENCE, "Uncertainty 1 - |S|²", "none", "lower is more confident", "[M]", "lower"),
-    Key("flatness/head", "Head factor", "squared weight", "none of its own", _OURS),
-    Key("flatness/kernel", "Kernel factor", "squared weight", "none of its own", _OURS),
-    Key("flatness/features", "Feature factor", "squared feature per squared weight", "none of its own", _OURS),
-    Key("flatness/alignment", "Alignment factor", "none", _FLAT, _OURS, "lower"),
-    Key("flatness/aceht", "Hessian trace of the classifier", "loss per squared weight", _FLAT, "[M]", "lower"),
+    Key(HEAD, "Head factor", "squared weight", "none of its own", _OURS),
+    Key(KERNEL, "Kernel factor", "squared weight", "none of its own", _OURS),
+    Key(FEATURES, "Feature factor", "squared feature per squared weight", "none of its own", _OURS),
+    Key(ALIGNMENT, "Alignment factor", "none", _FLAT, _OURS, "lower"),
+    Key(ACEHT, "Hessian trace of the classifier", "loss per squared weight", _FLAT, "[M]", "lower"),
     Key(
-        "flatness/margin_correlation",
+        MARGIN_CORRELATION,
         "Correlation of trace and margin bound",
         "none",
         "none; near 1 the margins predict the flatness",
@@ -66,14 +74,14 @@ _TABLE = (
         for percent in (1, 5, 25, 50, 75, 95, 99)
     ),
     Key("margin/negative", "Share of negative margins", "none, 0 to 1", "lower is better", _OURS, "lower"),
-    Key("margin/softmax_mean", "Mean softmax margin", "none, -1 to 1", _SAFE, "[M], signed", "higher"),
-    Key("margin/bound", "Margin bound of the trace", "loss per squared weight", _FLAT, "[M]", "lower"),
+    Key(SOFTMAX_MARGIN, "Mean softmax margin", "none, -1 to 1", _SAFE, "[M], signed", "higher"),
+    Key(MARGIN_BOUND, "Margin bound of the trace", "loss per squared weight", _FLAT, "[M]", "lower"),
 )
 
 KEYS: dict[str, Key] = {key.name: key for key in _TABLE}
 """Every key by its name, in the order of the documentation."""
 
-FACTORS = (CONFIDENCE, "flatness/head", "flatness/kernel", "flatness/features", "flatness/alignment")
+FACTORS = (CONFIDENCE, HEAD, KERNEL, FEATURES, ALIGNMENT)
 """The keys whose product is `flatness/relative`."""
 
 

@@ -15,7 +15,7 @@ from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.passes import device_of, measured_batches, preserved_state
 from lightning_flatness.errors import NonFiniteError, require_counts
-from lightning_flatness.keys import CONFIDENCE, RELATIVE, SCALE_FREE, TRACE
+from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.recording.recorder import ForwardRecorder
@@ -149,7 +149,7 @@ def measure(
         margins={
             key.removeprefix("margin/"): value
             for key, value in values.items()
-            if key.startswith("margin/") and key not in ("margin/softmax_mean", "margin/bound")
+            if key.startswith("margin/") and key not in (SOFTMAX_MARGIN, MARGIN_BOUND)
         },
         samples={name: torch.cat([getattr(part, name) for part in parts]) for name in _QUANTITIES}
         if per_sample

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.keys import RELATIVE, SCALE_FREE, TRACE, keys_of
+from lightning_flatness.keys import (
+    ACEHT,
+    MARGIN_BOUND,
+    MARGIN_CORRELATION,
+    RELATIVE,
+    SCALE_FREE,
+    SOFTMAX_MARGIN,
+    TRACE,
+    keys_of,
+)
 from lightning_flatness.metrics.correlation import FlatnessMarginCorrelation
 from lightning_flatness.metrics.flatness import (
     AffineHessianTrace,
@@ -18,8 +27,7 @@ from lightning_flatness.metrics.flatness import (
 )
 from lightning_flatness.metrics.margin import MarginBound, MarginStatistics, SoftmaxMargin
 
-_CORRELATION = "flatness/margin_correlation"
-_LOGGED_CORRELATION = f"{_CORRELATION}/margin_bound/correct"
+_LOGGED_CORRELATION = f"{MARGIN_CORRELATION}/margin_bound/correct"
 
 
 def _metrics() -> dict[str, SampleMetric]:
@@ -29,11 +37,11 @@ def _metrics() -> dict[str, SampleMetric]:
         TRACE: HessianTrace(),
         SCALE_FREE: ScaleFreeFlatness(),
         "flatness": FlatnessFactors(),
-        "flatness/aceht": AffineHessianTrace(),
-        _CORRELATION: FlatnessMarginCorrelation(quantities=["margin_bound"]),
+        ACEHT: AffineHessianTrace(),
+        MARGIN_CORRELATION: FlatnessMarginCorrelation(quantities=["margin_bound"]),
         "margin": MarginStatistics(),
-        "margin/softmax_mean": SoftmaxMargin(),
-        "margin/bound": MarginBound(),
+        SOFTMAX_MARGIN: SoftmaxMargin(),
+        MARGIN_BOUND: MarginBound(),
     }
 
 
@@ -83,7 +91,7 @@ class Evaluation:
                 {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
             )
         if _LOGGED_CORRELATION in values:
-            values[_CORRELATION] = values[_LOGGED_CORRELATION]
+            values[MARGIN_CORRELATION] = values[_LOGGED_CORRELATION]
         return {key: values[key] for key in self._keys}
 
     def _asks_for(self, key: str) -> bool:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from lightning_flatness.keys import CONFIDENCE, FACTORS, MARGIN, RELATIVE, SCALE_FREE, TRACE, key_suffix
+from lightning_flatness.keys import (
+    CONFIDENCE,
+    FACTORS,
+    FEATURES,
+    HEAD,
+    KERNEL,
+    MARGIN,
+    RELATIVE,
+    SCALE_FREE,
+    TRACE,
+    key_suffix,
+)
 from lightning_flatness.rules.alert import Violation
 
 _LEVELS = {
@@ -15,7 +26,7 @@ _LEVELS = {
     "previous": "the previous value",
 }
 # These change with the scale of the weights alone.
-_SCALED = (TRACE, "flatness/head", "flatness/kernel", "flatness/features")
+_SCALED = (TRACE, HEAD, KERNEL, FEATURES)
 _NEGLIGIBLE = 0.1  # of the change to be explained, both in log
 _NOTICEABLE = math.log(1.1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_flatness.keys import CONFIDENCE, SCALE_FREE
+from lightning_flatness.keys import CONFIDENCE, FEATURES, SCALE_FREE
 from lightning_flatness.rules.alert import Action
 from lightning_flatness.rules.rule import AllOf, Rule
 
@@ -36,7 +36,7 @@ def divergence(action: Action | Sequence[Action] | None = None, suffix: str = ""
         action: what to do; None: only record the alert.
         suffix: how the keys end.
     """
-    return Rule(f"flatness/features{suffix}", shift_down=10.0, action=action, name="divergence")
+    return Rule(f"{FEATURES}{suffix}", shift_down=10.0, action=action, name="divergence")
 
 
 def memorisation(action: Action | Sequence[Action] | None = None, suffix: str = "") -> AllOf:
