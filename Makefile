@@ -34,7 +34,7 @@ notebooks: $(VENV)/.dev $(VENV)/.notebooks
 endif
 
 # BackPACK, and with it curvlinops, asks for torchvision: of no use here, and its wheel breaks a CPU build of torch.
-bench: $(VENV)/.bench  ## what the monitor costs, against other packages; rewrites docs/performance.md
+bench: $(VENV)/.bench  ## what the monitor costs, against other packages; rewrites docs/reference/performance.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1
 	$(BIN)/python benchmarks/bench.py

@@ -1,6 +1,6 @@
 """How well the classifier's own trace and the margins tell each sample's exact Hessian trace, on trained networks.
 
-Trains the digits network as the demo does, once per seed, and prints the Markdown table of docs/margins.md: Pearson's r
+Trains the digits network as the demo does, once per seed, and prints the Markdown table of docs/concepts/margins.md: Pearson's r
 over correctly classified samples, in brackets after removing outliers. Below it the ranges of r of the confidence that
 all quantities share.
 

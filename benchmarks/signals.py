@@ -1,7 +1,7 @@
 """Records what every monitored key does in real trainings, healthy and disturbed ones.
 
 Each training is forked: the healthy run and the two that are disturbed at a known epoch are one run until then.
-`judge.py` reads the result, chooses nothing, and says what the ready-made rules make of it.
+`judge.py` reads the result, chooses nothing, and says what the built-in rules make of it.
 
     python benchmarks/signals.py --processes 2
 """

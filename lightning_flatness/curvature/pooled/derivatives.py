@@ -18,7 +18,7 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class PooledDerivatives:
-    r"""What follows a convolution under global pooling, `z -> ... -> p -> phi = V p + c`, and its derivatives.
+    r"""What follows a convolution under global pooling, `z -> ... -> p -> phi = V p + b`, and its derivatives.
 
     Attributes:
         inputs: `A`, the input of the monitored convolution, shape (n, channels, *space).
