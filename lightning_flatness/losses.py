@@ -27,6 +27,8 @@ from lightning_flatness.functional.margin import binary_margin, margin_gap, outp
 
 Targets: TypeAlias = Int[Tensor, " n"] | Float[Tensor, "n c"]
 """Class indices, shape (n,), or probabilities of the classes or labels in [0, 1], shape (n, c)."""
+IGNORED = -100
+"""The class index of samples that torch's cross-entropy leaves out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +74,13 @@ class CrossEntropy:
         return self.label_weight(logits, target) * confidence(logits)
 
     def curvature_diagonal(
-        self, logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"], target: Targets | None
+        self, logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k"], target: Targets | None
     ) -> Float[Tensor, "n k"]:
         r"""Return \(Q_{kk}\) with \(Q = V^\top B V\), shape (n, k)."""
         return self.label_weight(logits, target).unsqueeze(1) * curvature_diagonal(logits, head)
 
     def relative_flatness(
-        self, logits: Float[Tensor, "n c t"], head: Float[Tensor, "c k"], gram: HadamardGram, target: Targets | None
+        self, logits: Float[Tensor, "n c t"], head: Float[Tensor, "*n c k"], gram: HadamardGram, target: Targets | None
     ) -> Float[Tensor, "n t"]:
         r"""Return \(\operatorname{Tr}(B V G V^\top)\) at each temperature, shape (n, t)."""
         flatness = relative_flatness(logits, centred_rows(logits[..., 0], head), gram)
@@ -125,6 +127,16 @@ class CrossEntropy:
         """
         return self.label_weight(logits, target) * margin_gap(logits, self._true_class(target))
 
+    def value(self, logits: Float[Tensor, "n c"], target: Targets) -> Float[Tensor, ""]:
+        """Return the mean over the samples that count; those with the label -100 do not, as in torch."""
+        weight = None if self.weight is None else self.weight.to(logits)
+        losses = F.cross_entropy(logits, target, weight, reduction="none", label_smoothing=self.label_smoothing)
+        return losses.sum() / ((target != IGNORED).sum() if target.dim() == 1 else len(target))
+
+    def select(self, samples: slice | Tensor) -> CrossEntropy:
+        """Return the loss of some of the samples."""
+        return self
+
     def _true_class(self, target: Targets | None) -> Int[Tensor, " n"]:
         target = _required(target)
         return target if target.dim() == 1 else target.argmax(-1)
@@ -162,7 +174,7 @@ class BinaryCrossEntropy:
         tensor([0.7500])
     """
 
-    weight: Float[Tensor, "*c"] | None = None
+    weight: Float[Tensor, "..."] | None = None
     pos_weight: Float[Tensor, "*c"] | None = None
 
     def label_weight(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, "n c"]:
@@ -177,13 +189,14 @@ class BinaryCrossEntropy:
         return (self.label_weight(logits, target) * _variance(logits)).sum(-1)
 
     def curvature_diagonal(
-        self, logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"], target: Targets | None
+        self, logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k"], target: Targets | None
     ) -> Float[Tensor, "n k"]:
         r"""Return \(Q_{kk}\) with \(Q = V^\top B V\), shape (n, k)."""
-        return (self.label_weight(logits, target) * _variance(logits)) @ head.square()
+        weight = self.label_weight(logits, target) * _variance(logits)
+        return (weight.unsqueeze(1) @ head.square()).squeeze(1)
 
     def relative_flatness(
-        self, logits: Float[Tensor, "n c t"], head: Float[Tensor, "c k"], gram: HadamardGram, target: Targets | None
+        self, logits: Float[Tensor, "n c t"], head: Float[Tensor, "*n c k"], gram: HadamardGram, target: Targets | None
     ) -> Float[Tensor, "n t"]:
         r"""Return \(\operatorname{Tr}(B V G V^\top)\) at each temperature, shape (n, t)."""
         squares = gram.quadratic_forms(head.expand(len(logits), -1, -1))
@@ -219,8 +232,65 @@ class BinaryCrossEntropy:
         """
         return self.label_weight(logits, target).sum(-1) * _variance(logits.abs().amin(-1))
 
+    def value(self, logits: Float[Tensor, "n c"], target: Targets) -> Float[Tensor, ""]:
+        """Return the mean over samples of the sum over labels."""
+        weight, pos_weight = (None if w is None else w.to(logits) for w in (self.weight, self.pos_weight))
+        losses = F.binary_cross_entropy_with_logits(logits, target.to(logits), weight, None, None, "none", pos_weight)
+        return losses.sum(-1).mean()
+
+    def select(self, samples: slice | Tensor) -> BinaryCrossEntropy:
+        """Return the loss of some of the samples."""
+        if self.weight is None or self.weight.dim() < 2:
+            return self
+        return BinaryCrossEntropy(self.weight[samples], self.pos_weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Differentiated:
+    r"""Any other loss, by its gradient and its curvature in the logits of each sample.
+
+    Attributes:
+        gradient: \(\nabla \ell\), shape (n, c).
+        curvature: \(B\), shape (n, c, c); it may have negative eigenvalues.
+
+    Example:
+        >>> import torch
+        >>> Differentiated(torch.zeros(1, 2), 2 * torch.eye(2)[None]).curvature_trace(torch.zeros(1, 2), None)
+        tensor([4.])
+    """
+
+    gradient: Float[Tensor, "n c"]
+    curvature: Float[Tensor, "n c c"]
+
+    def curvature_trace(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
+        r"""Return \(\operatorname{Tr} B\), shape (n,)."""
+        return self.curvature.diagonal(dim1=1, dim2=2).sum(-1).to(logits)
+
+    def curvature_diagonal(self, logits: Tensor, head: Tensor, target: Targets | None) -> Float[Tensor, "n k"]:
+        r"""Return \(Q_{kk}\) with \(Q = V^\top B V\), shape (n, k)."""
+        return ((self.curvature.to(logits) @ head) * head).sum(1)
+
+    def relative_flatness(
+        self, logits: Tensor, head: Tensor, gram: HadamardGram, target: Targets | None
+    ) -> Float[Tensor, "n t"]:
+        r"""Return \(\operatorname{Tr}(B V G V^\top)\), shape (n, 1)."""
+        products = gram.inner_products(head.expand(len(logits), -1, -1))
+        return (self.curvature.to(logits) * products).sum((1, 2)).unsqueeze(1)
+
+    def logit_gradient_product(
+        self, logits: Tensor, values: Float[Tensor, "n c"], target: Targets | None
+    ) -> Float[Tensor, "n t"]:
+        r"""Return \(\langle \nabla \ell, u \rangle\), shape (n, 1)."""
+        return (self.gradient.to(values) * values).sum(-1, keepdim=True)
+
+    def select(self, samples: slice | Tensor) -> Differentiated:
+        """Return the loss of some of the samples."""
+        return Differentiated(self.gradient[samples], self.curvature[samples])
+
 
 Loss: TypeAlias = CrossEntropy | BinaryCrossEntropy
+Form: TypeAlias = CrossEntropy | BinaryCrossEntropy | Differentiated
+"""What a recorded loss can be proved to be."""
 _NAMES: dict[str, Loss] = {"cross_entropy": CrossEntropy(), "bce_with_logits": BinaryCrossEntropy()}
 
 
@@ -333,7 +403,7 @@ def checked_targets(target: Any, samples: int, classes: int, loss: Loss, check_v
         )
     target = target.long() if indices else target if target.is_floating_point() else target.float()
     if check_values and samples:
-        _check_range(target, classes if indices else None)
+        _check_range(target[target != IGNORED] if indices else target, classes if indices else None)
     return target
 
 
@@ -352,6 +422,8 @@ def _check_logits(loss: Loss, classes: int) -> None:
 
 def _check_range(target: Tensor, classes: int | None) -> None:
     """Check that class indices lie in [0, c), or other targets in [0, 1]."""
+    if not target.numel():
+        return
     low, high = (bound.item() for bound in torch.aminmax(target))
     if not (low >= 0 and (high <= 1 if classes is None else high < classes)):
         span = "[0, 1]" if classes is None else f"[0, {classes}) for {classes} logits"

@@ -89,7 +89,7 @@ def measure(
     max_samples: int | None = None,
     per_sample: bool = False,
     target: Callable[[Any], Tensor] | None = None,
-    loss: str | nn.Module | Loss = "cross_entropy",
+    loss: str | nn.Module | Loss | Callable[[Any, Any], Tensor] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> FlatnessReport:
     """Measure the exact Hessian trace and relative flatness of a convolution under global pooling.
@@ -125,11 +125,14 @@ def measure(
     require_counts(chunk_bytes=chunk_bytes)
     if max_samples is not None:
         require_counts(max_samples=max_samples)
-    recorder, method = ForwardRecorder(model, layer, classifier), PooledMethod(as_loss(loss), chunk_bytes)
+    recorder, method = ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes)
+    criterion = None if loss is None else as_loss(loss)
     evaluation = Evaluation(device_of(model), method.name)
     parts: list[SampleQuantities] = []
     with preserved_state(model):
-        for quantities in measured_batches(recorder, method, model, batches, max_samples, target):
+        for quantities in measured_batches(
+            recorder, method, model, batches, max_samples, target, criterion
+        ):
             evaluation.update(quantities)
             if per_sample:
                 parts.append(quantities)

@@ -31,6 +31,26 @@ def batch_targets(batch: Any) -> Tensor:
     return _part(batch, 1, _TARGET_KEYS, "targets")
 
 
+def output_logits(output: Any) -> Tensor:
+    """Return the logits in what a network returned: a tensor, or `logits` of a dictionary or an object, or the first.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif isinstance(getattr(output, "logits", None), Tensor):
+        output = output.logits
+    elif isinstance(output, (tuple, list)) and len(output):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            "The network must return its logits: a tensor, a mapping or an object with `logits`, or a tuple that begins "
+            f"with them; got {type(output).__name__}. Say how the loss is computed: `loss=lambda output, targets: ...`."
+        )
+    return output
+
+
 def is_empty(batch: Any, target: Any) -> bool:
     """Return whether a batch holds no sample, inputs and targets alike, as the last batch of some loaders does."""
     parts = tensors(dict(batch) if isinstance(batch, Mapping) else batch)

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty
+from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
+from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.recorder import ForwardRecorder
+
+
+ASSUMED = "the loss is assumed to be the cross-entropy of the network's output with the targets of the batch"
 
 
 def measured_batches(
@@ -27,6 +31,7 @@ def measured_batches(
     batches: Iterable[Any],
     max_samples: int | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    loss: Loss | Callable[[Any, Any], Tensor] | None = None,
 ) -> Iterator[SampleQuantities]:
     """Run the model on each batch and yield its quantities, of no more than `max_samples` samples in all.
 
@@ -37,6 +42,7 @@ def measured_batches(
         batches: of (inputs, targets).
         max_samples: stop after so many samples; None: all.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
+        loss: of the training; None: cross-entropy of the logits, which is assumed.
 
     Raises:
         ValueError: if a batch or its targets are not what they must be.
@@ -53,12 +59,41 @@ def measured_batches(
             if is_empty(batch, targets):
                 continue
             with torch.no_grad(), recorder.exclusive():
-                model(batch_inputs(batch))
-            quantities = method.quantities(recorder.take_pass(), targets, slice(left))
+                output = model(batch_inputs(batch))
+                recorder.require_recorded()
+                value = computed_loss(loss or CrossEntropy(), output, targets)
+            assumed = () if loss is not None else (ASSUMED,)
+            quantities = method.quantities(recorder.take_pass(value, assumed), slice(left))
             yield quantities
             left = None if left is None else left - len(quantities)
             if left is not None and left <= 0:
                 return
+
+
+def computed_loss(loss: Loss | Callable[[Any, Any], Tensor], output: Any, targets: Any) -> Tensor:
+    """Return the loss of what the network returned, a single number.
+
+    Raises:
+        ValueError: if the output, the targets or the loss are not what they must be.
+    """
+    if not isinstance(loss, (CrossEntropy, BinaryCrossEntropy)):
+        value = loss(output, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"`loss` must return one number as a tensor; got {came}. Reduce it, as with `.mean()`.")
+        return value
+    logits = output_logits(output)
+    if logits.dim() > 2:
+        logits = logits.squeeze() if logits.numel() > len(logits) else logits.flatten(1)
+        logits = logits.unsqueeze(0) if logits.dim() == 1 and len(output_logits(output)) == 1 else logits
+    if logits.dim() == 1:
+        logits = logits.unsqueeze(1)
+    if logits.dim() != 2:
+        raise ValueError(
+            f"The logits must have shape (n, c); got {tuple(logits.shape)}. Say how the loss is computed: "
+            "`loss=lambda output, targets: ...`."
+        )
+    return loss.value(logits, checked_targets(targets, len(logits), logits.shape[1], loss, not logits.is_cuda))
 
 
 @contextmanager

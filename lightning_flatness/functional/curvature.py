@@ -49,7 +49,7 @@ def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     return rest * (1 + probabilities.gather(-1, top).squeeze(-1)) - others.square().sum(-1)
 
 
-def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n k"]:
+def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k"]) -> Float[Tensor, "n k"]:
     r"""Return the diagonal of the softmax curvature, pulled back through the linear classifier.
 
     $$Q_{kk} = \sum_c S_c U_{ck}^2 - \left(\sum_c S_c U_{ck}\right)^2, \qquad
@@ -73,16 +73,16 @@ def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"])
         tensor([[1., 0.]])
     """
     others = logits.softmax(-1).scatter(-1, logits.argmax(-1, keepdim=True), 0.0).unsqueeze(1)
-    step, parts = max(1, block_numel(head) // max(1, head.numel())), []
+    step, parts = max(1, block_numel(head) // max(1, head.shape[-2:].numel())), []
     for start in range(0, max(1, len(logits)), step):
         samples = slice(start, start + step)
-        rows = centred_rows(logits[samples], head)
+        rows = centred_rows(logits[samples], head if head.dim() == 2 else head[samples])
         mean = others[samples] @ rows
         parts.append((others[samples] @ rows.square() - mean.square()).squeeze(1))
     return torch.cat(parts).clamp_min(0)
 
 
-def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Float[Tensor, "n c k"]:
+def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k"]) -> Float[Tensor, "n c k"]:
     r"""Return the classifier's rows relative to that of the predicted class, \(U_{ck} = V_{ck} - V_{tk}\).
 
     The softmax curvature annihilates a shift that all classes share. After this one, sums over classes lose no
@@ -102,4 +102,7 @@ def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "c k"]) -> Fl
         tensor([[[2.],
                  [0.]]])
     """
-    return head - head[logits.argmax(-1)].unsqueeze(1)
+    top = logits.argmax(-1)
+    if head.dim() == 2:
+        return head - head[top].unsqueeze(1)
+    return head - head.gather(1, top[:, None, None].expand(-1, 1, head.shape[2]))

@@ -65,6 +65,13 @@ class HadamardGram(NamedTuple):
             total[samples] += (chosen[..., rows] @ block).mul_(chosen[..., columns]).sum(-1)
         return total
 
+    def contraction(self, weights: Float[Tensor, "n k k"]) -> Float[Tensor, " n"]:
+        r"""Return \(\sum_{k,k'} G_{kk'} C_{kk'}\) for symmetric matrices \(C\), shape (n,)."""
+        total = weights.new_zeros(len(weights))
+        for samples, rows, columns, block in self._half(BLOCK_ROWS):
+            total[samples] += (block * weights[samples, rows, columns]).sum((1, 2))
+        return total
+
     def _half(self, size: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:
         """Yield the upper triangle of `G` in blocks of rows; entries right of the diagonal block are doubled.
 

@@ -1,86 +1,122 @@
-"""Builds the record of one forward pass, call by call."""
+"""Builds the record of one validation step: what depends on the monitored convolution, from its output to the loss."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from lightning_flatness.recording.dispatch import GraphTracer
-from lightning_flatness.recording.recorded_pass import ConvolutionCall, ModuleCall
+from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
+from lightning_flatness.recording.recorded_pass import ConvolutionCall, LinearCall
 from lightning_flatness.recording.weights import WeightCopies
 
 
 class PassBuilder:
-    """What has been recorded of a forward pass so far.
+    """What has been recorded so far.
 
     Of several convolutions the last one to run for the first time is followed: each one that runs starts the record
-    anew.
+    anew. The record goes on until the pass is taken, so that it holds the loss.
 
     Attributes:
+        tracer: of the operations; None as long as no convolution has run.
         layer: name of the convolution that is followed; None: none has run.
-        weights: its weight and bias.
         convolution_calls: its calls.
-        calls: calls of linear modules on what depends on it.
-        outputs: what the modules around it returned, one call for each tensor.
-        is_complete: whether nothing more is recorded: the first complete pass is measured, later ones run untouched.
+        linear_calls: calls of linear modules on what depends on it.
+        outputs: what the modules around it returned, by name, in order.
+        is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
+        reason: why the convolution that ran last cannot be followed; None if it can.
+        seen: names of the convolutions that have been followed.
     """
 
     def __init__(self) -> None:
         """Start with nothing."""
         self.tracer: GraphTracer | None = None
         self.layer: str | None = None
-        self.weights: tuple[Tensor, Tensor] | None = None
         self.convolution_calls: list[ConvolutionCall] = []
-        self.calls: list[ModuleCall] = []
-        self.outputs: list[ModuleCall] = []
-        self.is_complete = False
+        self.linear_calls: list[LinearCall] = []
+        self.outputs: list[tuple[str, Any]] = []
+        self.is_ignored = False
         self.failure: Exception | None = None
-        self._have_run: set[str] = set()
+        self.reason: str | None = None
+        self.seen: set[str] = set()
+        self._watch: ConvolutionWatch | None = None
 
-    def must_start(self, name: str) -> bool:
-        """Return whether the record starts at this call of a convolution."""
-        return self.tracer is None or name not in self._have_run
+    def expect(self, name: str, module: nn.Module, follow_any: bool, copies: WeightCopies) -> None:
+        """Wait for the convolution within the call of a module that is about to begin.
 
-    def start(self, name: str, module: nn.Module, copies: WeightCopies) -> None:
-        """Forget what was recorded and follow this convolution."""
-        self.stop()
-        self.convolution_calls, self.calls, self.outputs = [], [], []
+        Args:
+            name: of the module.
+            module: the module.
+            follow_any: whether any convolution may be followed, but for those whose output is a single position.
+            copies: of weights.
+        """
+
+        def begin(inputs: Tensor, output: Tensor, arguments: tuple[Any, ...]) -> None:
+            try:
+                if self._watch is None or (follow_any and output.shape[2:].numel() == 1):
+                    return
+                self._begin(name, module, inputs, output, arguments, copies)
+            except Exception as error:  # the user's forward pass must go on
+                self.fail(error)
+
+        self._watch = ConvolutionWatch(begin)
+        dispatcher().attach(self._watch)
+        if self.tracer is not None and name == self.layer:
+            self.tracer.is_convolving = True
+
+    def arrive(self, name: str) -> None:
+        """End the wait when the module's call has ended."""
+        if self._watch is not None:
+            dispatcher().detach(self._watch)
+            if not self.convolution_calls and self.layer in (None, name):
+                self.reason = f"`{name}` ran without a convolution with its `weight`"
+            self._watch = None
+        if self.tracer is not None:
+            self.tracer.is_convolving = False
+
+    def _begin(
+        self, name: str, module: nn.Module, inputs: Tensor, output: Tensor, arguments: tuple[Any, ...], copies: WeightCopies
+    ) -> None:
+        if len(output) == 0:
+            raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
+        if not _is_own_weight(module, arguments[1]):
+            return
+        dispatcher().detach(cast(ConvolutionWatch, self._watch))
+        if self.tracer is None or name not in self.seen:
+            self._start(name, module)
+        self.seen.add(name)
+        if name == self.layer and self.tracer is not None:
+            graph = self.tracer.graph
+            node, captured = graph.add_input(output)
+            weight, bias = copies.of(module)
+            self.convolution_calls.append(
+                ConvolutionCall(node, captured, graph.captures.add(inputs), weight, bias, arguments[3:9])
+            )
+
+    def _start(self, name: str, module: nn.Module) -> None:
+        if self.tracer is not None:
+            self.tracer.stop()
+        self.convolution_calls, self.linear_calls, self.outputs, self.reason = [], [], [], None
         self.tracer, self.layer = GraphTracer(), name
-        self.weights = copies.of(module)
+        self.tracer.is_convolving = True
         for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
             if weight.dim() > 1:
                 self.tracer.forbid_storage(weight)
         self.tracer.start()
 
-    def add_convolution(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """Note a call of a convolution."""
-        self._have_run.add(name)
-        if self.tracer is not None and name == self.layer:
-            graph = self.tracer.graph
-            node, captured = graph.add_input(output)
-            self.convolution_calls.append(ConvolutionCall(node, captured, graph.captures.add(inputs)))
+    def add_linear(self, name: str, inputs: Tensor, output: Tensor, module: nn.Module, copies: WeightCopies) -> None:
+        """Note the call of a linear module on what depends on the convolution."""
+        if self.tracer is None or (node := self.tracer.graph.node(inputs)) is None:
+            return
+        out = self.tracer.graph.node(output)
+        if out is not None and output.dim() >= 2 and output.shape[2:].numel() == 1:
+            self.linear_calls.append(LinearCall(name, node, out, *copies.of(module)))
 
-    def add_call(self, name: str, inputs: Tensor, output: Tensor, linear: nn.Module, copies: WeightCopies) -> bool:
-        """Note the call of a linear module if it can end the tail; return whether it can."""
-        if not self._can_end_the_tail(inputs, output):
-            return False
-        self.calls.append(self._call(name, inputs, output, copies.of(linear)))
-        return True
-
-    def add_output(self, name: str, output: Tensor) -> bool:
-        """Note a tensor that a module returned if it can be the logits; return whether it can."""
-        if not self._can_end_the_tail(output, output):
-            return False
-        self.outputs.append(self._call(name, output, output, None))
-        return True
-
-    def complete(self) -> None:
-        """Record no more; the record stays what it is, whatever happens to the network."""
-        self.is_complete = True
-        if self.tracer is not None:
-            self.tracer.finalize()
+    def add_output(self, name: str, output: Any) -> None:
+        """Note what a module around the convolution returned."""
+        self.outputs.append((name, output))
 
     def fail(self, error: Exception) -> None:
         """Record no more, because of this error."""
@@ -89,15 +125,20 @@ class PassBuilder:
 
     def stop(self) -> None:
         """Record no more."""
+        if self._watch is not None:
+            dispatcher().detach(self._watch)
+            self._watch = None
         if self.tracer is not None:
             self.tracer.stop()
 
-    def _can_end_the_tail(self, inputs: Tensor, output: Tensor) -> bool:
-        """Return whether the inputs depend on the convolution and the output is one row per sample."""
-        depends = self.tracer is not None and self.tracer.graph.node(inputs) is not None
-        return depends and output.dim() >= 2 and output.shape[2:].numel() == 1
 
-    def _call(self, name: str, inputs: Tensor, output: Tensor, weights: tuple[Tensor, Tensor] | None) -> ModuleCall:
-        graph = cast(GraphTracer, self.tracer).graph
-        copy = output.detach().flatten(1).clone()
-        return ModuleCall(name, inputs, copy, weights, graph.node(output), len(graph.operations))
+def _is_own_weight(module: nn.Module, used: Tensor) -> bool:
+    """Return whether an operation uses the weight of the module: itself, computed anew, or in the dtype of autocast."""
+    weight = cast(Tensor, module.weight)
+    if used.shape != weight.shape:
+        return False
+    if "weight" not in module._parameters:  # computed, as by a parametrization
+        return True
+    if used.dtype == weight.dtype:
+        return used.data_ptr() == weight.data_ptr()
+    return weight.is_cuda or torch.equal(used, weight.detach().to(used.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lightning_flatness.errors import GraphError
 from lightning_flatness.recording.graph import OperationGraph, storage_of
-from lightning_flatness.recording.operation import Captured, Node, Operation, map_tree, tensors
+from lightning_flatness.recording.operation import Captured, Node, Operation, leaves, map_tree, tensors
 from lightning_flatness.recording.operators import Trait, traits
 
 
@@ -25,12 +25,15 @@ class GraphTracer:
 
     Attributes:
         graph: what has been recorded.
+        is_convolving: whether the monitored convolution runs, which may read its weight.
     """
 
     def __init__(self) -> None:
         """Start with an empty graph."""
         self.graph = OperationGraph()
         self._forbidden: dict[int, Tensor] = {}  # by storage; alive, or their memory would be given to others
+        self._has_read_numbers = False
+        self.is_convolving = False  # whether the monitored convolution runs, which may read its weight
 
     def start(self) -> None:
         """Trace from now on, in this thread.
@@ -76,11 +79,13 @@ class GraphTracer:
         read = list(tensors((args, kwargs)))
         if any(graph.node(tensor) is not None for tensor in read):
             if Trait.READS_NUMBER in traits(func.overloadpacket.__name__) and args[0].is_floating_point():
-                graph.mark_incomplete("a number was read out of the tail with `.item()` and may be used in it")
+                self._has_read_numbers = True
+            elif self._has_read_numbers and any(map(_looks_computed, leaves((args, kwargs)))):
+                graph.mark_incomplete(f"a number was read out with `.item()`, and `{func}` uses a computed number")
             encoded = (map_tree(args, self._encode), map_tree(kwargs, self._encode))
         elif any(map(graph.shares_memory, read)):
             graph.mark_incomplete(f"`{func}` reads memory of the tail through a tensor that was made outside it")
-        if any(storage_of(tensor) in self._forbidden for tensor in read):
+        if not self.is_convolving and any(storage_of(tensor) in self._forbidden for tensor in read):
             graph.mark_incomplete(f"`{func}` uses the weight of the convolution once more")
         if func._schema.is_mutable:
             self._preserve(func, args, kwargs)
@@ -110,17 +115,42 @@ class GraphTracer:
             self.graph.out_of_memory = error
 
 
+class ConvolutionWatch:
+    """Waits for the convolution within a module's call: the record begins at the operation's own output.
+
+    Args:
+        on_convolution: called with the input, the output and the arguments of each convolution that runs.
+    """
+
+    def __init__(self, on_convolution: Callable[[Tensor, Tensor, tuple[Any, ...]], None]) -> None:
+        self._on_convolution = on_convolution
+
+    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Keep the arguments of a convolution."""
+        return (args, kwargs) if func is torch.ops.aten.convolution.default and not args[6] else None
+
+    def after(self, func: Any, encoded: tuple[Any, Any] | None, result: Any) -> None:
+        """Hand a convolution on."""
+        if encoded is not None:
+            self._on_convolution(encoded[0][0], result, encoded[0])
+
+
+def _looks_computed(number: Any) -> bool:
+    """Return whether a floating number has more digits than one that people write."""
+    return isinstance(number, float) and float(f"{number:.6g}") != number
+
+
 class Dispatcher(TorchDispatchMode):
     """The one dispatch mode of a thread, through which all of its tracers listen: they start and stop in any order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tracers: list[GraphTracer] = []
+        self.tracers: list[GraphTracer | ConvolutionWatch] = []
         self.is_paused = False
         self._retained = 0  # by how many the mode is kept on the stack while no tracer listens
         self._entered = False
 
-    def attach(self, tracer: GraphTracer) -> None:
+    def attach(self, tracer: GraphTracer | ConvolutionWatch) -> None:
         """Let a tracer listen."""
         self._leave_if_unused()
         if (other := _get_current_dispatch_mode()) not in (None, self):
@@ -128,7 +158,7 @@ class Dispatcher(TorchDispatchMode):
         self.tracers.append(tracer)
         self._enter()
 
-    def detach(self, tracer: GraphTracer) -> None:
+    def detach(self, tracer: GraphTracer | ConvolutionWatch) -> None:
         """Let a tracer listen no more."""
         if tracer in self.tracers:
             self.tracers.remove(tracer)
@@ -162,9 +192,9 @@ class Dispatcher(TorchDispatchMode):
         running_backward = torch._C._current_graph_task_id() != -1
         if self.is_paused or running_backward or not self.tracers:
             return func(*args, **kwargs)
-        encoded = [tracer.before(func, args, kwargs) for tracer in self.tracers]
+        pending = [(tracer, tracer.before(func, args, kwargs)) for tracer in self.tracers]
         result = func(*args, **kwargs)
-        for tracer, arguments in zip(self.tracers, encoded, strict=True):
+        for tracer, arguments in pending:  # a watch may start another tracer
             tracer.after(func, arguments, result)
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ _SMALL = 2**14  # numbers; the parameters of a normalisation are fewer
 def storage_of(tensor: Tensor) -> int:
     """Return the address of the tensor's memory."""
     return tensor.untyped_storage().data_ptr()
+
+
+def _view_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 class _Capture(NamedTuple):
@@ -76,6 +81,13 @@ class Captures:
             raise GraphError("a tensor that the network's tail uses was changed in place after the forward pass")
         return capture.value.clone() if capture.overwritten else capture.value
 
+    def same(self, index: int, other: Captures, other_index: int) -> bool:
+        """Return whether a value equals one that another graph captured."""
+        first, second = self._captures[index], other._captures[other_index]
+        if first.original is second.original and first.version == second.version is not None:
+            return True
+        return first.value.shape == second.value.shape and torch.equal(first.value, second.value)
+
     def peek(self, index: int) -> Tensor:
         """Return a value to look at, whatever has happened to it since."""
         return self._captures[index].value
@@ -83,6 +95,18 @@ class Captures:
     def is_overwritten(self, index: int) -> bool:
         """Return whether the network changed the value in place."""
         return self._captures[index].overwritten
+
+
+class Cut(NamedTuple):
+    """A point of a graph where everything that follows depends on one node alone.
+
+    Attributes:
+        end: number of operations that have run.
+        node: the node.
+    """
+
+    end: int
+    node: int
 
 
 class OperationGraph:
@@ -103,6 +127,7 @@ class OperationGraph:
         self._nodes: dict[int, int] = {}  # id of a live tensor -> its node
         self._alive: list[Tensor] = []  # keeps ids from being given to other tensors
         self._storages: set[int] = set()
+        self._views: dict[tuple[Any, ...], int] = {}  # where a node's numbers lie in memory -> node
         self._inputs: dict[int, int] = {}  # node -> index of its captured value
 
     def add_input(self, tensor: Tensor) -> tuple[int, int]:
@@ -119,15 +144,30 @@ class OperationGraph:
             self._alive.append(tensor)
             if tensor.numel():
                 self._storages.add(storage_of(tensor))
+                self._views[_view_of(tensor)] = node
         return node
 
     def node(self, tensor: Tensor) -> int | None:
-        """Return the node of a tensor that depends on an input, else None."""
-        return self._nodes.get(id(tensor))
+        """Return the node of a tensor that depends on an input, else None.
+
+        Another object for the same numbers in memory, as wrappers and subclasses of tensors make, is the same node.
+        """
+        node = self._nodes.get(id(tensor))
+        if node is None and tensor is not None and tensor.numel() and self.shares_memory(tensor):
+            return self._views.get(_view_of(tensor))
+        return node
 
     def shares_memory(self, tensor: Tensor) -> bool:
         """Return whether the tensor lies in memory of a node."""
         return storage_of(tensor) in self._storages
+
+    def shape(self, node: int) -> torch.Size:
+        """Return the shape of a node."""
+        return self._alive[node].shape
+
+    def tensor_of(self, node: int) -> Tensor:
+        """Return the live tensor of a node, which the network may have changed since."""
+        return self._alive[node]
 
     def mark_incomplete(self, reason: str) -> None:
         """Note that from here on the record is not all that the network did."""
@@ -137,27 +177,73 @@ class OperationGraph:
         """Return why the first `end` operations are not all that the network did with the inputs; None if they are."""
         return next((reason for start, reason in self._gaps if start < end), None)
 
-    def descendants(self, node: int | None, start: int) -> list[Operation]:
-        """Return the operations from number `start` on that use the node or what came of it."""
-        reached, found = {node}, []
-        for operation in self.operations[start:]:
-            if reached & {argument.index for argument in operation.nodes}:
-                reached.update(operation.results)
-                found.append(operation)
-        return found
+    def ancestry(self, output: int) -> list[int]:
+        """Return the numbers of the operations that a node depends on through floating numbers, in order.
 
-    def tensor(self, argument: Node | Captured) -> Tensor:
-        """Return the tensor that a recorded argument stands for."""
-        return self._alive[argument.index] if isinstance(argument, Node) else self.captures.peek(argument.index)
+        What passes through whole numbers and truth values alone has no derivative.
+        """
+        needed, found = {output}, []
+        for number in range(len(self.operations) - 1, -1, -1):
+            operation = self.operations[number]
+            if needed.intersection(operation.results) or self._writes_into(operation, needed):
+                found.append(number)
+                needed.update(argument.index for argument in operation.nodes if self._is_floating(argument.index))
+        return found[::-1]
 
-    def replay(self, inputs: dict[int, Tensor], end: int) -> dict[int, Tensor]:
-        """Repeat the first `end` operations with other values for the inputs, under autograd.
+    def _is_floating(self, node: int) -> bool:
+        return self._alive[node].is_floating_point() or self._alive[node].is_complex()
+
+    def _writes_into(self, operation: Operation, nodes: set[int]) -> bool:
+        """Return whether the operation changes one of the nodes through another view of its memory."""
+        if not operation.function._schema.is_mutable:
+            return False
+        written = {storage_of(self._alive[node]) for node in operation.results if self._alive[node].numel()}
+        return any(storage_of(self._alive[node]) in written for node in nodes if self._alive[node].numel())
+
+    def cuts(self, inputs: Collection[int], output: int) -> list[Cut]:
+        """Return the nodes through which all influence of the inputs on a node passes, in order.
+
+        The inputs themselves are the first cut if there is only one; the output is the last.
+        """
+        numbers = self.ancestry(output)
+        last_use = {output: len(self.operations)}
+        for number in numbers:
+            read = (argument.index for argument in self.operations[number].nodes)
+            last_use.update(dict.fromkeys(filter(self._is_floating, read), number))
+        last_use[output] = len(self.operations)
+        alive = {node for node in inputs if node in last_use}
+        cuts = [Cut(numbers[0] if numbers else 0, node) for node in alive if len(alive) == 1]
+        for number in numbers:
+            if alive.intersection(argument.index for argument in self.operations[number].nodes):
+                alive.update(node for node in self.operations[number].results if node in last_use)
+            alive = {node for node in alive if last_use[node] > number}
+            if len(alive) == 1:
+                (node,) = alive
+                if not cuts or cuts[-1].node != node:
+                    cuts.append(Cut(number + 1, node))
+        return cuts
+
+    def replay(
+        self,
+        inputs: dict[int, Tensor],
+        end: int,
+        *,
+        start: int = 0,
+        only: Collection[int] | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = False,
+    ) -> dict[int, Tensor]:
+        """Repeat recorded operations with other values for some nodes, under autograd.
 
         Numbers in half precision are upcast to float32, so that derivatives are taken in full precision.
 
         Args:
-            inputs: value to use, by node of the input.
-            end: how many operations to repeat.
+            inputs: value to use, by node.
+            end: repeat the operations before this number.
+            start: repeat the operations from this number on; the inputs have their values at this point.
+            only: numbers of the operations to repeat; None: all.
+            dtype: compute in this floating dtype; None: in that of the values.
+            detach: whether `detach` makes a constant, as for gradients; False: it is the identity, as in the function.
 
         Returns:
             Every tensor that depends on an input, by node, with its graph back to the inputs.
@@ -172,20 +258,33 @@ class OperationGraph:
 
         def decode(item: Any) -> Any:
             if isinstance(item, Node):
-                return known[item.index]
+                # A node that the inputs do not move, or only in steps, has the value that it had.
+                return known[item.index] if item.index in known else _cast(self._alive[item.index].detach(), dtype)
             if isinstance(item, Captured):
                 if item.index not in values:
-                    values[item.index] = upcast(self.captures.value(item.index))
+                    values[item.index] = _cast(self.captures.value(item.index), dtype)
                 return values[item.index]
-            return torch.float32 if isinstance(item, torch.dtype) and item in LOW_PRECISION else item
+            if isinstance(item, torch.dtype) and item.is_floating_point:
+                return dtype or (torch.float32 if item in LOW_PRECISION else item)
+            return item
 
         with torch.inference_mode(False), torch.enable_grad():
-            known = {
-                node: value.clone() if self.captures.is_overwritten(self._inputs[node]) else value
-                for node, value in inputs.items()
-            }
-            for operation in self.operations[:end]:
+            known = {node: self._own(node, value) for node, value in inputs.items()}
+            for number in range(start, end):
+                if only is not None and number not in only:
+                    continue
+                operation = self.operations[number]
                 operation.require_repeatable()
                 args, kwargs = map_tree(operation.args, decode), map_tree(operation.kwargs, decode)
-                known.update(zip(operation.results, tensors(operation.repeat(args, kwargs)), strict=True))
+                results = operation.repeat(args, kwargs, detach)
+                known.update(zip(operation.results, tensors(results), strict=True))
         return known
+
+    def _own(self, node: int, value: Tensor) -> Tensor:
+        """Return a value that may be overwritten where the network overwrites its node."""
+        is_overwritten = node not in self._inputs or self.captures.is_overwritten(self._inputs[node])
+        return value.clone() if is_overwritten else value
+
+
+def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else upcast(value)

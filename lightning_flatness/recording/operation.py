@@ -88,10 +88,16 @@ class Operation(NamedTuple):
         if torch.Tag.nondeterministic_seeded in self.function.tags and drawn:
             raise GraphError(f"`{self.name}` draws random numbers. Put the model in eval mode")
 
-    def repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the operation returns for these arguments, under autograd."""
-        if self.name == "detach":  # to autograd the end; to the loss as a function, the identity
-            return args[0]
+    def repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any], detach: bool = False) -> Any:
+        """Return what the operation returns for these arguments, under autograd.
+
+        Args:
+            args: as recorded, with tensors in the place of nodes.
+            kwargs: likewise.
+            detach: whether `detach` makes a constant, as for gradients, or is the identity, as for the function.
+        """
+        if self.name == "detach":
+            return args[0].detach() if detach else args[0]
         if self.name in ("batch_norm", "native_batch_norm") and len(args) >= 8:
             output = _normalized(args)
             return output if self.name == "batch_norm" else (output, args[3][:0], args[4][:0])
@@ -128,12 +134,17 @@ def map_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
     return change(tree)
 
 
+def leaves(tree: Any) -> Iterator[Any]:
+    """Yield what nested lists, tuples and dictionaries hold."""
+    if isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from leaves(item)
+    elif isinstance(tree, dict):
+        yield from leaves(list(tree.values()))
+    else:
+        yield tree
+
+
 def tensors(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested lists, tuples and dictionaries."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors(item)
-    elif isinstance(tree, dict):
-        yield from tensors(list(tree.values()))
+    return (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))

@@ -1,11 +1,11 @@
-"""Hooks on a model that record its forward passes, from a convolution to the logits."""
+"""Hooks on a model that record its forward passes, from a convolution to the loss."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,7 @@ from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.builder import PassBuilder
 from lightning_flatness.recording.dispatch import dispatcher, not_recorded
 from lightning_flatness.recording.eager import EAGER
-from lightning_flatness.recording.layers import (
-    CLASSIFIERS,
-    CONVOLUTIONS,
-    choose_classifier,
-    modules_by_name,
-    named_classifier,
-    require_name,
-)
+from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS, modules_by_name, require_name
 from lightning_flatness.recording.operation import tensors
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.weights import WeightCopies
@@ -39,8 +32,8 @@ _THREAD = _OfThread()
 class ForwardRecorder:
     """Records the forward passes of a model, without touching them.
 
-    While entered, every forward pass is recorded from the last convolution on. `take_pass` yields the record as a
-    value. The pass itself runs as it would without the recorder: no gradient is switched on in it and nothing in it is
+    While entered, everything that depends on the output of the last convolution is recorded, until `take_pass` yields
+    the record as a value; the loss is to be computed before. The pass itself runs as it would without the recorder: no gradient is switched on in it and nothing in it is
     replaced.
 
     Args:
@@ -53,8 +46,8 @@ class ForwardRecorder:
 
     Example:
         >>> with ForwardRecorder(model) as recorder:  # doctest: +SKIP
-        ...     model(images)
-        ...     recorded = recorder.take_pass()
+        ...     loss = criterion(model(images), labels)
+        ...     recorded = recorder.take_pass(loss)
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None, classifier: str | None = None) -> None:
@@ -64,6 +57,7 @@ class ForwardRecorder:
         require_name(self._modules, classifier, "classifier", CLASSIFIERS)
         self.layer, self.classifier = layer, classifier
         self._settled = False  # whether the modules that matter are known
+        self._linear: set[str] = set()  # linear modules on what the convolution computes
         self._weight_is_shared = False
         self._compiled = any(
             hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
@@ -108,60 +102,117 @@ class ForwardRecorder:
             _THREAD.exclusive = before
 
     def ignore_passes(self) -> None:
-        """Let forward passes go unrecorded until the next `clear` or `take_pass`."""
+        """Let forward passes go unrecorded until the next `clear`."""
         self.clear()
-        self._builder.is_complete = True
+        self._builder.is_ignored = True
 
-    def take_pass(self) -> RecordedPass:
-        """Return the first complete forward pass since the last call, and forget it.
+    def depends(self, tensor: Tensor) -> bool:
+        """Return whether a tensor depends on the recorded convolution."""
+        tracer = self._builder.tracer
+        return tracer is not None and tracer.graph.node(tensor) is not None
+
+    @property
+    def output(self) -> Any:
+        """What the outermost recorded module returned in the first pass since the last call; None if none has run."""
+        outermost = min((_depth(name) for name, _ in self._builder.outputs), default=0)
+        return next((output for name, output in self._builder.outputs if _depth(name) == outermost), None)
+
+    def take_pass(self, loss: Tensor, assumed: tuple[str, ...] = ()) -> RecordedPass:
+        """Return what has been recorded since the last call, up to the loss, and forget it.
 
         From then on only the modules that turned out to matter are hooked.
 
+        Args:
+            loss: what the step computed, a single number.
+            assumed: what about it is assumed, in words.
+
         Raises:
-            UnsupportedTailError: if the convolution or the classifier did not run, the loss does not take the
-                classifier's output, or recording failed.
+            UnsupportedTailError: if no convolution ran, the loss does not depend on it, or recording failed.
         """
         self._builder.stop()
         try:
             with not_recorded(), torch.inference_mode(False):
-                verdict = self._verdict()
+                verdict = self._verdict(loss, assumed)
             if isinstance(verdict, Refusal):
                 raise verdict.error()
             return verdict
         finally:
             self.clear()
 
-    def _verdict(self) -> RecordedPass | Refusal:
+    def require_recorded(self) -> None:
+        """Refuse a pass in which nothing could be recorded.
+
+        Raises:
+            UnsupportedTailError: says why.
+        """
+        with not_recorded():
+            if (refusal := self._failed()) is not None:
+                raise refusal.error()
+
+    def _failed(self) -> Refusal | None:
         builder = self._builder
         failure = builder.failure or (builder.tracer.graph.out_of_memory if builder.tracer else None)
         if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
             raise failure
         if failure is not None:
             return Refusal(f"Recording the forward pass failed: {failure!r}", failure)
-        if builder.tracer is None or builder.layer is None or builder.weights is None:
+        if builder.reason is not None and not builder.convolution_calls:
+            return Refusal(
+                f"`{self.layer or 'The convolution'}` must convolve with its own `weight`; {builder.reason}: it does "
+                "more than convolve. Name another convolution (`layer=...`)."
+            )
+        if builder.tracer is None or builder.layer is None:
             wanted = f"the convolution `{self.layer}`" if self.layer else "a convolution on a map larger than 1 x 1"
             there = _names(self._modules, CONVOLUTIONS)
             remedy = f"Name one that runs with `layer=...`: {there}." if there else "The model has no convolution."
             return Refusal(f"A forward pass must run {wanted}; none did. {remedy}")
-        builder.tracer.finalize()
-        graph, layer = builder.tracer.graph, builder.layer
-        if self.classifier is None:
-            call = choose_classifier(graph, layer, builder.calls, builder.outputs)
-        else:
-            call = named_classifier(graph, layer, self.classifier, builder.calls, builder.outputs)
-        if isinstance(call, Refusal):
-            return call
-        if not self._settled:
-            self._settle(layer, call.name)
-        calls = tuple(builder.convolution_calls)
-        return RecordedPass(graph, layer, self._modules[layer], *builder.weights, calls, call, self._weight_is_shared)
+        return None
 
-    def _settle(self, layer: str, classifier: str) -> None:
+    def _verdict(self, loss: Tensor, assumed: tuple[str, ...]) -> RecordedPass | Refusal:
+        if (refusal := self._failed()) is not None:
+            return refusal
+        builder = self._builder
+        tracer, layer = builder.tracer, cast(str, builder.layer)
+        assert tracer is not None
+        tracer.finalize()
+        graph = tracer.graph
+        node = graph.node(loss)
+        if node is None or loss.numel() != 1:
+            what = "does not depend on it" if node is None else f"has shape {tuple(loss.shape)}"
+            reason = graph.incomplete_because(len(graph.operations) + 1)
+            return Refusal(
+                f"The loss must be one number that depends on the output of `{layer}`; it {what}"
+                f"{f' ({reason})' if reason else ''}. Return it from the step, or name another convolution (`layer=...`)."
+            )
+        linear = [call for call in builder.linear_calls]
+        if self.classifier is not None and self.classifier not in {call.name for call in linear} and not self._settled:
+            return Refusal(
+                f"The classifier `{self.classifier}` must run after `{layer}`, on what that computed; it did not. "
+                f"Linear modules that did: {sorted({call.name for call in linear})}."
+            )
+        if not self._settled:
+            self._settle(layer, [call.name for call in linear])
+        roots = [call.node for call in builder.convolution_calls]
+        return RecordedPass(
+            graph,
+            layer,
+            self._modules[layer],
+            tuple(builder.convolution_calls),
+            node,
+            tuple(graph.cuts(roots, node)),
+            tuple(linear),
+            self._weight_is_shared,
+            assumed,
+        )
+
+    def _settle(self, layer: str, linear: list[str]) -> None:
         """Hook only the modules that matter from now on."""
         weight = self._modules[layer].weight
         owners = sum(own is weight for module in self._modules.values() for own in module._parameters.values())
         self._weight_is_shared = owners > 1
-        self.layer, self.classifier, self._settled = layer, classifier, True
+        if self.classifier is None:
+            self.classifier = linear[-1] if linear else None
+        self.layer, self._linear, self._settled = layer, set(linear), True
         self._uninstall()
         self._install()
 
@@ -173,49 +224,51 @@ class ForwardRecorder:
         paths = [name.split(".") for name in _names(self._modules, CONVOLUTIONS) if name]
         holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
         for name, module in self._modules.items():
-            for wanted, hook in (
-                (isinstance(module, CONVOLUTIONS) and self.layer in (None, name), self._on_convolution),
-                (isinstance(module, CLASSIFIERS) and self.classifier in (None, name), self._on_classifier),
-                (name in holders and (not self._settled or self.classifier == name), self._on_network),
-            ):
-                if wanted:
-                    guarded = self._guarded(hook, name)
-                    self._handles.append(module.register_forward_hook(guarded, with_kwargs=True))
+            if isinstance(module, CONVOLUTIONS) and self.layer in (None, name):
+                self._handles.append(module.register_forward_pre_hook(self._guarded(self._expect, name)))
+                self._handles.append(module.register_forward_hook(self._guarded(self._arrive, name), always_call=True))
+            if isinstance(module, CLASSIFIERS) and (not self._settled or name in self._linear):
+                self._handles.append(
+                    module.register_forward_hook(self._guarded(self._on_linear, name), with_kwargs=True)
+                )
+            if name in holders:
+                self._handles.append(module.register_forward_hook(self._guarded(self._on_network, name)))
 
     def _guarded(self, hook: Callable[..., None], name: str) -> Callable[..., None]:
-        """Return a forward hook in which nothing can stop the user's forward pass."""
+        """Return a hook in which nothing can stop the user's forward pass."""
 
-        def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def run(module: nn.Module, *arguments: Any) -> None:
             builder = self._builder
-            if builder.failure is None and not builder.is_complete and _THREAD.exclusive in (None, self):
+            if builder.failure is None and not builder.is_ignored and _THREAD.exclusive in (None, self):
                 try:
                     with not_recorded():
-                        hook(name, module, next(tensors([args, kwargs]), None), output)
+                        hook(name, module, *arguments)
                 except Exception as error:
                     builder.fail(error)
 
         return run
 
-    def _on_convolution(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        if self.layer is None and output.shape[2:].numel() == 1:
-            return
-        if len(output) == 0:
-            raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
-        if self._builder.must_start(name):
-            if not self._settled:
-                self._copies = WeightCopies()
-            self._builder.start(name, module, self._copies)
-        self._builder.add_convolution(name, inputs, output)
+    def _expect(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._settled and name not in self._builder.seen:
+            self._copies = WeightCopies()  # forget the weights of modules that turned out not to matter
+        self._builder.expect(name, module, self.layer is None, self._copies)
 
-    def _on_classifier(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        if self._builder.add_call(name, inputs, output, module, self._copies) and self._settled:
-            self._builder.complete()
+    def _arrive(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._builder.arrive(name)
 
-    def _on_network(self, name: str, module: nn.Module, inputs: Tensor | None, output: Any) -> None:
-        parts = output if isinstance(output, (Tensor, list, tuple, dict)) else getattr(output, "__dict__", ())
-        for tensor in tensors(parts):
-            if not self._builder.is_complete and self._builder.add_output(name, tensor) and self._settled:
-                self._builder.complete()
+    def _on_linear(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        inputs = next(tensors([args, kwargs]), None)
+        if inputs is not None and isinstance(output, Tensor):
+            self._builder.add_linear(name, inputs, output, module, self._copies)
+
+    def _on_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._builder.add_output(name, output)
+
+
+def _depth(name: str) -> int:
+    return len(name.split(".")) if name else 0
 
 
 def _names(modules: dict[str, nn.Module], kinds: tuple[type[nn.Module], ...]) -> list[str]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_flatness.errors import NonFiniteError, Refusal
-from lightning_flatness.functional import ConvGeometry, patches
-from lightning_flatness.precision import allclose_at_scale, allclose_for_dtype, upcast
-from lightning_flatness.recording.operation import Operation
+from lightning_flatness.errors import GraphError, Refusal
+from lightning_flatness.precision import allclose_at_scale
+from lightning_flatness.recording.graph import Captures, Cut
+from lightning_flatness.recording.operation import Captured, Node, Operation, map_tree
 from lightning_flatness.recording.operators import Trait
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
@@ -31,10 +31,13 @@ class Certificate:
     """What was found to hold for a tail.
 
     Attributes:
-        signature: of the recorded pass, see `RecordedPass.signature`.
-        call: which call of the convolution reaches the classifier.
+        signature: what must not change for it to stay valid, see `signature_of`.
+        captures: of the graph that was certified.
+        connections: indices of captured values that could connect filters: they must stay equal.
+        call: which call of the convolution reaches the pooled features.
         feature_index: `pi`, the feature that each filter feeds, shape (k,).
         inactive: filters that reached no feature where the tail was certified, shape (k,).
+        is_fed: filters whose feature is known, shape (k,).
         any_inactive: whether there are some, known to the host; they may become active in later batches.
         scales: magnitude of the largest first and second derivative.
         has_second_derivative: whether the tail is curved.
@@ -42,77 +45,124 @@ class Certificate:
     """
 
     signature: tuple[Any, ...]
+    captures: Captures
+    connections: tuple[int, ...]
     call: int
     feature_index: Tensor
     inactive: Tensor
+    is_fed: Tensor
     any_inactive: bool
     scales: tuple[Tensor, Tensor]
     has_second_derivative: bool
     is_value_independent: bool
 
 
-def certify(recorded: RecordedPass, at_random_points: bool = True) -> Certificate | Refusal:
-    """Certify that each feature depends on the map of one filter alone, and position by position if curved.
+def certify(recorded: RecordedPass, pooled: Cut, at_random_points: bool = True) -> Certificate | Refusal:
+    """Certify that each pooled feature depends on the map of one filter alone, and position by position if curved.
 
     The recorded operations are differentiated with random cotangents `r`: `d(r p) / dz_k` must equal
-    `r_pi(k) dp / dz_k` for every filter, position and sample. The weights are checked against what the modules really
-    computed.
+    `r_pi(k) dp / dz_k` for every filter, position and sample.
 
     Args:
-        recorded: one forward pass.
-        at_random_points: certify at random points, where every unit is active; False: at the recorded values.
+        recorded: one pass.
+        pooled: the pooled features on its record.
+        at_random_points: certify at random points, at one of which each unit is active; False: at the recorded values.
 
     Returns:
         The certificate, or why there is none, with the path and the step.
-
-    Raises:
-        NonFiniteError: if the convolution's output or the logits hold NaN.
     """
+    if recorded.weight_is_shared:
+        return _refusal(recorded, f"the weight of `{recorded.layer}` is shared with another module")
     try:
         with torch.device("cpu"):  # of the random numbers, whatever the default device is
-            verdict = _refused_module(recorded) or _certificate(recorded, at_random_points)
+            verdict = _certificate(recorded, pooled, at_random_points)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # GraphError, or an operation without a derivative
         return _refusal(recorded, str(error), error)
-    if isinstance(verdict, Refusal):
-        return verdict
-    return replace(verdict, feature_index=_completed(verdict, recorded.classifier.inputs.shape[1]))
+    return verdict if isinstance(verdict, Refusal) else _completed(verdict, _width(recorded, pooled))
+
+
+def features_at(recorded: RecordedPass, pooled: Cut, points: dict[int, Tensor]) -> Tensor:
+    """Return the pooled features as a function of the convolution's output, shape (n, j).
+
+    Raises:
+        GraphError: if the recorded operations cannot be repeated, or the batch is folded on the way.
+    """
+    features = recorded.graph.replay(points, pooled.end)[pooled.node]
+    if len(features) != len(next(iter(points.values()))):
+        raise GraphError("the batch is folded between the convolution and the pooled features")
+    return features.flatten(1)
+
+
+def signature_of(recorded: RecordedPass, pooled: Cut) -> tuple[Any, ...]:
+    """Return the operations up to the pooled features with their arguments and wiring, whatever the batch's size."""
+    samples = len(recorded)
+
+    def encode(item: Any) -> Any:
+        if isinstance(item, Node):
+            return "node", item.index
+        if isinstance(item, Captured):
+            value = recorded.graph.captures.peek(item.index)
+            return "captured", value.dtype, tuple(value.shape[1:] if value.shape[:1] == (samples,) else value.shape)
+        return "samples" if item == samples and isinstance(item, int) and samples > 1 else item
+
+    steps = tuple(
+        (operation.function, map_tree(operation.args, encode), str(map_tree(operation.kwargs, encode)))
+        for operation in recorded.graph.operations[: pooled.end]
+    )
+    maps = tuple(tuple(recorded.graph.shape(call.node)[1:]) for call in recorded.calls)
+    return steps, maps, tuple(recorded.graph.shape(pooled.node)[1:]), samples > 1
+
+
+def connections_of(recorded: RecordedPass, pooled: Cut) -> tuple[int, ...]:
+    """Return the indices of captured values that could connect filters: factors, indices, masks, permutations."""
+    return tuple(
+        captured.index
+        for operation in recorded.graph.operations[: pooled.end]
+        if Trait.SAME_FOR_EACH_SAMPLE not in operation.traits or Trait.MATRIX_PRODUCT in operation.traits
+        for captured in operation.captured
+    )
+
+
+def _width(recorded: RecordedPass, pooled: Cut) -> int:
+    return recorded.graph.shape(pooled.node)[1:].numel()
 
 
 def _refusal(recorded: RecordedPass, reason: str, cause: Exception | None = None) -> Refusal:
     return Refusal(
-        f"The closed form needs every filter of `{recorded.layer}` to reach one input of a linear classifier "
+        f"The closed form needs every filter of `{recorded.layer}` to reach one pooled feature "
         f"on its own (normalisation in eval mode, activation, skip, pooling): {reason}.\n"
         f"  path: {recorded.path}\n"
-        f"  Name another convolution (`layer=...`) or the classifier (`classifier=...`).",
+        f"  Name another convolution (`layer=...`).",
         cause,
     )
 
 
-def _completed(certificate: Certificate, features: int) -> Tensor:
-    """Return the feature index with the features that no active filter feeds given to the inactive filters.
+def _completed(certificate: Certificate, features: int) -> Certificate:
+    """Return the certificate with the features that no active filter feeds given to the inactive filters.
 
-    Each of the classifier's columns is then counted once; an inactive filter adds nothing else.
+    That is known only where each feature belongs to one of the filters: none comes from a skip connection.
     """
     index, inactive = certificate.feature_index.clone(), certificate.inactive.nonzero().flatten()
+    if len(index) != features:
+        return replace(certificate, is_fed=~certificate.inactive)
     is_free = torch.ones(features, dtype=torch.bool, device=index.device)
     is_free[index[~certificate.inactive]] = False
-    free = is_free.nonzero().flatten()[: len(inactive)]
-    index[inactive[: len(free)]] = free
-    return index
+    index[inactive] = is_free.nonzero().flatten()
+    return replace(certificate, feature_index=index, is_fed=torch.ones_like(certificate.inactive))
 
 
-def _certificate(recorded: RecordedPass, at_random_points: bool) -> Certificate | Refusal:
+def _certificate(recorded: RecordedPass, pooled: Cut, at_random_points: bool) -> Certificate | Refusal:
     generator = torch.Generator().manual_seed(0)
     if not at_random_points:
-        return _certified_at(recorded, recorded.points(), generator)
+        return _certified_at(recorded, pooled, recorded.points(), generator)
     certificates: list[Certificate] = []
     for points in _random_points(recorded, generator):
         # If every unit is inactive at a point, its derivatives are pure rounding error: they are judged against the
         # magnitudes found at the first point.
         scales = certificates[0].scales if certificates else None
-        verdict = _certified_at(recorded, points, generator, scales)
+        verdict = _certified_at(recorded, pooled, points, generator, scales)
         if isinstance(verdict, Refusal):
             return verdict
         certificates.append(verdict)
@@ -130,6 +180,8 @@ def _merged(recorded: RecordedPass, certificates: list[Certificate]) -> Certific
         inactive = inactive & other.inactive
     if not _is_injective(index, inactive):
         return _refusal(recorded, "several filters reach one feature, at different values")
+    if inactive.all():
+        return _refusal(recorded, "no derivative reaches the map; a step may round, or take a gradient of its own")
     return replace(first, feature_index=index, inactive=inactive, any_inactive=bool(inactive.any()))
 
 
@@ -139,34 +191,38 @@ def _is_injective(index: Tensor, inactive: Tensor) -> bool:
 
 def _certified_at(
     recorded: RecordedPass,
+    pooled: Cut,
     points: dict[int, Tensor],
     generator: torch.Generator,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Certificate | Refusal:
-    features = recorded.features_at(points)
+    features = features_at(recorded, pooled, points)
     used = [0]
     if len(points) > 1:
         gradients = torch.autograd.grad(features.sum(), list(points.values()), retain_graph=True, allow_unused=True)
         used = [i for i, gradient in enumerate(gradients) if gradient is not None]
     if len(used) != 1:
-        reason = f"{len(used)} calls of `{recorded.layer}` reach the classifier in one forward pass"
+        reason = f"{len(used)} calls of `{recorded.layer}` reach the loss in one step"
         return _refusal(recorded, reason)
     point = list(points.values())[used[0]]
     first, second = scales or (point.new_zeros(()), point.new_zeros(()))
     index, inactive, first = _feature_index(features, point, generator, first)
     if index is None:
-        return _refusal(recorded, _breaking_step(recorded, used[0]))
-    operations = recorded.graph.operations[: recorded.classifier.end]
+        return _refusal(recorded, _breaking_step(recorded, pooled, used[0]))
+    operations = recorded.graph.operations[: pooled.end]
     is_curved = not all(operation.is_piecewise_linear for operation in operations)
     if is_curved:
         by_position, second = _acts_by_position(features, point, generator, second)
         if not by_position:
             return _refusal(recorded, "a curved activation acts on several positions of a map at once")
     return Certificate(
-        signature=recorded.signature,
+        signature=signature_of(recorded, pooled),
+        captures=recorded.graph.captures,
+        connections=connections_of(recorded, pooled),
         call=used[0],
         feature_index=index,
         inactive=inactive,
+        is_fed=~inactive,
         any_inactive=bool(inactive.any()),
         scales=(first, second),
         has_second_derivative=is_curved,
@@ -273,38 +329,16 @@ def _acts_by_position(
     return allclose_at_scale(turned, direction * ones, scale), scale
 
 
-def _breaking_step(recorded: RecordedPass, used: int) -> str:
+def _breaking_step(recorded: RecordedPass, pooled: Cut, used: int) -> str:
     """Name the first step after which a channel no longer depends on one filter alone."""
     generator = torch.Generator().manual_seed(1)
     node, points = recorded.calls[used].node, next(_random_points(recorded, generator))
-    for end, operation in enumerate(recorded.graph.operations[: recorded.classifier.end], start=1):
+    for end, operation in enumerate(recorded.graph.operations[: pooled.end], start=1):
         outputs = recorded.graph.replay(points, end)
         for result in operation.results:
             output = outputs[result]
             if not output.numel() or not output.requires_grad or output.dim() < 2 or len(output) != len(points[node]):
                 continue
             if _feature_index(output, points[node], generator, output.new_zeros(()))[0] is None:
-                return f"step {end}, `{operation.name}`, mixes them (its output has shape {tuple(output.shape)})"
+                return f"step {end}, `{operation.name}`, mixes the filters (its output has shape {tuple(output.shape)})"
     return "the steps after it mix filters"
-
-
-def _refused_module(recorded: RecordedPass) -> Refusal | None:
-    """Return why the convolution or the classifier did not compute what their weights say; None if they did."""
-    values, call = recorded.graph.captures, recorded.classifier
-    if recorded.weight_is_shared:
-        return _refusal(recorded, f"the weight of `{recorded.layer}` is shared with another module")
-    z, inputs = values.value(recorded.calls[0].output), values.value(recorded.calls[0].inputs)
-    for what, value in ((f"the output of `{recorded.layer}`", z), ("the logits", call.output)):
-        if broken := int(value.flatten(1).isnan().any(1).sum()):
-            raise NonFiniteError(f"A measurement needs numbers; {what} is NaN in {broken} of {len(value)} samples.")
-    geometry = ConvGeometry.of(recorded.convolution)
-    rows = patches(upcast(inputs[:2]), geometry).to(recorded.weight.dtype)
-    filters = recorded.weight.unflatten(0, (geometry.groups, -1))
-    computed = (filters @ rows.mT).flatten(1, 2) + recorded.bias.unsqueeze(-1)
-    if not allclose_for_dtype(computed, z[:2].flatten(2)):
-        return _refusal(recorded, f"`{recorded.layer}` does more than convolve with its `weight`")
-    if call.weights is not None:
-        weight, bias = call.weights
-        if not allclose_for_dtype(upcast(call.inputs.detach()).flatten(1) @ weight.mT + bias, call.output):
-            return _refusal(recorded, f"`{call.name}` does more than multiply by its `weight`")
-    return None

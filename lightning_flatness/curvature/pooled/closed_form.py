@@ -15,6 +15,7 @@ from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.functional.flatness import pairs_pay
 from lightning_flatness.functional.gram import BLOCK_ROWS
+from lightning_flatness.losses import Differentiated
 from lightning_flatness.precision import full_precision
 
 
@@ -27,36 +28,62 @@ class _Flatness(NamedTuple):
 
 
 def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
-    """Return every quantity that the closed form gives.
+    """Return every quantity that the closed form gives for this head and loss.
 
-    Without targets there are no margins; losses and tails whose curvature depends on the label need them.
+    Margins need labels, scale-free flatness a softmax or a sigmoid behind a piecewise linear head, the factors and the
+    quantities of the classifier a linear head.
 
     Args:
         derivatives: of one batch.
-
-    Raises:
-        ValueError: if the curvature depends on the label and there are no targets.
     """
     loss, logits, target = derivatives.loss, derivatives.logits, derivatives.target
     flatness = _flatness(derivatives)
     diagonal = _curvature_diagonal(derivatives)
     uncertainty = loss.curvature_trace(logits, target)
-    features, labelled = derivatives.features, target is not None
     return SampleQuantities(
         hessian_trace=_hessian_trace(derivatives, flatness.filter_squared_norm, diagonal),
         relative_flatness=flatness.relative,
         confidence=uncertainty,
-        scaled_flatness=flatness.scaled,
-        logit_mean_square=loss.logit_mean_square(logits),
-        feature_squared_norm=flatness.filter_squared_norm.sum(-1),
-        head_squared_norm=derivatives.used_head.square().sum(),
-        kernel_squared_norm=derivatives.kernel_gram.diagonal().sum(),
-        affine_hessian_trace=LF.affine_trace(features, uncertainty),
-        head_relative_flatness=LF.linear_relative_flatness(features, diagonal),
-        output_margin=loss.output_margin(logits, target) if labelled else None,
-        softmax_margin=loss.softmax_margin(logits, target) if labelled else None,
-        margin_bound=LF.affine_trace(features, loss.trace_bound(logits, target)) if labelled else None,
+        **_scale_free(derivatives, flatness),
+        **_of_a_linear_head(derivatives, flatness, diagonal, uncertainty),
+        **_margins(derivatives),
     )
+
+
+def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str, Tensor]:
+    if isinstance(derivatives.loss, Differentiated) or derivatives.head_curvature is not None:
+        return {}
+    return {
+        "scaled_flatness": flatness.scaled,
+        "logit_mean_square": derivatives.loss.logit_mean_square(derivatives.logits),
+    }
+
+
+def _of_a_linear_head(
+    derivatives: PooledDerivatives, flatness: _Flatness, diagonal: Tensor, uncertainty: Tensor
+) -> dict[str, Tensor]:
+    if not derivatives.is_linear:
+        return {}
+    return {
+        "feature_squared_norm": flatness.filter_squared_norm.sum(-1),
+        "head_squared_norm": derivatives.used_head.square().sum(),
+        "kernel_squared_norm": derivatives.kernel_gram.diagonal().sum(),
+        "affine_hessian_trace": LF.affine_trace(derivatives.features, uncertainty),
+        "head_relative_flatness": LF.linear_relative_flatness(derivatives.features, diagonal),
+    }
+
+
+def _margins(derivatives: PooledDerivatives) -> dict[str, Tensor]:
+    loss, logits, target = derivatives.loss, derivatives.logits, derivatives.target
+    if target is None or isinstance(loss, Differentiated):
+        return {}
+    values = {
+        "output_margin": loss.output_margin(logits, target),
+        "softmax_margin": loss.softmax_margin(logits, target),
+    }
+    if derivatives.is_linear:
+        values["margin_bound"] = LF.affine_trace(derivatives.features, loss.trace_bound(logits, target))
+    return values
 
 
 def hessian_trace(derivatives: PooledDerivatives) -> Float[Tensor, " n"]:
@@ -87,7 +114,10 @@ def relative_flatness(derivatives: PooledDerivatives) -> Float[Tensor, "n u"]:
 
 
 def _hessian_trace(derivatives: PooledDerivatives, squared_norm: Tensor, diagonal: Tensor) -> Tensor:
-    trace = LF.hessian_trace(squared_norm, diagonal[:, derivatives.feature_index])
+    trace = LF.hessian_trace(squared_norm, diagonal[:, derivatives.feature_index] * derivatives.is_fed)
+    if derivatives.head_curvature is not None:
+        bent = derivatives.head_curvature.diagonal(dim1=1, dim2=2)[:, derivatives.feature_index] * derivatives.is_fed
+        trace = trace + LF.hessian_trace(squared_norm, bent)
     if derivatives.second_derivative is None:
         return trace
     with full_precision(derivatives.logits.device):
@@ -102,13 +132,19 @@ def _flatness(derivatives: PooledDerivatives) -> _Flatness:
 
 def _chunk_flatness(derivatives: PooledDerivatives) -> _Flatness:
     gram, logits = _gram(derivatives), derivatives.logits
-    taus = torch.cat([LF.TEMPERATURES.new_ones(1), LF.TEMPERATURES]).to(logits)
+    taus = LF.TEMPERATURES.new_ones(1).to(logits)
+    if not isinstance(derivatives.loss, Differentiated) and derivatives.head_curvature is None:
+        taus = torch.cat([taus, LF.TEMPERATURES.to(logits)])
     scaled = logits.unsqueeze(-1) / taus
     loss, target = derivatives.loss, derivatives.target
     flatness = loss.relative_flatness(scaled, derivatives.used_head, gram, target) / taus.square()
     if derivatives.second_derivative is not None:
         added = _activation_curvature(derivatives) * derivatives.kernel_gram.diagonal()
         flatness = flatness + _label_term(derivatives, scaled, added) / taus
+    if derivatives.head_curvature is not None:
+        index, fed = derivatives.feature_index, derivatives.is_fed
+        bent = derivatives.head_curvature[:, index][:, :, index] * fed * fed.unsqueeze(-1)
+        flatness = flatness + gram.contraction(bent).unsqueeze(1)
     return _Flatness(gram.squared_norms(), flatness[:, 0], flatness[:, 1:])
 
 
@@ -136,7 +172,11 @@ def _label_term(
     derivatives: PooledDerivatives, logits: Float[Tensor, "n c t"], added: Float[Tensor, "n k"]
 ) -> Float[Tensor, "n t"]:
     """Return `sum_k t_k`: what the curvature of the activation adds through the gradient of the loss in the logits."""
-    return derivatives.loss.logit_gradient_product(logits, added @ derivatives.used_head.mT, derivatives.target)
+    return derivatives.loss.logit_gradient_product(logits, _pushed(added, derivatives.used_head), derivatives.target)
+
+
+def _pushed(vectors: Float[Tensor, "n k"], head: Float[Tensor, "*n c k"]) -> Float[Tensor, "n c"]:
+    return (head @ vectors.unsqueeze(-1)).squeeze(-1)
 
 
 def _by_chunks(
@@ -158,7 +198,7 @@ def _by_chunks(
 
 def _bytes_per_sample(derivatives: PooledDerivatives) -> int:
     """Return an estimate of what temporary tensors take for one sample."""
-    classes, filters, temperatures = len(derivatives.head), derivatives.jacobian.shape[1], 1 + len(LF.TEMPERATURES)
+    classes, filters, temperatures = derivatives.head.shape[-2], derivatives.jacobian.shape[1], 1 + len(LF.TEMPERATURES)
     pixels = prod(derivatives.geometry.padded_shape(derivatives.inputs.shape[2:]))
     weights = derivatives.inputs.shape[1] * prod(derivatives.geometry.kernel)
     rows = classes if pairs_pay(classes, filters, temperatures) else classes + temperatures

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_flatness.functional import ConvGeometry
-from lightning_flatness.losses import CrossEntropy, Loss
+from lightning_flatness.losses import CrossEntropy, Form
 
 CHUNK_BYTES = 64 * 2**20
 """What temporary tensors may take at once by default."""
@@ -24,15 +24,16 @@ class PooledDerivatives:
         inputs: `A`, the input of the monitored convolution, shape (n, channels, *space).
         jacobian: `M_ks = d p_{pi(k)} / d z_ks`, shape (n, k, s).
         second_derivative: `d2 p_{pi(k)} / d z_ks^2`, shape (n, k, s); None where the tail is piecewise linear.
-        features: `p`, the input of the classifier, shape (n, j).
+        features: `p`, the pooled features, shape (n, j).
         logits: `phi`, shape (n, c).
         kernel_gram: `W W^T`, inner products of the convolution's filters, shape (k, k).
-        head: `V`, the classifier's weight; the identity if the convolution is the classifier, shape (c, j).
+        head: `d phi / d p`, shape (c, j); (n, c, j) where it differs between samples.
         feature_index: `pi`, the feature that each filter feeds, shape (k,).
+        is_fed: filters whose feature is known, shape (k,).
         geometry: of the convolution.
-        target: what `losses.checked_targets` returns; None if unknown. Class indices, shape (n,), or probabilities
-            of the classes or labels, shape (n, c).
-        loss: of the training.
+        loss: of each sample in its logits.
+        target: what the loss reads; None if it is in the loss.
+        head_curvature: see `objective.Objective`; None for a piecewise linear head.
         chunk_bytes: what temporary tensors may take at once; a single sample may take more.
     """
 
@@ -42,11 +43,13 @@ class PooledDerivatives:
     features: Float[Tensor, "n j"]
     logits: Float[Tensor, "n c"]
     kernel_gram: Float[Tensor, "k k"]
-    head: Float[Tensor, "c j"]
+    head: Float[Tensor, "*n c j"]
     feature_index: Int[Tensor, " k"]
+    is_fed: Bool[Tensor, " k"]
     geometry: ConvGeometry
+    loss: Form = field(default_factory=CrossEntropy)
     target: Int[Tensor, " n"] | Float[Tensor, "n c"] | None = None
-    loss: Loss = field(default_factory=CrossEntropy)
+    head_curvature: Float[Tensor, "n j j"] | None = None
     chunk_bytes: int = CHUNK_BYTES
 
     def __len__(self) -> int:
@@ -62,15 +65,22 @@ class PooledDerivatives:
         }
         return replace(self, **changes)
 
-    def select(self, samples: slice) -> PooledDerivatives:
+    def select(self, samples: slice | Tensor) -> PooledDerivatives:
         """Return the derivatives of some of the samples."""
-        per_sample = ("inputs", "jacobian", "second_derivative", "features", "logits", "target")
+        per_sample = ("inputs", "jacobian", "second_derivative", "features", "logits", "target", "head_curvature")
         changes: dict[str, Any] = {
             name: value[samples] for name in per_sample if (value := getattr(self, name)) is not None
         }
-        return replace(self, **changes)
+        if self.head.dim() == 3:
+            changes["head"] = self.head[samples]
+        return replace(self, **changes, loss=self.loss.select(samples))
 
     @property
-    def used_head(self) -> Float[Tensor, "c k"]:
-        """The classifier's columns in the order of the filters that feed them."""
-        return self.head[:, self.feature_index]
+    def used_head(self) -> Float[Tensor, "*n c k"]:
+        """The columns of the head in the order of the filters that feed them; zero where that is not known."""
+        return self.head[..., self.feature_index] * self.is_fed
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the head is affine, and the same for all samples."""
+        return self.head.dim() == 2 and self.head_curvature is None

@@ -9,71 +9,79 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.curvature.pooled.certificate import Certificate, certify
+from lightning_flatness.curvature.objective import objective
+from lightning_flatness.curvature.pooled.certificate import (
+    Certificate,
+    certify,
+    connections_of,
+    features_at,
+    signature_of,
+)
 from lightning_flatness.curvature.pooled.closed_form import sample_quantities
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import Refusal
+from lightning_flatness.errors import NonFiniteError, Refusal
 from lightning_flatness.functional import ConvGeometry
-from lightning_flatness.losses import CrossEntropy, Loss, checked_targets
-from lightning_flatness.precision import full_precision, is_low_precision, upcast
+from lightning_flatness.precision import allclose_for_dtype, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
-from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.recording.graph import Cut
+from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
 
 
 class PooledMethod:
     """The exact Hessian trace and relative flatness of a convolution under global pooling, for every sample.
 
-    It certifies in the first pass that the closed form is exact, and again whenever the recorded operations change.
-    The certificate and the filters' Gram matrix are kept from pass to pass.
+    Every link from the convolution to the loss is proved or refused. The pooled features are the first tensor with one
+    row per sample through which all influence of the map on the loss passes. That each of them depends on one filter
+    alone is certified, and certified anew whenever an operation, its arguments, its wiring or a captured value that
+    could connect filters changes. What follows them, head and loss, is analysed in every pass.
 
     Args:
-        loss: the training loss of the logits; None: cross-entropy.
-        chunk_bytes: what temporary tensors may take at once.
+        chunk_bytes: how much memory the contraction over filters may take at once.
 
     Example:
         >>> method = PooledMethod()
-        >>> method.quantities(recorder.take_pass(), labels).hessian_trace  # doctest: +SKIP
+        >>> method.quantities(recorder.take_pass(loss)).hessian_trace  # doctest: +SKIP
     """
 
     name = "pooled"
 
-    def __init__(self, loss: Loss | None = None, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
         """Start with no certificate."""
-        self._loss, self._chunk_bytes = loss or CrossEntropy(), chunk_bytes
+        self._chunk_bytes = chunk_bytes
         self._certificate: Certificate | None = None
         self._kernel_gram = _KernelGram()
 
-    def quantities(self, recorded: RecordedPass, target: Any = None, samples: slice = slice(None)) -> SampleQuantities:
-        """Return the quantities of a recorded pass.
+    def quantities(self, recorded: RecordedPass, samples: slice = slice(None)) -> SampleQuantities:
+        """Return the quantities of a recorded pass, for the samples that the loss depends on.
 
         Args:
-            recorded: the forward pass.
-            target: class indices of the batch, shape (n,), or what else the loss reads; they are checked.
+            recorded: the pass.
             samples: which of its samples to measure.
 
         Raises:
-            UnsupportedTailError: if the closed form is not exact for this network.
-            NonFiniteError: if the convolution's output or the logits hold NaN when the tail is certified.
-            ValueError: if the targets are not what the loss reads.
+            UnsupportedTailError: if the closed form is not exact for this network and loss.
+            NonFiniteError: if the pooled features or the logits hold NaN.
         """
-        derivatives = self.derivatives(recorded, target).select(samples)
-        with not_recorded():
+        derivatives = self.derivatives(recorded, samples)
+        with not_recorded(), torch.inference_mode(False):
             return sample_quantities(derivatives)
 
-    def derivatives(self, recorded: RecordedPass, target: Any = None) -> PooledDerivatives:
+    def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> PooledDerivatives:
         """Return the tensors from which the quantities follow; arguments and errors are those of `quantities`."""
         with ExitStack() as stack:
             for context in (not_recorded(), torch.inference_mode(False), torch.enable_grad()):
                 stack.enter_context(context)
-            stack.enter_context(torch.autocast(recorded.weight.device.type, enabled=False))
-            return self._derivatives(recorded, target)
+            stack.enter_context(torch.autocast(recorded.calls[0].weight.device.type, enabled=False))
+            return self._derivatives(recorded, samples)
 
-    def _derivatives(self, recorded: RecordedPass, target: Any) -> PooledDerivatives:
-        certificate, is_new = self._certified(recorded)
+    def _derivatives(self, recorded: RecordedPass, samples: slice) -> PooledDerivatives:
+        pooled = _require(_pooled_features(recorded))
+        certificate = self._certified(recorded, pooled)
         call = recorded.calls[certificate.call]
         points = recorded.points()
-        features = recorded.features_at(points)
+        features = features_at(recorded, pooled, points)
+        _require_same(recorded, pooled, features)
         point = points[call.node]
         (jacobian,) = torch.autograd.grad(features.sum(), point, create_graph=certificate.has_second_derivative)
         second = None
@@ -81,32 +89,87 @@ class PooledMethod:
             (second,) = torch.autograd.grad(jacobian.sum(), point, materialize_grads=True)
         newly_active = certificate.any_inactive and jacobian[:, certificate.inactive].any()
         if newly_active or not certificate.is_value_independent:  # what holds for these very values
-            certificate = _require(certify(recorded, at_random_points=False))
-        jacobian, features = jacobian.detach(), features.detach()
-        head, logits = _head_and_logits(recorded, features)
-        look = is_new or not logits.is_cuda  # later batches must not wait for the device
-        dtype, classes = jacobian.dtype, logits.shape[1]
-        return PooledDerivatives(
+            certificate = _require(certify(recorded, pooled, at_random_points=False))
+        goal = _require(objective(recorded, pooled, features))
+        if broken := int(goal.logits.isnan().any(1).sum()):
+            raise NonFiniteError(
+                f"A measurement needs numbers; got logits that are NaN in {broken} of {len(goal.logits)} samples. "
+                "Look for an overflow in the network."
+            )
+        chosen = torch.zeros_like(goal.counted)
+        chosen[samples] = True
+        dtype = jacobian.dtype
+        derivatives = PooledDerivatives(
             inputs=upcast(recorded.graph.captures.value(call.inputs)).to(dtype),
-            jacobian=jacobian.flatten(2).contiguous(),  # of one number, where the pooling follows at once
+            jacobian=jacobian.detach().flatten(2).contiguous(),  # of one number, where the pooling follows at once
             second_derivative=None if second is None else second.flatten(2),
-            features=features,
-            logits=logits.to(dtype),
-            kernel_gram=self._kernel_gram.of(recorded.weight).to(dtype),
-            head=head.to(dtype),
+            features=features.detach(),
+            logits=goal.logits.to(dtype),
+            kernel_gram=self._kernel_gram.of(call.weight).to(dtype),
+            head=goal.head.to(dtype),
             feature_index=certificate.feature_index,
-            geometry=ConvGeometry.of(recorded.convolution),
-            target=None if target is None else checked_targets(target, len(logits), classes, self._loss, look),
-            loss=self._loss,
+            is_fed=certificate.is_fed,
+            geometry=_geometry(recorded, call),
+            loss=goal.loss,
+            target=None if goal.target is None else goal.target.to(dtype),
+            head_curvature=None if goal.head_curvature is None else goal.head_curvature.to(dtype),
             chunk_bytes=self._chunk_bytes,
         )
+        kept = chosen & goal.counted
+        return derivatives if bool(kept.all()) else derivatives.select(kept)
 
-    def _certified(self, recorded: RecordedPass) -> tuple[Certificate, bool]:
-        """Return the certificate of this tail, and whether it was made for this pass."""
-        if self._certificate is not None and self._certificate.signature == recorded.signature:
-            return self._certificate, False
-        self._certificate = _require(certify(recorded))
-        return self._certificate, True
+    def _certified(self, recorded: RecordedPass, pooled: Cut) -> Certificate:
+        """Return the certificate of this tail: the last one if everything that it depends on is equal."""
+        known = self._certificate
+        if known is not None and known.signature == signature_of(recorded, pooled):
+            pairs = zip(known.connections, connections_of(recorded, pooled), strict=True)
+            if all(known.captures.same(old, recorded.graph.captures, new) for old, new in pairs):
+                return known
+        self._certificate = _require(certify(recorded, pooled))
+        return self._certificate
+
+
+def _pooled_features(recorded: RecordedPass) -> Cut | Refusal:
+    """Return the first tensor with one row per sample through which all influence on the loss passes."""
+    for cut in recorded.cuts[:-1]:
+        shape = recorded.graph.shape(cut.node)
+        if len(shape) >= 2 and shape[0] == len(recorded) and shape[2:].numel() == 1:
+            return cut
+    return Refusal(
+        f"All influence of `{recorded.layer}` on the loss must pass through one tensor with a row per sample, as a "
+        f"global pooling makes; none was found.\n  path: {recorded.path}\n  Name another convolution (`layer=...`)."
+    )
+
+
+def _require_same(recorded: RecordedPass, pooled: Cut, features: Tensor) -> None:
+    """Refuse a replay that does not give the features that the network computed."""
+    later = recorded.graph.operations[pooled.end :]
+    if any(pooled.node in operation.results for operation in later):
+        return  # overwritten since
+    observed = recorded.graph.tensor_of(pooled.node).detach().flatten(1)
+    if broken := int(observed.isnan().any(1).sum()) if not observed.is_cuda else 0:
+        raise NonFiniteError(
+            f"A measurement needs numbers; got pooled features that are NaN in {broken} of {len(observed)} samples. "
+            "Look for an overflow in the network."
+        )
+    if not observed.is_cuda and not allclose_for_dtype(features.detach(), observed):
+        raise Refusal(
+            f"Repeating the recorded steps after `{recorded.layer}` must give the features that the network computed; "
+            "it does not. A step is no torch operation, such as a kernel of an extension, and cannot be measured."
+        ).error()
+
+
+def _geometry(recorded: RecordedPass, call: ConvolutionCall) -> ConvGeometry:
+    """Return how the operation's output positions see its input: what the module pads itself is padded already."""
+    stride, padding, dilation, *_, groups = call.geometry
+    kernel = tuple(recorded.convolution.kernel_size)
+    dims = len(kernel)
+
+    def each(values: Any) -> tuple[int, ...]:
+        return tuple(values) if len(values) == dims else tuple(values) * dims
+
+    pairs = tuple((side, side) for side in each(padding))
+    return ConvGeometry(kernel, each(stride), pairs, each(dilation), groups, "zeros")
 
 
 class _KernelGram:
@@ -123,20 +186,8 @@ class _KernelGram:
         return self._known[1]
 
 
-def _require(verdict: Certificate | Refusal) -> Certificate:
-    """Return the certificate; this is where a refusal is raised."""
+def _require(verdict: Any) -> Any:
+    """Return the verdict; this is where a refusal is raised."""
     if isinstance(verdict, Refusal):
         raise verdict.error()
     return verdict
-
-
-def _head_and_logits(recorded: RecordedPass, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the classifier's weight `V` and the logits; logits in half precision are computed anew in float32."""
-    call = recorded.classifier
-    if call.weights is None:
-        return torch.eye(features.shape[1]).to(features), upcast(call.output)
-    weight, bias = call.weights
-    if not is_low_precision(call.output):
-        return weight, call.output
-    with full_precision(features.device):
-        return weight, features @ weight.mT + bias
