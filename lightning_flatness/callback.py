@@ -13,7 +13,7 @@ from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import keys_of
-from lightning_flatness.losses import Loss, as_loss
+from lightning_flatness.losses import as_loss
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.rules import AllOf, AnyOf, Rule
@@ -66,7 +66,7 @@ class FlatnessMonitor(Callback):
         every_n_validations: int = 1,
         rules: Rule | AllOf | AnyOf | Sequence[Rule | AllOf | AnyOf] | Literal["default"] = (),
         target: Callable[[Any], Tensor] | None = None,
-        loss: str | nn.Module | Loss = "cross_entropy",
+        loss: str | nn.Module | Callable[[Any, Any], Tensor] | None = None,
         name: str | None = None,
         strict: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
@@ -87,7 +87,7 @@ class FlatnessMonitor(Callback):
         self.max_samples = max_samples
         self.every_n_validations = every_n_validations
         self.target = target
-        self.loss = as_loss(loss)
+        self.loss = None if loss is None else as_loss(loss)
         self.name = name if name is not None else "train" if data == "train" else ""
         self.strict = strict
         self.chunk_bytes = chunk_bytes
@@ -126,9 +126,9 @@ class FlatnessMonitor(Callback):
         if self._is_due:
             with self._failures.contained(self._close):
                 recorder = ForwardRecorder(pl_module, self.layer, self.classifier)
-                method = PooledMethod(self.loss, self.chunk_bytes)
+                method = PooledMethod(self.chunk_bytes)
                 self._validation = MeasuredValidation(
-                    recorder, method, trainer, pl_module, self.data, self.max_samples, self.target
+                    recorder, method, trainer, pl_module, self.data, self.max_samples, self.target, self.loss
                 )
 
     def on_validation_batch_start(
@@ -156,7 +156,7 @@ class FlatnessMonitor(Callback):
         """Measure the batch that has just passed through the network."""
         if self._validation is not None:
             with self._failures.contained(self._close):
-                self._validation.after_batch(batch, dataloader_idx)
+                self._validation.after_batch(outputs, batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks, and log the means over all samples of all processes."""

@@ -12,6 +12,7 @@ r"""Training losses whose curvature in the logits has a closed form, and checks 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -294,7 +295,7 @@ Form: TypeAlias = CrossEntropy | BinaryCrossEntropy | Differentiated
 _NAMES: dict[str, Loss] = {"cross_entropy": CrossEntropy(), "bce_with_logits": BinaryCrossEntropy()}
 
 
-def as_loss(loss: str | nn.Module | Loss) -> Loss:
+def as_loss(loss: str | nn.Module | Loss | Callable[..., Tensor]) -> Loss | Callable[..., Tensor]:
     """Return the loss that a name or a torch module stands for.
 
     Args:
@@ -329,9 +330,11 @@ def as_loss(loss: str | nn.Module | Loss) -> Loss:
     if type(loss) is nn.BCEWithLogitsLoss:
         weights = (_class_weights(name, getattr(loss, name)) for name in ("weight", "pos_weight"))
         return BinaryCrossEntropy(*weights)
+    if callable(loss):
+        return loss
     raise ValueError(
-        f"`loss` must be one of {list(_NAMES)}, an `nn.CrossEntropyLoss` or an `nn.BCEWithLogitsLoss`, whose "
-        f"curvature has a closed form; got {loss!r}. Pass the loss of the training as one of these."
+        f"`loss` must be one of {list(_NAMES)}, a loss module of torch, or a function of the outputs and the targets; "
+        f"got {loss!r}. Pass the loss of the training."
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.data.passes import device_of, measured_batches, preserved_state
+from lightning_flatness.data.passes import ASSUMED, device_of, measured_batches, preserved_state
 from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
 from lightning_flatness.losses import Loss, as_loss
@@ -42,12 +42,14 @@ class FlatnessReport:
         n_samples: number of samples.
         relative_flatness: mean over samples, see `functional.relative_flatness`.
         hessian_trace: mean over samples, see `functional.hessian_trace`.
-        scale_free_flatness: relative flatness of the predictor with its logits divided by their spread.
+        scale_free_flatness: relative flatness of the predictor with its logits divided by their spread; None where the
+            loss is neither cross-entropy nor binary cross-entropy, or the head is curved.
         confidence: mean of `1 - |S|^2`, see `functional.confidence`.
         margins: statistics of the signed output margins.
         samples: per-sample values by name, shape (n,), if they were asked for.
-        method: `"gap"`, the closed form under global pooling.
-        exact: whether the numbers are exact; True for `"gap"`, which refuses what it cannot do exactly.
+        method: `"pooled"`, the closed form under global pooling.
+        exact: whether the numbers are exact; True for `"pooled"`, which refuses what it cannot do exactly.
+        assumed: what was assumed instead of proved, in words.
     """
 
     layer: str
@@ -55,12 +57,13 @@ class FlatnessReport:
     n_samples: int
     relative_flatness: float
     hessian_trace: float
-    scale_free_flatness: float
+    scale_free_flatness: float | None
     confidence: float
     margins: dict[str, float]
     samples: dict[str, Tensor] | None = None
-    method: str = "gap"
+    method: str = PooledMethod.name
     exact: bool = True
+    assumed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python types, without the per-sample values."""
@@ -68,15 +71,17 @@ class FlatnessReport:
 
     def __str__(self) -> str:
         """Return the report as a table."""
+        scale_free = self.scale_free_flatness
         rows = [
             ("layer", self.layer),
             ("classifier", self.classifier),
             ("samples", f"{self.n_samples}"),
             ("relative flatness", f"{self.relative_flatness:.6g}  (lower is flatter)"),
             ("Hessian trace", f"{self.hessian_trace:.6g}  (lower is flatter)"),
-            ("scale-free flatness", f"{self.scale_free_flatness:.6g}  (lower is flatter)"),
+            *([("scale-free flatness", f"{scale_free:.6g}  (lower is flatter)")] if scale_free is not None else []),
             ("confidence 1 - |S|^2", f"{self.confidence:.6g}  (lower is more confident)"),
             *((f"margin {name}", f"{value:.6g}") for name, value in self.margins.items()),
+            *(("assumed", what) for what in self.assumed),
         ]
         return "\n".join(f"{name:<22}{value}" for name, value in rows)
 
@@ -130,9 +135,7 @@ def measure(
     evaluation = Evaluation(device_of(model), method.name)
     parts: list[SampleQuantities] = []
     with preserved_state(model):
-        for quantities in measured_batches(
-            recorder, method, model, batches, max_samples, target, criterion
-        ):
+        for quantities in measured_batches(recorder, method, model, batches, max_samples, target, criterion):
             evaluation.update(quantities)
             if per_sample:
                 parts.append(quantities)
@@ -147,14 +150,19 @@ def measure(
         n_samples=evaluation.samples,
         relative_flatness=values[RELATIVE],
         hessian_trace=values[TRACE],
-        scale_free_flatness=values[SCALE_FREE],
+        scale_free_flatness=values.get(SCALE_FREE),
         confidence=values[CONFIDENCE],
         margins={
             key.removeprefix("margin/"): value
             for key, value in values.items()
             if key.startswith("margin/") and key not in (SOFTMAX_MARGIN, MARGIN_BOUND)
         },
-        samples={name: torch.cat([getattr(part, name) for part in parts]) for name in _QUANTITIES}
-        if per_sample
-        else None,
+        samples=_per_sample(parts) if per_sample else None,
+        assumed=(ASSUMED,) if loss is None else (),
     )
+
+
+def _per_sample(parts: list[SampleQuantities]) -> dict[str, Tensor]:
+    """Return the quantities that all batches have."""
+    names = [name for name in _QUANTITIES if all(getattr(part, name) is not None for part in parts)]
+    return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}

@@ -75,11 +75,16 @@ def objective(recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objectiv
     features = features.detach().double()
     loss = recorded.cuts[-1]
     candidates = [cut for cut in recorded.cuts if cut.end >= pooled.end and _is_by_sample(recorded, cut, len(features))]
+    found: Objective | Refusal | None = None
     for cut in candidates[::-1]:
         tail = _Recorded(recorded, cut, loss)
-        if (form := _cross_entropy(tail, len(features)) or _sigmoid(tail, len(features))) is not None:
-            return _with_head(recorded, pooled, cut, features, form)
-    return _differentiated(recorded, pooled, candidates, features)
+        if (form := _cross_entropy(tail, len(features)) or _sigmoid(tail, len(features))) is None:
+            continue
+        goal = _with_head(recorded, pooled, cut, features, form)
+        if isinstance(goal, Objective) and goal.head_curvature is None:
+            return goal
+        found = found or goal  # an earlier tensor may be the logits as well, behind a straight head
+    return found or _differentiated(recorded, pooled, candidates, features)
 
 
 def _is_by_sample(recorded: RecordedPass, cut: Cut, samples: int) -> bool:
@@ -214,7 +219,9 @@ def _jacobian(recorded: RecordedPass, logits: Tensor, point: Tensor) -> tuple[Te
         (bent,) = torch.autograd.grad((rows * direction).sum(), point, retain_graph=True, materialize_grads=True)
         is_curved = bool(bent.abs().max() > 1e-12 * rows.abs().max())
     rows = rows.detach()
-    if not is_curved and torch.allclose(rows, rows[:1].expand_as(rows), rtol=_EXACT, atol=float(_EXACT * rows.abs().max())):
+    if not is_curved and torch.allclose(
+        rows, rows[:1].expand_as(rows), rtol=_EXACT, atol=float(_EXACT * rows.abs().max())
+    ):
         for call in recorded.linear_calls:  # the weight itself, if that is the head
             if len(call.weight) == len(cotangent) and call.weight.shape[1] == point.shape[1]:
                 weight = call.weight.double()

@@ -20,7 +20,6 @@ from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empt
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.recorder import ForwardRecorder
 
-
 ASSUMED = "the loss is assumed to be the cross-entropy of the network's output with the targets of the batch"
 
 

@@ -7,6 +7,7 @@ from lightning_flatness.metrics.flatness import (
     HessianTrace,
     RelativeFlatness,
     ScaleFreeFlatness,
+    Uncertainty,
 )
 from lightning_flatness.metrics.margin import MarginBound, MarginStatistics, SoftmaxMargin
 
@@ -20,4 +21,5 @@ __all__ = [
     "RelativeFlatness",
     "ScaleFreeFlatness",
     "SoftmaxMargin",
+    "Uncertainty",
 ]

@@ -42,12 +42,13 @@ class FlatnessMarginCorrelation(SampleMetric):
         if remove_outliers:
             _local_outlier_factor()
         self.quantities = tuple(quantities)
+        fields = {"aceht": "affine_hessian_trace"}
+        self.requires = ("output_margin", *(fields.get(name, name) for name in quantities))
         self.remove_outliers = remove_outliers
         for name in dict.fromkeys(("trace", "output_margin", *quantities)):
             self._add_values(name)
 
-    def update(self, quantities: SampleQuantities) -> None:
-        """Add the samples of one batch."""
+    def _add(self, quantities: SampleQuantities) -> None:
         values = {
             "trace": quantities.hessian_trace,
             "aceht": quantities.affine_hessian_trace,
@@ -56,9 +57,8 @@ class FlatnessMarginCorrelation(SampleMetric):
         }
         for name in dict.fromkeys(("trace", "output_margin", *self.quantities)):
             getattr(self, name).append(given(values[name], name).double())
-        self.samples += len(quantities)
 
-    def compute(self) -> dict[str, Tensor]:
+    def _value(self) -> dict[str, Tensor]:
         """Return r by `quantity/group`, over all samples so far."""
         trace, margin = self._values("trace"), self._values("output_margin")
         groups = {"all": torch.ones_like(margin, dtype=torch.bool), "correct": margin >= 0, "wrong": margin < 0}

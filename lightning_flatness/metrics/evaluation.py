@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.keys import (
     ACEHT,
+    CONFIDENCE,
     MARGIN_BOUND,
     MARGIN_CORRELATION,
     RELATIVE,
@@ -24,6 +25,7 @@ from lightning_flatness.metrics.flatness import (
     RelativeFlatness,
     SampleMetric,
     ScaleFreeFlatness,
+    Uncertainty,
 )
 from lightning_flatness.metrics.margin import MarginBound, MarginStatistics, SoftmaxMargin
 
@@ -36,6 +38,7 @@ def _metrics() -> dict[str, SampleMetric]:
         RELATIVE: RelativeFlatness(),
         TRACE: HessianTrace(),
         SCALE_FREE: ScaleFreeFlatness(),
+        CONFIDENCE: Uncertainty(),
         "flatness": FlatnessFactors(),
         ACEHT: AffineHessianTrace(),
         MARGIN_CORRELATION: FlatnessMarginCorrelation(quantities=["margin_bound"]),
@@ -87,12 +90,14 @@ class Evaluation:
         values: dict[str, Tensor] = {}
         for key, metric in self._metrics.items():
             value = metric.compute()
+            if metric.is_absent:
+                continue
             values.update(
                 {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
             )
         if _LOGGED_CORRELATION in values:
             values[MARGIN_CORRELATION] = values[_LOGGED_CORRELATION]
-        return {key: values[key] for key in self._keys}
+        return {key: values[key] for key in self._keys if key in values}
 
     def _asks_for(self, key: str) -> bool:
         return any(f"{asked}/".startswith(f"{key}/") for asked in self._keys)

@@ -24,12 +24,36 @@ class SampleMetric(Metric):
     higher_is_better: bool | None = None
     full_state_update = False
 
+    requires: tuple[str, ...] = ()
+
     samples: Tensor
+    missing: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         """Start with no samples."""
         super().__init__(**kwargs)
         self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("missing", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.is_absent = False
+
+    def update(self, quantities: SampleQuantities) -> None:
+        """Add the samples of one batch; without the quantities that the metric needs it has no value."""
+        if any(getattr(quantities, name) is None for name in self.requires):
+            self.missing += 1
+            return
+        self._add(quantities)
+        self.samples += len(quantities)
+
+    def compute(self) -> Any:
+        """Return the value over all samples so far, of all processes; NaN if there is none."""
+        self.is_absent = bool(self.missing)
+        return self._value()
+
+    def _add(self, quantities: SampleQuantities) -> None:
+        raise NotImplementedError
+
+    def _value(self) -> Any:
+        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,12 +92,10 @@ class SampleMean(SampleMetric):
         super().__init__(**kwargs)
         self._add_sum("total")
 
-    def update(self, quantities: SampleQuantities) -> None:
-        """Add the samples of one batch."""
+    def _add(self, quantities: SampleQuantities) -> None:
         self.total += self._quantity(quantities).sum(dtype=self.total.dtype)
-        self.samples += len(quantities)
 
-    def compute(self) -> Tensor:
+    def _value(self) -> Tensor:
         """Return the mean over all samples so far; NaN if there were none."""
         return self.total / self.samples
 
@@ -95,8 +117,17 @@ class RelativeFlatness(SampleMean):
         return quantities.relative_flatness
 
 
+class Uncertainty(SampleMean):
+    """Mean trace of the loss's curvature in the logits, see `functional.confidence`; lower is more confident."""
+
+    def _quantity(self, quantities: SampleQuantities) -> Tensor:
+        return quantities.confidence
+
+
 class AffineHessianTrace(SampleMean):
     """Mean Hessian trace of the affine classifier (ACEHT), see `functional.affine_hessian_trace`; lower is flatter."""
+
+    requires = ("affine_hessian_trace",)
 
     def _quantity(self, quantities: SampleQuantities) -> Tensor:
         return given(quantities.affine_hessian_trace, "affine_hessian_trace")
@@ -112,6 +143,8 @@ class ScaleFreeFlatness(SampleMetric):
     of [2^-12, 2^12] counts as the nearer end.
     """
 
+    requires = ("scaled_flatness", "logit_mean_square")
+
     higher_is_better = False
 
     curve: Tensor
@@ -123,20 +156,20 @@ class ScaleFreeFlatness(SampleMetric):
         self._add_sum("curve", len(LF.TEMPERATURES))
         self._add_sum("logit_mean_square")
 
-    def update(self, quantities: SampleQuantities) -> None:
-        """Add the samples of one batch."""
+    def _add(self, quantities: SampleQuantities) -> None:
         mean_square = given(quantities.logit_mean_square, "logit_mean_square")
         self.curve += given(quantities.scaled_flatness, "scaled_flatness").sum(0, dtype=self.curve.dtype)
         self.logit_mean_square += mean_square.sum(dtype=self.logit_mean_square.dtype)
-        self.samples += len(quantities)
 
-    def compute(self) -> Tensor:
+    def _value(self) -> Tensor:
         """Return the value over all samples so far; NaN if there were none."""
         return LF.at_temperature(self.curve / self.samples, (self.logit_mean_square / self.samples).sqrt())
 
 
 class FlatnessFactors(SampleMetric):
     """The five factors of mean relative flatness, see `functional.attribution`; their product is that mean."""
+
+    requires = ("feature_squared_norm", "head_squared_norm", "kernel_squared_norm")
 
     totals: Tensor
 
@@ -145,8 +178,7 @@ class FlatnessFactors(SampleMetric):
         super().__init__(**kwargs)
         self._add_sum("totals", 5)
 
-    def update(self, quantities: SampleQuantities) -> None:
-        """Add the samples of one batch."""
+    def _add(self, quantities: SampleQuantities) -> None:
         features = given(quantities.feature_squared_norm, "feature_squared_norm")
         constants = (
             given(quantities.head_squared_norm, "head_squared_norm"),
@@ -155,9 +187,8 @@ class FlatnessFactors(SampleMetric):
         per_sample = (quantities.relative_flatness, quantities.confidence, features)
         sums = [quantity.sum(dtype=self.totals.dtype) for quantity in per_sample]
         self.totals += torch.stack([*sums, *(len(quantities) * constant.to(self.totals) for constant in constants)])
-        self.samples += len(quantities)
 
-    def compute(self) -> dict[str, Tensor]:
+    def _value(self) -> dict[str, Tensor]:
         """Return the factors over all samples so far; NaN if there were none."""
         relative, confidence, features, head, kernel = self.totals / self.samples
         return LF.attribution(relative, confidence, head, kernel, features)

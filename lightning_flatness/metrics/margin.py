@@ -17,6 +17,8 @@ class MarginStatistics(SampleMetric):
     Keeps one number per sample, so that the quantiles are exact; higher margins are better.
     """
 
+    requires = ("output_margin",)
+
     margins: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
@@ -24,18 +26,18 @@ class MarginStatistics(SampleMetric):
         super().__init__(**kwargs)
         self._add_values("margins")
 
-    def update(self, quantities: SampleQuantities) -> None:
-        """Add the samples of one batch."""
+    def _add(self, quantities: SampleQuantities) -> None:
         self.margins.append(given(quantities.output_margin, "output_margin").double())
-        self.samples += len(quantities)
 
-    def compute(self) -> dict[str, Tensor]:
+    def _value(self) -> dict[str, Tensor]:
         """Return mean, std, skewness, min, quantiles and the share of negative margins of all samples so far."""
         return LF.distribution(self._values("margins"))
 
 
 class SoftmaxMargin(SampleMean):
     """Mean signed softmax margin, see `functional.softmax_margin`; higher is better."""
+
+    requires = ("softmax_margin",)
 
     higher_is_better = True
 
@@ -45,6 +47,8 @@ class SoftmaxMargin(SampleMean):
 
 class MarginBound(SampleMean):
     """Mean bound of `AffineHessianTrace` by the margin, see `functional.margin_bound`; lower is flatter."""
+
+    requires = ("margin_bound",)
 
     def _quantity(self, quantities: SampleQuantities) -> Tensor:
         return given(quantities.margin_bound, "margin_bound")

@@ -77,7 +77,13 @@ class PassBuilder:
             self.tracer.is_convolving = False
 
     def _begin(
-        self, name: str, module: nn.Module, inputs: Tensor, output: Tensor, arguments: tuple[Any, ...], copies: WeightCopies
+        self,
+        name: str,
+        module: nn.Module,
+        inputs: Tensor,
+        output: Tensor,
+        arguments: tuple[Any, ...],
+        copies: WeightCopies,
     ) -> None:
         if len(output) == 0:
             raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
