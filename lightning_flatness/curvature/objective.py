@@ -116,7 +116,7 @@ def _random_points(tail: _Recorded, samples: int) -> list[tuple[Tensor, Tensor]]
 def _cross_entropy(tail: _Recorded, samples: int) -> tuple[CrossEntropy, Tensor] | None:
     """Return the form `sum_n w_n CE(q_n, phi_n) + const` with its labels and weights if the loss is one."""
     found: list[Tensor] = []
-    if tail.shape.numel() == samples:
+    if tail.shape.numel() == samples:  # one logit
         return None
     for point, direction in _random_points(tail, samples):
         gradient, product = _derivatives(tail, point, direction)
@@ -130,7 +130,7 @@ def _cross_entropy(tail: _Recorded, samples: int) -> tuple[CrossEntropy, Tensor]
         if (label.sum(-1, keepdim=True) - weight).abs().max() > _EXACT * scale or not weight.any():
             return None
         found.append(label)
-    if not torch.allclose(*found, rtol=0, atol=float(_EXACT * found[0].abs().max())):
+    if not _agree(*found):
         return None
     label = _snapped(found[0])
     return CrossEntropy(), label * _count_factor(label.sum(-1))
@@ -149,13 +149,18 @@ def _sigmoid(tail: _Recorded, samples: int) -> tuple[BinaryCrossEntropy, Tensor]
         if not weight.any() or both.min() < -_EXACT * scale:
             return None
         found.append(both)
-    if not torch.allclose(*found, rtol=0, atol=float(_EXACT * found[0].abs().max())):
+    if not _agree(*found):
         return None
     positive, negative = found[0]
     weight = positive + negative
     positive = _snapped(torch.stack([positive, negative], -1))[..., 0]
     labels = torch.where(weight > 0, positive / weight, 0.0)
     return BinaryCrossEntropy(weight * _count_factor(weight.sum(-1), weight.amax(-1))), labels
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors are equal up to the rounding of float64; not if there are NaN in them."""
+    return bool(((first - second).abs() <= _EXACT * second.abs().max()).all())
 
 
 def _snapped(values: Tensor) -> Tensor:

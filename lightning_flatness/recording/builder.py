@@ -27,6 +27,7 @@ class PassBuilder:
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
         reason: why the convolution that ran last cannot be followed; None if it can.
+        passed_over: name of the last convolution that was not followed as its output is a single position.
         seen: names of the convolutions that have been followed.
     """
 
@@ -40,6 +41,7 @@ class PassBuilder:
         self.is_ignored = False
         self.failure: Exception | None = None
         self.reason: str | None = None
+        self.passed_over: str | None = None
         self.seen: set[str] = set()
         self._watch: ConvolutionWatch | None = None
 
@@ -53,9 +55,12 @@ class PassBuilder:
             copies: of weights.
         """
 
-        def begin(inputs: Tensor, output: Tensor, arguments: tuple[Any, ...]) -> None:
+        def begin(inputs: Tensor, output: Tensor, arguments: dict[str, Any]) -> None:
             try:
-                if self._watch is None or (follow_any and output.shape[2:].numel() == 1):
+                if self._watch is None:
+                    return
+                if follow_any and output.shape[2:].numel() == 1:
+                    self.passed_over = name
                     return
                 self._begin(name, module, inputs, output, arguments, copies)
             except Exception as error:  # the user's forward pass must go on
@@ -82,12 +87,12 @@ class PassBuilder:
         module: nn.Module,
         inputs: Tensor,
         output: Tensor,
-        arguments: tuple[Any, ...],
+        arguments: dict[str, Any],
         copies: WeightCopies,
     ) -> None:
         if len(output) == 0:
             raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
-        if not _is_own_weight(module, arguments[1]):
+        if not _is_own_weight(module, arguments["weight"]):
             return
         dispatcher().detach(cast(ConvolutionWatch, self._watch))
         if self.tracer is None or name not in self.seen:
@@ -98,7 +103,7 @@ class PassBuilder:
             node, captured = graph.add_input(output)
             weight, bias = copies.of(module)
             self.convolution_calls.append(
-                ConvolutionCall(node, captured, graph.captures.add(inputs), weight, bias, arguments[3:9])
+                ConvolutionCall(node, captured, graph.captures.add(inputs), weight, bias, arguments)
             )
 
     def _start(self, name: str, module: nn.Module) -> None:
@@ -117,7 +122,7 @@ class PassBuilder:
         if self.tracer is None or (node := self.tracer.graph.node(inputs)) is None:
             return
         out = self.tracer.graph.node(output)
-        if out is not None and output.dim() >= 2 and output.shape[2:].numel() == 1:
+        if out is not None and output.numel() == len(output) * output.shape[-1]:
             self.linear_calls.append(LinearCall(name, node, out, *copies.of(module)))
 
     def add_output(self, name: str, output: Any) -> None:

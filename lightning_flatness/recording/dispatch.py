@@ -115,6 +115,9 @@ class GraphTracer:
             self.graph.out_of_memory = error
 
 
+_CONVOLUTIONS = ("convolution", "conv1d", "conv2d", "conv3d")
+
+
 class ConvolutionWatch:
     """Waits for the convolution within a module's call: the record begins at the operation's own output.
 
@@ -122,17 +125,21 @@ class ConvolutionWatch:
         on_convolution: called with the input, the output and the arguments of each convolution that runs.
     """
 
-    def __init__(self, on_convolution: Callable[[Tensor, Tensor, tuple[Any, ...]], None]) -> None:
+    def __init__(self, on_convolution: Callable[[Tensor, Tensor, dict[str, Any]], None]) -> None:
         self._on_convolution = on_convolution
 
     def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Keep the arguments of a convolution."""
-        return (args, kwargs) if func is torch.ops.aten.convolution.default and not args[6] else None
+        return (args, kwargs) if func.overloadpacket.__name__ in _CONVOLUTIONS else None
 
     def after(self, func: Any, encoded: tuple[Any, Any] | None, result: Any) -> None:
         """Hand a convolution on."""
         if encoded is not None:
-            self._on_convolution(encoded[0][0], result, encoded[0])
+            schema = func._schema.arguments
+            named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+            named.update({a.name: value for a, value in zip(schema, encoded[0], strict=False)} | encoded[1])
+            if not named.get("transposed"):
+                self._on_convolution(named.pop("input"), result, named)
 
 
 def _looks_computed(number: Any) -> bool:

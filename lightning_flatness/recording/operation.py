@@ -86,7 +86,10 @@ class Operation(NamedTuple):
         if "batch_norm" in self.name and training:
             raise GraphError(f"`{self.name}` runs in training mode: it mixes samples. Put the model in eval mode")
         if torch.Tag.nondeterministic_seeded in self.function.tags and drawn:
-            raise GraphError(f"`{self.name}` draws random numbers. Put the model in eval mode")
+            raise GraphError(
+                f"`{self.name}` draws random numbers. Put the model in eval mode, and let it be off there "
+                "(`training=self.training`)"
+            )
 
     def repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any], detach: bool = False) -> Any:
         """Return what the operation returns for these arguments, under autograd.

@@ -38,7 +38,7 @@ class ConvolutionCall(NamedTuple):
         inputs: index of the captured input `A` of the operation, padded where the module pads it itself.
         weight: `W` as it was in this pass, shape (k, d).
         bias: shape (k,).
-        geometry: stride, padding, dilation, transposed, output padding and groups of the operation.
+        geometry: arguments of the operation by name: stride, padding, dilation, groups.
     """
 
     node: int
@@ -46,7 +46,7 @@ class ConvolutionCall(NamedTuple):
     inputs: int
     weight: Tensor
     bias: Tensor
-    geometry: tuple[Any, ...]
+    geometry: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class RecordedPass:
         linear_calls: of linear modules, in order.
         weight_is_shared: whether another module has the same weight.
         assumed: what could not be proved, in words.
+        passed_over: name of a later convolution that was not followed, as its output is a single position.
     """
 
     graph: OperationGraph
@@ -74,6 +75,7 @@ class RecordedPass:
     linear_calls: tuple[LinearCall, ...] = ()
     weight_is_shared: bool = False
     assumed: tuple[str, ...] = ()
+    passed_over: str | None = None
 
     def __len__(self) -> int:
         """Return the number of samples that the convolution saw."""
@@ -84,6 +86,15 @@ class RecordedPass:
         """The recorded steps from the convolution to the loss."""
         steps = [self.graph.operations[number].name for number in self.graph.ancestry(self.loss)]
         return " > ".join([self.layer, *steps])
+
+    @property
+    def remedy(self) -> str:
+        """What to try if this convolution cannot be measured."""
+        if self.passed_over is None:
+            return "Name another convolution (`layer=...`)."
+        return (
+            f"`{self.passed_over}` runs later, on a single position: name it (`layer={self.passed_over!r}`) or another."
+        )
 
     def points(self) -> dict[int, Tensor]:
         """Return the recorded output of each call of the convolution by its node, ready to be differentiated by."""

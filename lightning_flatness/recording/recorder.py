@@ -165,6 +165,10 @@ class ForwardRecorder:
             wanted = f"the convolution `{self.layer}`" if self.layer else "a convolution on a map larger than 1 x 1"
             there = _names(self._modules, CONVOLUTIONS)
             remedy = f"Name one that runs with `layer=...`: {there}." if there else "The model has no convolution."
+            if any(isinstance(module, torch.jit.ScriptModule) for module in self._modules.values()):
+                remedy = "The network is a scripted or traced program; measure the eager network that it was made from."
+            elif any("GraphModule" in type(module).__name__ for module in self._modules.values()):
+                remedy = "The network is an exported or traced graph; measure the eager network that it was made from."
             return Refusal(f"A forward pass must run {wanted}; none did. {remedy}")
         return None
 
@@ -203,6 +207,7 @@ class ForwardRecorder:
             tuple(linear),
             self._weight_is_shared,
             assumed,
+            builder.passed_over,
         )
 
     def _settle(self, layer: str, linear: list[str]) -> None:

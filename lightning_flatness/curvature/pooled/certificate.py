@@ -134,7 +134,7 @@ def _refusal(recorded: RecordedPass, reason: str, cause: Exception | None = None
         f"The closed form needs every filter of `{recorded.layer}` to reach one pooled feature "
         f"on its own (normalisation in eval mode, activation, skip, pooling): {reason}.\n"
         f"  path: {recorded.path}\n"
-        f"  Name another convolution (`layer=...`).",
+        f"  {recorded.remedy}",
         cause,
     )
 

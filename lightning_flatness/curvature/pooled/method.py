@@ -73,7 +73,16 @@ class PooledMethod:
             for context in (not_recorded(), torch.inference_mode(False), torch.enable_grad()):
                 stack.enter_context(context)
             stack.enter_context(torch.autocast(recorded.calls[0].weight.device.type, enabled=False))
-            return self._derivatives(recorded, samples)
+            try:
+                return self._derivatives(recorded, samples)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what cannot be repeated, or has no second derivative
+                raise Refusal(
+                    f"The steps from `{recorded.layer}` to the loss must be repeatable and differentiable; {error}.\n"
+                    f"  path: {recorded.path}\n  {recorded.remedy}",
+                    error,
+                ).error() from error
 
     def _derivatives(self, recorded: RecordedPass, samples: slice) -> PooledDerivatives:
         pooled = _require(_pooled_features(recorded))
@@ -137,7 +146,7 @@ def _pooled_features(recorded: RecordedPass) -> Cut | Refusal:
             return cut
     return Refusal(
         f"All influence of `{recorded.layer}` on the loss must pass through one tensor with a row per sample, as a "
-        f"global pooling makes; none was found.\n  path: {recorded.path}\n  Name another convolution (`layer=...`)."
+        f"global pooling makes; none was found.\n  path: {recorded.path}\n  {recorded.remedy}"
     )
 
 
@@ -161,15 +170,20 @@ def _require_same(recorded: RecordedPass, pooled: Cut, features: Tensor) -> None
 
 def _geometry(recorded: RecordedPass, call: ConvolutionCall) -> ConvGeometry:
     """Return how the operation's output positions see its input: what the module pads itself is padded already."""
-    stride, padding, dilation, *_, groups = call.geometry
     kernel = tuple(recorded.convolution.kernel_size)
-    dims = len(kernel)
+    dims, given = len(kernel), call.geometry
 
-    def each(values: Any) -> tuple[int, ...]:
+    def each(name: str) -> tuple[int, ...]:
+        values = given[name]
         return tuple(values) if len(values) == dims else tuple(values) * dims
 
-    pairs = tuple((side, side) for side in each(padding))
-    return ConvGeometry(kernel, each(stride), pairs, each(dilation), groups, "zeros")
+    stride, dilation, padding = each("stride"), each("dilation"), given["padding"]
+    if padding == "same":
+        spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pairs = tuple((span // 2, span - span // 2) for span in spans)
+    else:
+        pairs = ((0, 0),) * dims if padding == "valid" else tuple((side, side) for side in each("padding"))
+    return ConvGeometry(kernel, stride, pairs, dilation, given["groups"], "zeros")
 
 
 class _KernelGram:
