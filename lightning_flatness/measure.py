@@ -18,6 +18,7 @@ from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
+from lightning_flatness.recording.layers import refuse_programs
 from lightning_flatness.recording.recorder import ForwardRecorder
 
 _QUANTITIES = (
@@ -130,6 +131,7 @@ def measure(
     require_counts(chunk_bytes=chunk_bytes)
     if max_samples is not None:
         require_counts(max_samples=max_samples)
+    refuse_programs(model)
     recorder, method = ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes)
     criterion = None if loss is None else as_loss(loss)
     evaluation = Evaluation(device_of(model), method.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
+from lightning_flatness.data.verification import verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.recorder import ForwardRecorder
 
+_FEW = 4  # samples on which the record is verified
 ASSUMED = "the loss is assumed to be the cross-entropy of the network's output with the targets of the batch"
 
 
@@ -47,7 +50,7 @@ def measured_batches(
         ValueError: if a batch or its targets are not what they must be.
     """
     left = max_samples
-    device = device_of(model)
+    device, is_verified = device_of(model), False
     with recorder:
         for batch in batches:
             try:
@@ -57,16 +60,50 @@ def measured_batches(
             targets = (target or batch_targets)(batch)
             if is_empty(batch, targets):
                 continue
+            inputs, assumed = batch_inputs(batch), () if loss is not None else (ASSUMED,)
+            step = partial(_loss_of, model, recorder, loss or CrossEntropy())
             with torch.no_grad(), recorder.exclusive():
-                output = model(batch_inputs(batch))
-                recorder.require_recorded()
-                value = computed_loss(loss or CrossEntropy(), output, targets)
-            assumed = () if loss is not None else (ASSUMED,)
+                value = step(inputs, targets)
             quantities = method.quantities(recorder.take_pass(value, assumed), slice(left))
+            if not is_verified:
+                _verify_on_few(recorder, step, inputs, targets)
+                is_verified = True
             yield quantities
             left = None if left is None else left - len(quantities)
             if left is not None and left <= 0:
                 return
+
+
+def _loss_of(model: nn.Module, recorder: ForwardRecorder, loss: Any, inputs: Any, targets: Any) -> Tensor:
+    try:
+        output = model(inputs)
+    except TypeError as error:
+        if isinstance(inputs, Tensor):
+            raise
+        raise ValueError(
+            f"The network must take the inputs of a batch as one argument; got {type(inputs).__name__}, and it says: "
+            f"{error}. Wrap it in a module whose `forward` takes that apart."
+        ) from error
+    if not recorder.is_hidden:
+        recorder.require_recorded()
+    return computed_loss(loss, output, targets)
+
+
+def _verify_on_few(recorder: ForwardRecorder, step: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> None:
+    """Verify the record on a few samples where the batch can be cut, else on all of them."""
+    if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) == len(targets):
+        inputs, targets = inputs[:_FEW], targets[:_FEW]
+    with torch.no_grad(), recorder.exclusive():
+        value = step(inputs, targets)
+    if not bool(value.isfinite()):
+        return recorder.clear()
+    recorded = recorder.take_pass(value)
+
+    def repeat() -> Tensor:
+        with torch.no_grad(), recorder.hidden():
+            return step(inputs, targets)
+
+    verify(recorded, repeat)
 
 
 def computed_loss(loss: Loss | Callable[[Any, Any], Tensor], output: Any, targets: Any) -> Tensor:

@@ -139,8 +139,8 @@ class ScaleFreeFlatness(SampleMetric):
     `tau` is the root mean square of `phi - mean_c phi` over all samples and classes of the evaluation, a constant to
     the Hessian: `S = softmax(phi / tau)`, classifier `V / tau`. It is known only at the end. The sums are therefore
     kept at every temperature of `functional.TEMPERATURES` and read at `tau` by `functional.at_temperature`: one pass,
-    without memory of earlier evaluations, to a relative 1e-7 of the value with `tau` known beforehand. A `tau` outside
-    of [2^-12, 2^12] counts as the nearer end.
+    without memory of earlier evaluations, to a relative 1e-7 of the value with `tau` known beforehand. There is
+    no value for a `tau` outside of [2^-12, 2^12].
     """
 
     requires = ("scaled_flatness", "logit_mean_square")
@@ -163,7 +163,10 @@ class ScaleFreeFlatness(SampleMetric):
 
     def _value(self) -> Tensor:
         """Return the value over all samples so far; NaN if there were none."""
-        return LF.at_temperature(self.curve / self.samples, (self.logit_mean_square / self.samples).sqrt())
+        tau = (self.logit_mean_square / self.samples).sqrt()
+        inside = (LF.TEMPERATURES[0] <= tau) & (tau <= LF.TEMPERATURES[-1])
+        self.is_absent = self.is_absent or bool(tau > 0 and not inside)
+        return LF.at_temperature(self.curve / self.samples, tau)
 
 
 class FlatnessFactors(SampleMetric):

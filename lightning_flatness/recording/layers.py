@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+
+from lightning_flatness.errors import UnsupportedTailError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CLASSIFIERS = (nn.Linear, *CONVOLUTIONS)
@@ -15,6 +18,31 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
         ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
         for name, module in model.named_modules()
     }
+
+
+def refuse_programs(model: nn.Module) -> None:
+    """Refuse a network that was compiled into a program: nobody can look inside.
+
+    Raises:
+        UnsupportedTailError: names what it is.
+    """
+    kind = program_kind(model)
+    if kind is not None:
+        raise UnsupportedTailError(
+            f"The network must run step by step; it is {kind}. Measure the eager network that it was made from."
+        )
+
+
+def program_kind(model: nn.Module) -> str | None:
+    """Return what kind of program holds the convolutions of a model; None if it has some that run step by step."""
+    modules = list(model.modules())
+    if any(isinstance(module, CONVOLUTIONS) and not isinstance(module, torch.jit.ScriptModule) for module in modules):
+        return None
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        return "a scripted or traced program (TorchScript)"
+    if any("GraphModule" in type(module).__name__ for module in modules):
+        return "an exported or traced graph"
+    return None
 
 
 def require_name(

@@ -14,7 +14,7 @@ from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.builder import PassBuilder
 from lightning_flatness.recording.dispatch import dispatcher, not_recorded
 from lightning_flatness.recording.eager import EAGER
-from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS, modules_by_name, require_name
+from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS, modules_by_name, program_kind, require_name
 from lightning_flatness.recording.operation import tensors
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.weights import WeightCopies
@@ -23,10 +23,11 @@ from lightning_flatness.recording.weights import WeightCopies
 class _OfThread(threading.local):
     """What each thread has of its own."""
 
-    exclusive: ForwardRecorder | None = None  # the only one that records at present
+    exclusive: object | None = None  # the only recorder that records at present
 
 
 _THREAD = _OfThread()
+_NOBODY = object()
 
 
 class ForwardRecorder:
@@ -101,10 +102,25 @@ class ForwardRecorder:
         finally:
             _THREAD.exclusive = before
 
+    @staticmethod
+    @contextmanager
+    def hidden() -> Iterator[None]:
+        """Hide the forward passes within from every recorder of this thread."""
+        before, _THREAD.exclusive = _THREAD.exclusive, _NOBODY
+        try:
+            yield
+        finally:
+            _THREAD.exclusive = before
+
     def ignore_passes(self) -> None:
         """Let forward passes go unrecorded until the next `clear`."""
         self.clear()
         self._builder.is_ignored = True
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether passes are hidden from this recorder at present."""
+        return _THREAD.exclusive not in (None, self)
 
     def depends(self, tensor: Tensor) -> bool:
         """Return whether a tensor depends on the recorded convolution."""
@@ -165,10 +181,8 @@ class ForwardRecorder:
             wanted = f"the convolution `{self.layer}`" if self.layer else "a convolution on a map larger than 1 x 1"
             there = _names(self._modules, CONVOLUTIONS)
             remedy = f"Name one that runs with `layer=...`: {there}." if there else "The model has no convolution."
-            if any(isinstance(module, torch.jit.ScriptModule) for module in self._modules.values()):
-                remedy = "The network is a scripted or traced program; measure the eager network that it was made from."
-            elif any("GraphModule" in type(module).__name__ for module in self._modules.values()):
-                remedy = "The network is an exported or traced graph; measure the eager network that it was made from."
+            if (kind := program_kind(self._modules[""])) is not None:
+                remedy = f"The network is {kind}; give the eager network that it was made from."
             return Refusal(f"A forward pass must run {wanted}; none did. {remedy}")
         return None
 

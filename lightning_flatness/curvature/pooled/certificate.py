@@ -257,11 +257,18 @@ def _random_points(recorded: RecordedPass, generator: torch.Generator) -> Iterat
         yield {node: point.requires_grad_() for node, point in zip(perturbed, points, strict=True)}
 
 
+def _spread(value: Tensor) -> Tensor:
+    """Return the mean deviation of each channel from its mean, shape (1, k, 1): filters may differ by orders."""
+    flat = value.detach().flatten(2)
+    spread = (flat - flat.mean((0, 2), keepdim=True)).abs().mean((0, 2), keepdim=True)
+    overall = spread.mean()
+    return torch.where(spread > 0, spread, torch.where(overall > 0, overall, 1.0))
+
+
 def _perturbed(value: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield `value` moved by several of its spreads: up and down in turn, up from the largest, down from the least."""
     flat, n = value.flatten(2), len(value)
-    spread = (flat - flat.mean((0, 2), keepdim=True)).abs().mean()
-    spread = torch.where(spread > 0, spread, 1.0)
+    spread = _spread(value)
     samples = torch.arange(n).reshape(-1, 1, 1)
     flip = torch.rand((1, flat.shape[1], 1), generator=generator) - 0.5
     turn = (flip.sign() * (1 - 2 * ((samples + torch.arange(flat.shape[2])) % 2))).to(value)
@@ -296,9 +303,11 @@ def _feature_index(
         for shape in (output.shape, (n, 1, *dims))
     )
 
+    spread = _spread(point)  # of derivatives those count alike that move the output alike
+
     def pulled_back(code: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(output, point, weight * code, retain_graph=True)
-        return gradient.flatten(2)
+        return gradient.flatten(2) * spread
 
     ones = pulled_back(torch.ones_like(output))
     reach = ones.abs().amax((0, 2))

@@ -50,6 +50,24 @@ def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
     )
 
 
+def is_ill_conditioned(derivatives: PooledDerivatives, quantities: SampleQuantities) -> bool:
+    """Return whether float32 is not enough: filters of very different scale, squares that vanish, terms that cancel.
+
+    Relative flatness is compared with its terms of each filter with itself, `sum_k |W_k|^2 |Tr H_kk|`.
+
+    Args:
+        derivatives: of one batch.
+        quantities: that follow from them.
+    """
+    if derivatives.logits.dtype == torch.float64 or derivatives.logits.is_cuda:
+        return False
+    squares = derivatives.kernel_gram.diagonal()
+    if float(squares.min()) < 1e-30 or float(squares.max()) > 1e8 * float(squares.min()):
+        return True
+    own = squares.mean() * quantities.hessian_trace.abs().mean()
+    return float(quantities.relative_flatness.abs().mean()) < 1e-3 * float(own)
+
+
 def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str, Tensor]:
     if isinstance(derivatives.loss, Differentiated) or derivatives.head_curvature is not None:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lightning_flatness.curvature.pooled.certificate import (
     features_at,
     signature_of,
 )
-from lightning_flatness.curvature.pooled.closed_form import sample_quantities
+from lightning_flatness.curvature.pooled.closed_form import is_ill_conditioned, sample_quantities
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.errors import NonFiniteError, Refusal
@@ -65,7 +66,12 @@ class PooledMethod:
         """
         derivatives = self.derivatives(recorded, samples)
         with not_recorded(), torch.inference_mode(False):
-            return sample_quantities(derivatives)
+            quantities = sample_quantities(derivatives)
+            if is_ill_conditioned(derivatives, quantities):
+                weight = recorded.calls[0].weight.double()
+                exact = replace(derivatives.to(torch.float64), kernel_gram=weight @ weight.mT)
+                quantities = sample_quantities(exact)
+            return quantities
 
     def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> PooledDerivatives:
         """Return the tensors from which the quantities follow; arguments and errors are those of `quantities`."""
@@ -85,6 +91,7 @@ class PooledMethod:
                 ).error() from error
 
     def _derivatives(self, recorded: RecordedPass, samples: slice) -> PooledDerivatives:
+        _require_finite(recorded)
         pooled = _require(_pooled_features(recorded))
         certificate = self._certified(recorded, pooled)
         call = recorded.calls[certificate.call]
@@ -150,17 +157,26 @@ def _pooled_features(recorded: RecordedPass) -> Cut | Refusal:
     )
 
 
+def _require_finite(recorded: RecordedPass) -> None:
+    """Refuse a pass whose numbers are none; on an accelerator that would make the host wait."""
+    loss = recorded.graph.tensor_of(recorded.loss)
+    if loss.is_cuda or not bool(loss.isnan().any()):
+        return
+    first = next(cut for cut in recorded.cuts if bool(recorded.graph.tensor_of(cut.node).isnan().any()))
+    shape = tuple(recorded.graph.shape(first.node))
+    what = f"the output of `{recorded.layer}`" if first.node == recorded.calls[0].node else f"a tensor of shape {shape}"
+    raise NonFiniteError(
+        f"A measurement needs numbers; the loss is NaN, and {what} is the first that is. Look for an overflow in the network, "
+        "and for a batch without a labelled sample."
+    )
+
+
 def _require_same(recorded: RecordedPass, pooled: Cut, features: Tensor) -> None:
     """Refuse a replay that does not give the features that the network computed."""
     later = recorded.graph.operations[pooled.end :]
     if any(pooled.node in operation.results for operation in later):
         return  # overwritten since
     observed = recorded.graph.tensor_of(pooled.node).detach().flatten(1)
-    if broken := int(observed.isnan().any(1).sum()) if not observed.is_cuda else 0:
-        raise NonFiniteError(
-            f"A measurement needs numbers; got pooled features that are NaN in {broken} of {len(observed)} samples. "
-            "Look for an overflow in the network."
-        )
     if not observed.is_cuda and not allclose_for_dtype(features.detach(), observed):
         raise Refusal(
             f"Repeating the recorded steps after `{recorded.layer}` must give the features that the network computed; "
