@@ -1,4 +1,4 @@
-"""One table of tiny networks: every tail that must be exact, every tail that must be refused.
+"""One table of tiny networks: every tail and every head that must be exact, every tail that must be refused.
 
 All in float64 with a handful of samples and filters, so that the full Hessian of the last convolution fits
 the oracle. Batch norms have random affine parameters and running statistics.
@@ -22,16 +22,21 @@ from networks import (
     NORMS,
     Both,
     CosineLinear,
+    FunctionalLinear,
     Net,
+    OfRows,
+    RootMeanSquare,
     StandardizedConv,
     Sum,
     after_first,
     applied_twice,
     attention,
     average_and_max,
+    channel_norm,
     conv2d,
     conv_norm_act,
     dense,
+    flat,
     frozen,
     hooked,
     in_two_views,
@@ -50,7 +55,7 @@ MAP = (5, CHANNELS, 5, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the layers that must be found in it, and whether the closed form covers its tail."""
+    """A network, the layers that must be found in it, and whether the closed form covers it."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -177,12 +182,63 @@ WIRINGS: dict[str, Callable[[], nn.Module]] = {
     "frozen convolution": lambda: frozen(Net(), "conv.weight", "conv.bias"),
     "frozen rest": lambda: frozen(Net(act=nn.SiLU()), "head.weight", "norm.weight", "stem.0.weight"),
 }
+MEAN = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+# What lies between the pooled features and the loss is a function of its own, whatever it is.
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "hidden layer": lambda: Net(head=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))),
+    "hidden layer behind silu": lambda: Net(
+        act=nn.SiLU(), head=nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(0.1), nn.Linear(5, 3))
+    ),
+    "curved hidden layer": lambda: Net(head=nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))),
+    "curved hidden layer behind silu": lambda: Net(
+        act=F.silu, head=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    ),
+    "two hidden layers and dropout": lambda: Net(
+        head=nn.Sequential(
+            *(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Hardswish(), nn.Dropout(0.5)),
+            *(nn.Linear(6, 5), nn.ReLU6(), nn.Linear(5, 3)),
+        )
+    ),
+    "layer norm": lambda: Net(pool=nn.Sequential(*MEAN, nn.LayerNorm(4))),
+    "layer norm and gelu": lambda: Net(pool=nn.Sequential(*MEAN, nn.LayerNorm(4), nn.GELU())),
+    "layer norm behind silu": lambda: Net(act=F.silu, pool=nn.Sequential(*MEAN, nn.LayerNorm(4))),
+    "root mean square norm": lambda: Net(head=nn.Sequential(RootMeanSquare(), nn.Linear(4, 3))),
+    "group norm after pooling": lambda: Net(pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.GroupNorm(2, 4))),
+    "curved after the pool": lambda: Net(pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.SiLU())),
+    "generalized mean": lambda: Net(pool=lambda a: (a + 0.1).pow(3).mean((2, 3)).pow(1 / 3)),
+    "gated features": lambda: Net(pool=lambda a: (p := a.mean((2, 3))) * p.mean(1, keepdim=True).sigmoid()),
+    "softmax over features": lambda: Net(pool=lambda a: a.mean((2, 3)).softmax(1)),
+    "larger of two features": lambda: Net(
+        head=nn.Linear(2, 3), pool=lambda a: (p := a.mean((2, 3)))[:, :2].maximum(p[:, 2:])
+    ),
+    "cosine classifier": lambda: Net(head=CosineLinear(4, 3)),
+    "normalized behind silu": lambda: Net(act=F.silu, head=CosineLinear(4, 3)),
+    "functional classifier": lambda: Net(head=FunctionalLinear(4, 3)),
+    "head on positions": lambda: Net(head=nn.Conv1d(4, 3, 1), pool=lambda a: a.flatten(2).mean(2, True), output=flat),
+    "classifier of rows": lambda: Net(head=OfRows(4, 3), output=flat),
+    "temperature": lambda: Net(output=lambda phi, p: phi / 2),
+    "learned temperature": lambda: Net(output=lambda phi, p: phi * p.mean(1, keepdim=True).exp()),
+    "soft cap": lambda: Net(output=lambda phi, p: 3 * torch.tanh(phi / 3)),
+    "soft cap behind silu": lambda: Net(act=F.silu, output=lambda phi, p: 3 * torch.tanh(phi / 3)),
+    "relu of the logits": lambda: Net(output=lambda phi, p: F.relu(phi)),
+    "softmax": lambda: Net(output=lambda phi, p: phi.softmax(1)),
+    "some of the logits": lambda: Net(head=nn.Linear(4, 5), output=lambda phi, p: phi[:, :3]),
+    "prior added to the logits": lambda: Net(output=lambda phi, p: phi + torch.tensor([1.0, 0, -1])),
+    "around the classifier": lambda: Net(conv2d(3), output=lambda phi, p: phi + p),
+    "sum of two classifiers": lambda: Net(head=Sum([nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))])),
+    "mean of two classifiers": lambda: Net(
+        head=Sum([nn.Linear(4, 3), nn.Linear(4, 3)]), output=lambda phi, p: phi / 2
+    ),
+    "negative distances": lambda: Net(output=lambda phi, p: -(phi[:, None] - torch.eye(3)).square().sum(2)),
+    "output changed by a hook": lambda: hooked(Net()),
+}
 SUPPORTED = [
     *(Case(name, partial(Net, act=act)) for name, act in ACTIVATIONS.items()),
     *(Case(f"{name} without norm", partial(Net, act=act, norm=False)) for name, act in ACTIVATIONS.items()),
     *(Case(name, lambda o=options: Net(conv2d(**o))) for name, options in CONVOLUTIONS.items()),
     *(Case(f"{name} silu", lambda o=options: Net(conv2d(**o), F.silu)) for name, options in CONVOLUTIONS.items()),
     *(Case(name, build) for name, build in WIRINGS.items()),
+    *(Case(name, build, classifier=None) for name, build in HEADS.items()),
     Case("conv1d", lambda: Net(nn.Conv1d(3, 4, 4, padding=2)), (5, CHANNELS, 6)),
     Case("conv1d groups silu", lambda: Net(nn.Conv1d(4, 4, 3, stride=2, groups=2), F.silu), (5, CHANNELS, 7)),
     Case("conv3d", lambda: Net(nn.Conv3d(2, 4, (3, 2, 1), padding=(1, 1, 0))), (4, CHANNELS, 3, 4, 2)),
@@ -229,7 +285,7 @@ UNSUPPORTED_TAILS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "average pool before silu": ("positions", lambda: Net(act=nn.Sequential(nn.AvgPool2d(2), nn.SiLU()))),
     "local sum before gelu": ("positions", lambda: Net(act=lambda z: F.gelu(local_sum(z)))),
     "two views of a sample": (
-        "`head` they are",
+        "couples the samples",
         lambda: Net(tail=in_two_views, output=lambda phi, p: phi.unflatten(0, (2, -1)).mean(0)),
     ),
     # Pooling.
@@ -237,45 +293,15 @@ UNSUPPORTED_TAILS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "coarse pooling": ("16", lambda: Net(pool=nn.AdaptiveAvgPool2d(2), head=nn.Linear(16, 3))),
     "attention pooling": ("mixes", lambda: Net(pool=attention)),
     "average and max pooling": ("cat", lambda: Net(pool=average_and_max, head=nn.Linear(8, 3))),
-    "generalized mean": ("positions", lambda: Net(pool=lambda a: (a + 0.1).pow(3).mean((2, 3)).pow(1 / 3))),
     "log-sum-exp pooling": ("positions", lambda: Net(pool=lambda a: a.logsumexp((2, 3)))),
-    "layer norm": (
-        "native_layer_norm",
-        lambda: Net(pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(4))),
-    ),
-    "curved after the pool": (
-        "positions",
-        lambda: Net(pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.SiLU())),
-    ),
-    # From the features to the logits.
-    "hidden layer": ("addmm", lambda: Net(head=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)))),
-    "cosine classifier": ("`head` does more", lambda: Net(head=CosineLinear(4, 3))),
-    "temperature": ("`head` they are", lambda: Net(output=lambda phi, p: phi / 2)),
-    "soft cap": ("`head` they are", lambda: Net(output=lambda phi, p: 3 * torch.tanh(phi / 3))),
-    "relu of the logits": ("`head` they are", lambda: Net(output=lambda phi, p: F.relu(phi))),
-    "softmax": ("`head` they are", lambda: Net(output=lambda phi, p: phi.softmax(1))),
-    "some of the logits": (
-        "`head` they are",
-        lambda: Net(head=nn.Linear(4, 5), output=lambda phi, p: phi[:, :3]),
-    ),
-    "prior added to the logits": (
-        "`head` they are",
-        lambda: Net(output=lambda phi, p: phi + torch.tensor([1.0, 0, -1])),
-    ),
-    "around the classifier": ("`head` they are", lambda: Net(conv2d(3), output=lambda phi, p: phi + p)),
-    "sum of two classifiers": (
-        "they are",
-        lambda: Net(head=Sum([nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))])),
-    ),
-    "segmentation": ("none did", lambda: Net(head=nn.Conv2d(4, 3, 1), pool=nn.Identity())),
+    "layer norm before pooling": ("native_layer_norm", lambda: Net(act=channel_norm)),
     # The convolution itself.
     "called twice": ("convolution", lambda: Net(conv2d(inputs=4), tail=applied_twice)),
     "shared weight": (
         "shared",
         lambda: tied(Net(conv2d(inputs=4), tail=after_first, first=conv2d(inputs=4))),
     ),
-    "standardized weight": ("`conv` does more", lambda: Net(StandardizedConv(3, 4, 3))),
-    "output changed by a hook": ("`conv` does more", lambda: hooked(Net())),
+    "standardized weight": ("convolution", lambda: Net(StandardizedConv(3, 4, 3))),
     "transposed convolution": (
         "convolution",
         lambda: Net(act=nn.Sequential(nn.ConvTranspose2d(4, 4, 2), nn.ReLU())),

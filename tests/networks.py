@@ -52,7 +52,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         p = self.pool(self.tail(self, self.stem(x)))
-        p = p if isinstance(self.head, nn.Conv2d) else p.flatten(1)
+        p = p if isinstance(self.head, nn.Conv1d | nn.Conv2d) else p.flatten(1)
         return self.output(self.head(p), p)
 
 
@@ -98,6 +98,14 @@ def with_first_channel_set(z: Tensor) -> Tensor:
     return F.relu(z, inplace=True)
 
 
+def channel_norm(z: Tensor) -> Tensor:
+    return F.relu(F.layer_norm(z.movedim(1, -1), z.shape[1:2]).movedim(-1, 1))
+
+
+def flat(phi: Tensor, features: Tensor) -> Tensor:
+    return phi.flatten(1)
+
+
 def attention(a: Tensor) -> Tensor:
     return (a.flatten(2) * a.mean(1).flatten(1).softmax(1)[:, None]).sum(2)
 
@@ -119,6 +127,23 @@ class Both(nn.ModuleList):
 class CosineLinear(nn.Linear):
     def forward(self, p: Tensor) -> Tensor:
         return 4 * F.linear(F.normalize(p), F.normalize(self.weight))
+
+
+class FunctionalLinear(nn.Linear):
+    def forward(self, p: Tensor) -> Tensor:
+        return 0.5 * F.linear(p, self.weight + 0.1, self.bias) + p @ self.weight.mT
+
+
+class OfRows(nn.Linear):
+    """Sees features (n, 1, k), as `nn.Linear` allows."""
+
+    def forward(self, p: Tensor) -> Tensor:
+        return super().forward(p.unsqueeze(1))
+
+
+class RootMeanSquare(nn.Module):
+    def forward(self, p: Tensor) -> Tensor:
+        return p * (p.square().mean(1, keepdim=True) + 1e-3).rsqrt()
 
 
 class StandardizedConv(nn.Conv2d):

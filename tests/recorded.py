@@ -1,7 +1,8 @@
-"""What the tests of recorded passes share: recording and measuring in one object."""
+"""What the tests of recorded passes share: recording, the loss and measuring in one object."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,40 +11,70 @@ from torch import Tensor, nn
 from lightning_flatness import ForwardRecorder, PooledMethod, RecordedPass, SampleQuantities
 from lightning_flatness.curvature.pooled.certificate import Certificate, certify
 from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
+from lightning_flatness.curvature.pooled.method import _pooled_features
+from lightning_flatness.data.passes import computed_loss
 from lightning_flatness.errors import Refusal
-from lightning_flatness.losses import Loss
+from lightning_flatness.losses import CrossEntropy, Loss
+from lightning_flatness.recording.graph import Cut
 
 
 class Measured(ForwardRecorder):
     """A recorder of a network whose passes are measured in closed form; entering it starts without a certificate."""
 
-    def __init__(self, model: nn.Module, layer: Any = None, classifier: Any = None, loss: Loss | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: Any = None,
+        classifier: Any = None,
+        loss: Loss | Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
         super().__init__(model, layer, classifier)
-        self.loss = loss
+        self.loss = loss or CrossEntropy()
 
     def __enter__(self) -> Measured:
-        self.method = PooledMethod(self.loss)
+        self.method = PooledMethod()
         super().__enter__()
         return self
 
+    def passed(self, target: Tensor | None = None) -> RecordedPass:
+        """The pass up to the loss of its output; without targets the first class is the label of every sample."""
+        self.require_recorded()
+        with torch.no_grad():
+            if target is None:
+                output = self.output
+                target = torch.zeros(len(output if isinstance(output, Tensor) else output[0]), dtype=torch.long)
+            value = computed_loss(self.loss, self.output, target)
+        return self.take_pass(value)
+
     def derivatives(self, target: Tensor | None = None) -> PooledDerivatives:
-        return self.method.derivatives(self.take_pass(), target)
+        return self.method.derivatives(self.passed(target))
 
     def quantities(self, target: Tensor | None = None) -> SampleQuantities:
-        return self.method.quantities(self.take_pass(), target)
+        return self.method.quantities(self.passed(target))
 
 
-def recorded(model: nn.Module, x: Tensor) -> RecordedPass:
-    """One forward pass without gradients."""
-    with ForwardRecorder(model) as recorder:
+def recorded(
+    model: nn.Module, x: Tensor, y: Tensor | None = None, loss: Callable[[Any, Any], Tensor] | None = None
+) -> RecordedPass:
+    """One forward pass without gradients, and the loss of its output."""
+    with Measured(model, loss=loss) as recorder:
         with torch.no_grad():
             model(x)
-        return recorder.take_pass()
+        return recorder.passed(y)
+
+
+def pooled(recorded: RecordedPass) -> Cut:
+    """Where the pooled features lie; a refusal is raised."""
+    return required(_pooled_features(recorded))
 
 
 def certified(recorded: RecordedPass) -> Certificate:
     """The certificate of a pass; a refusal is raised, as it is where a measurement was asked for."""
-    verdict = certify(recorded)
+    return required(certify(recorded, pooled(recorded)))
+
+
+def required(verdict: Any) -> Any:
+    """A verdict; a refusal is raised."""
     if isinstance(verdict, Refusal):
         raise verdict.error()
     return verdict

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import SUPPORTED, UNSUPPORTED, Case
-from networks import Net
+from networks import Net, StandardizedConv
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -100,9 +101,9 @@ def test_refuses_what_is_not_exact(case: Case) -> None:
         measure(model, in_batches(x, y, 2, len(x) - 2))
 
 
-def test_a_refusal_prints_the_path_to_the_classifier() -> None:
-    case = next(case for case in UNSUPPORTED if case.name == "layer norm")
-    with pytest.raises(UnsupportedTailError, match=r"path: conv > .*native_layer_norm > .*head"):
+def test_a_refusal_prints_the_path_to_the_loss() -> None:
+    case = next(case for case in UNSUPPORTED if case.name == "layer norm before pooling")
+    with pytest.raises(UnsupportedTailError, match=r"path: conv > .*native_layer_norm > .*nll_loss_forward"):
         measure(case.model(), [case.data()])
 
 
@@ -197,7 +198,7 @@ def partly_trained(case: Case) -> nn.Module:
     model = case.model()
     model.norm.eval()
     x, y = case.data()
-    nn.functional.cross_entropy(model(x), y).backward()
+    F.cross_entropy(model(x), y).backward()
     model.head.bias.requires_grad_(False)
     model.pool.register_forward_hook(lambda *_: None)
     model.output = consume_random_numbers
@@ -261,7 +262,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "targets too large": (lambda x, y: [(x, y + 3)], r"\b[345]\b"),
     "targets negative": (lambda x, y: [(x, y - 1)], "-1"),
     "targets missing": (lambda x, y: [(x, y), (x, y[:0])], "got .*0"),
-    "targets one-hot": (lambda x, y: [(x, nn.functional.one_hot(y, 3))], "5, 3"),
+    "targets one-hot": (lambda x, y: [(x, F.one_hot(y, 3))], "5, 3"),
     "not a number": (lambda x, y: [(without_a_number(x), y)], "NaN|finite"),
     "not a number, later": (lambda x, y: [(x, y), (without_a_number(x), y)], "NaN|finite"),
 }
@@ -289,6 +290,20 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
     case = CASES["relu"]
     with pytest.raises(ValueError, match=message):
         measure(case.model(), [case.data()], **arguments)
+
+
+def test_a_convolution_that_changes_its_weight_is_refused() -> None:
+    model = Case("standardized", lambda: Net(StandardizedConv(3, 4, 3))).model()
+    with pytest.raises(UnsupportedTailError, match=r"`conv` must convolve with its own `weight`"):
+        measure(model, [CASES["relu"].data()], layer="conv")
+
+
+def test_a_map_of_logits_needs_a_loss_and_has_no_pooled_features() -> None:
+    model, (x, y) = Case("map", lambda: Net(head=nn.Conv2d(4, 3, 1), pool=nn.Identity())).model(), CASES["relu"].data()
+    with pytest.raises(ValueError, match=r"must have shape \(n, c\); got \(5, 3, 5, 4\).*`loss=lambda"):
+        measure(model, [(x, y)])
+    with pytest.raises(UnsupportedTailError, match="one tensor with a row per sample"):
+        measure(model, [(x, y)], loss=lambda phi, y: F.cross_entropy(phi, y[:, None, None].expand(-1, 5, 4)))
 
 
 def test_a_layer_whose_tail_has_another_convolution_is_refused() -> None:
