@@ -20,7 +20,7 @@ from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
 from lightning_flatness.data.verification import verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
-from lightning_flatness.recording.recorder import ForwardRecorder
+from lightning_flatness.recording.recorder import ForwardRecorder, only_for
 
 _FEW = 4  # samples on which the record is verified
 ASSUMED = "the loss is assumed to be the cross-entropy of the network's output with the targets of the batch"
@@ -61,9 +61,9 @@ def measured_batches(
             if is_empty(batch, targets):
                 continue
             inputs, assumed = batch_inputs(batch), () if loss is not None else (ASSUMED,)
-            step = partial(_loss_of, model, recorder, loss or CrossEntropy())
+            step = partial(_loss_of, model, loss or CrossEntropy())
             with torch.no_grad(), recorder.exclusive():
-                value = step(inputs, targets)
+                value = step(recorder, inputs, targets)
             quantities = method.quantities(recorder.take_pass(value, assumed), slice(left))
             if not is_verified:
                 _verify_on_few(recorder, step, inputs, targets)
@@ -74,34 +74,35 @@ def measured_batches(
                 return
 
 
-def _loss_of(model: nn.Module, recorder: ForwardRecorder, loss: Any, inputs: Any, targets: Any) -> Tensor:
+def _loss_of(model: nn.Module, loss: Any, recorder: ForwardRecorder | None, inputs: Any, targets: Any) -> Tensor:
     try:
         output = model(inputs)
     except TypeError as error:
-        if isinstance(inputs, Tensor):
+        if "positional argument" not in str(error) and isinstance(inputs, Tensor):
             raise
         raise ValueError(
             f"The network must take the inputs of a batch as one argument; got {type(inputs).__name__}, and it says: "
             f"{error}. Wrap it in a module whose `forward` takes that apart."
         ) from error
-    if not recorder.is_hidden:
+    if recorder is not None:
         recorder.require_recorded()
     return computed_loss(loss, output, targets)
 
 
-def _verify_on_few(recorder: ForwardRecorder, step: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> None:
+def _verify_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> None:
     """Verify the record on a few samples where the batch can be cut, else on all of them."""
     if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) == len(targets):
         inputs, targets = inputs[:_FEW], targets[:_FEW]
     with torch.no_grad(), recorder.exclusive():
-        value = step(inputs, targets)
+        value = step(recorder, inputs, targets)
     if not bool(value.isfinite()):
-        return recorder.clear()
+        recorder.clear()
+        return
     recorded = recorder.take_pass(value)
 
     def repeat() -> Tensor:
-        with torch.no_grad(), recorder.hidden():
-            return step(inputs, targets)
+        with torch.no_grad(), only_for(repeat):
+            return step(None, inputs, targets)
 
     verify(recorded, repeat)
 

@@ -7,7 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
+from lightning_flatness.recording.layers import CONVOLUTIONS, program_kind
+from lightning_flatness.recording.operation import tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, LinearCall
 from lightning_flatness.recording.weights import WeightCopies
 
@@ -18,21 +21,26 @@ class PassBuilder:
     Of several convolutions the last one to run for the first time is followed: each one that runs starts the record
     anew. The record goes on until the pass is taken, so that it holds the loss.
 
+    Args:
+        wanted: name of the convolution to follow; None: the last one, but for those whose output is a single position.
+        copies: of weights; None: new ones for each convolution.
+
     Attributes:
         tracer: of the operations; None as long as no convolution has run.
         layer: name of the convolution that is followed; None: none has run.
+        copies: of weights.
         convolution_calls: its calls.
         linear_calls: calls of linear modules on what depends on it.
         outputs: what the modules around it returned, by name, in order.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
-        reason: why the convolution that ran last cannot be followed; None if it can.
         passed_over: name of the last convolution that was not followed as its output is a single position.
-        seen: names of the convolutions that have been followed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: str | None, copies: WeightCopies | None) -> None:
         """Start with nothing."""
+        self._wanted, self._keeps_copies = wanted, copies is not None
+        self.copies = copies or WeightCopies()
         self.tracer: GraphTracer | None = None
         self.layer: str | None = None
         self.convolution_calls: list[ConvolutionCall] = []
@@ -40,92 +48,46 @@ class PassBuilder:
         self.outputs: list[tuple[str, Any]] = []
         self.is_ignored = False
         self.failure: Exception | None = None
-        self.reason: str | None = None
         self.passed_over: str | None = None
-        self.seen: set[str] = set()
+        self._not_own: str | None = None  # name of a module that did not convolve with its own weight
+        self._have_run: set[str] = set()
         self._watch: ConvolutionWatch | None = None
 
-    def expect(self, name: str, module: nn.Module, follow_any: bool, copies: WeightCopies) -> None:
-        """Wait for the convolution within the call of a module that is about to begin.
-
-        Args:
-            name: of the module.
-            module: the module.
-            follow_any: whether any convolution may be followed, but for those whose output is a single position.
-            copies: of weights.
-        """
+    def before_convolution(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Wait for the convolution within the call of a module: the record begins at the operation's own output."""
 
         def begin(inputs: Tensor, output: Tensor, arguments: dict[str, Any]) -> None:
             try:
-                if self._watch is None:
-                    return
-                if follow_any and output.shape[2:].numel() == 1:
-                    self.passed_over = name
-                    return
-                self._begin(name, module, inputs, output, arguments, copies)
+                self._begin(name, module, inputs, output, arguments)
             except Exception as error:  # the user's forward pass must go on
                 self.fail(error)
 
-        self._watch = ConvolutionWatch(begin)
+        self._watch, self._not_own = ConvolutionWatch(begin), name
         dispatcher().attach(self._watch)
         if self.tracer is not None and name == self.layer:
             self.tracer.is_convolving = True
 
-    def arrive(self, name: str) -> None:
+    def after_convolution(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the wait when the module's call has ended."""
         if self._watch is not None:
             dispatcher().detach(self._watch)
-            if not self.convolution_calls and self.layer in (None, name):
-                self.reason = f"`{name}` ran without a convolution with its `weight`"
             self._watch = None
         if self.tracer is not None:
             self.tracer.is_convolving = False
 
-    def _begin(
-        self,
-        name: str,
-        module: nn.Module,
-        inputs: Tensor,
-        output: Tensor,
-        arguments: dict[str, Any],
-        copies: WeightCopies,
+    def after_linear(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if len(output) == 0:
-            raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
-        if not _is_own_weight(module, arguments["weight"]):
-            return
-        dispatcher().detach(cast(ConvolutionWatch, self._watch))
-        if self.tracer is None or name not in self.seen:
-            self._start(name, module)
-        self.seen.add(name)
-        if name == self.layer and self.tracer is not None:
-            graph = self.tracer.graph
-            node, captured = graph.add_input(output)
-            weight, bias = copies.of(module)
-            self.convolution_calls.append(
-                ConvolutionCall(node, captured, graph.captures.add(inputs), weight, bias, arguments)
-            )
-
-    def _start(self, name: str, module: nn.Module) -> None:
-        if self.tracer is not None:
-            self.tracer.stop()
-        self.convolution_calls, self.linear_calls, self.outputs, self.reason = [], [], [], None
-        self.tracer, self.layer = GraphTracer(), name
-        self.tracer.is_convolving = True
-        for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
-            if weight.dim() > 1:
-                self.tracer.forbid_storage(weight)
-        self.tracer.start()
-
-    def add_linear(self, name: str, inputs: Tensor, output: Tensor, module: nn.Module, copies: WeightCopies) -> None:
         """Note the call of a linear module on what depends on the convolution."""
-        if self.tracer is None or (node := self.tracer.graph.node(inputs)) is None:
+        inputs = next(tensors([args, kwargs]), None)
+        if self.tracer is None or inputs is None or not isinstance(output, Tensor):
             return
-        out = self.tracer.graph.node(output)
-        if out is not None and output.numel() == len(output) * output.shape[-1]:
-            self.linear_calls.append(LinearCall(name, node, out, *copies.of(module)))
+        graph = self.tracer.graph
+        before, after = graph.node(inputs), graph.node(output)
+        if before is not None and after is not None and output.numel() == len(output) * output.shape[-1]:
+            self.linear_calls.append(LinearCall(name, before, after, *self.copies.of(module)))
 
-    def add_output(self, name: str, output: Any) -> None:
+    def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a module around the convolution returned."""
         self.outputs.append((name, output))
 
@@ -141,6 +103,65 @@ class PassBuilder:
             self._watch = None
         if self.tracer is not None:
             self.tracer.stop()
+
+    def refusal(self, modules: dict[str, nn.Module]) -> Refusal | None:
+        """Return why there is nothing to measure; None if there is.
+
+        Raises:
+            ValueError: if a batch was empty.
+            OutOfMemoryError: if memory was short; that says nothing about the network.
+        """
+        failure = self.failure or (self.tracer.graph.out_of_memory if self.tracer else None)
+        if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
+            raise failure
+        if failure is not None:
+            return Refusal(f"Recording the forward pass failed: {failure!r}", failure)
+        if self._not_own is not None:
+            return Refusal(
+                f"`{self._not_own}` must convolve with its own `weight`; it does more than convolve with its `weight`. "
+                "Name another convolution (`layer=...`)."
+            )
+        if self.tracer is not None:
+            return None
+        wanted = f"the convolution `{self._wanted}`" if self._wanted else "a convolution on a map larger than 1 x 1"
+        there = [name for name, module in modules.items() if isinstance(module, CONVOLUTIONS)]
+        remedy = f"Name one that runs with `layer=...`: {there}." if there else "The model has no convolution."
+        if (kind := program_kind(modules.values())) is not None:
+            remedy = f"The network is {kind}; give the eager network that it was made from."
+        return Refusal(f"A forward pass must run {wanted}; none did. {remedy}")
+
+    def _begin(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor, arguments: dict[str, Any]) -> None:
+        if self._watch is None or not _is_own_weight(module, arguments["weight"]):
+            return
+        self._not_own = None
+        if self._wanted is None and output.shape[2:].numel() == 1:
+            self.passed_over = name
+            return
+        if len(output) == 0:
+            raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
+        dispatcher().detach(self._watch)
+        if name not in self._have_run:
+            self._start(name, module)
+        if name == self.layer and self.tracer is not None:
+            graph = self.tracer.graph
+            node, captured = graph.add_input(output)
+            weights, inputs_index = self.copies.of(module), graph.captures.add(inputs)
+            self.convolution_calls.append(ConvolutionCall(node, captured, inputs_index, *weights, arguments))
+
+    def _start(self, name: str, module: nn.Module) -> None:
+        """Forget what was recorded and follow this convolution."""
+        if self.tracer is not None:
+            self.tracer.stop()
+        if not self._keeps_copies:
+            self.copies = WeightCopies()
+        self._have_run.add(name)
+        self.convolution_calls, self.linear_calls, self.outputs, self.passed_over = [], [], [], None
+        self.tracer, self.layer = GraphTracer(), name
+        self.tracer.is_convolving = True
+        for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
+            if weight.dim() > 1:
+                self.tracer.forbid_storage(weight)
+        self.tracer.start()
 
 
 def _is_own_weight(module: nn.Module, used: Tensor) -> bool:

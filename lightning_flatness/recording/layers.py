@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -26,16 +28,15 @@ def refuse_programs(model: nn.Module) -> None:
     Raises:
         UnsupportedTailError: names what it is.
     """
-    kind = program_kind(model)
-    if kind is not None:
+    if (kind := program_kind(model.modules())) is not None:
         raise UnsupportedTailError(
             f"The network must run step by step; it is {kind}. Measure the eager network that it was made from."
         )
 
 
-def program_kind(model: nn.Module) -> str | None:
+def program_kind(modules: Iterable[nn.Module]) -> str | None:
     """Return what kind of program holds the convolutions of a model; None if it has some that run step by step."""
-    modules = list(model.modules())
+    modules = list(modules)
     if any(isinstance(module, CONVOLUTIONS) and not isinstance(module, torch.jit.ScriptModule) for module in modules):
         return None
     if any(isinstance(module, torch.jit.ScriptModule) for module in modules):

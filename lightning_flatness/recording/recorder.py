@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.builder import PassBuilder
-from lightning_flatness.recording.dispatch import dispatcher, not_recorded
+from lightning_flatness.recording.dispatch import GraphTracer, dispatcher, not_recorded
 from lightning_flatness.recording.eager import EAGER
-from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS, modules_by_name, program_kind, require_name
-from lightning_flatness.recording.operation import tensors
-from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS, modules_by_name, require_name
+from lightning_flatness.recording.recorded_pass import LinearCall, RecordedPass
 from lightning_flatness.recording.weights import WeightCopies
 
 
@@ -27,14 +26,23 @@ class _OfThread(threading.local):
 
 
 _THREAD = _OfThread()
-_NOBODY = object()
+
+
+@contextmanager
+def only_for(recorder: object) -> Iterator[None]:
+    """Hide the forward passes within from every recorder of this thread but one; from all if it is no recorder."""
+    before, _THREAD.exclusive = _THREAD.exclusive, recorder
+    try:
+        yield
+    finally:
+        _THREAD.exclusive = before
 
 
 class ForwardRecorder:
     """Records the forward passes of a model, without touching them.
 
     While entered, everything that depends on the output of the last convolution is recorded, until `take_pass` yields
-    the record as a value; the loss is to be computed before. The pass itself runs as it would without the recorder: no gradient is switched on in it and nothing in it is
+    the record as a value; the loss is to be computed before that. The pass itself runs as it would without the recorder: no gradient is switched on in it and nothing in it is
     replaced.
 
     Args:
@@ -65,8 +73,8 @@ class ForwardRecorder:
         )
         self._undo = ExitStack()  # what entering did
         self._handles: list[Any] = []
-        self._copies = WeightCopies()
-        self._builder = PassBuilder()
+        self._copies: WeightCopies | None = None  # of the modules that matter
+        self._builder = PassBuilder(layer, None)
 
     def __enter__(self) -> ForwardRecorder:
         """Install the hooks."""
@@ -89,38 +97,18 @@ class ForwardRecorder:
     def clear(self) -> None:
         """Forget what was recorded."""
         self._builder.stop()
-        self._builder = PassBuilder()
-        if not self._settled:  # forget the weights of modules that turned out not to matter
-            self._copies = WeightCopies()
+        self._builder = PassBuilder(self.layer, self._copies)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hide the forward passes within from every other recorder of this thread."""
-        before, _THREAD.exclusive = _THREAD.exclusive, self
-        try:
+        with only_for(self):
             yield
-        finally:
-            _THREAD.exclusive = before
-
-    @staticmethod
-    @contextmanager
-    def hidden() -> Iterator[None]:
-        """Hide the forward passes within from every recorder of this thread."""
-        before, _THREAD.exclusive = _THREAD.exclusive, _NOBODY
-        try:
-            yield
-        finally:
-            _THREAD.exclusive = before
 
     def ignore_passes(self) -> None:
         """Let forward passes go unrecorded until the next `clear`."""
         self.clear()
         self._builder.is_ignored = True
-
-    @property
-    def is_hidden(self) -> bool:
-        """Whether passes are hidden from this recorder at present."""
-        return _THREAD.exclusive not in (None, self)
 
     def depends(self, tensor: Tensor) -> bool:
         """Return whether a tensor depends on the recorded convolution."""
@@ -130,8 +118,18 @@ class ForwardRecorder:
     @property
     def output(self) -> Any:
         """What the outermost recorded module returned in the first pass since the last call; None if none has run."""
-        outermost = min((_depth(name) for name, _ in self._builder.outputs), default=0)
-        return next((output for name, output in self._builder.outputs if _depth(name) == outermost), None)
+        outputs = self._builder.outputs
+        outermost = min((_depth(name) for name, _ in outputs), default=0)
+        return next((output for name, output in outputs if _depth(name) == outermost), None)
+
+    def require_recorded(self) -> None:
+        """Refuse a pass in which nothing could be recorded.
+
+        Raises:
+            UnsupportedTailError: says why.
+        """
+        if (refusal := self._builder.refusal(self._modules)) is not None:
+            raise refusal.error()
 
     def take_pass(self, loss: Tensor, assumed: tuple[str, ...] = ()) -> RecordedPass:
         """Return what has been recorded since the last call, up to the loss, and forget it.
@@ -148,6 +146,7 @@ class ForwardRecorder:
         self._builder.stop()
         try:
             with not_recorded(), torch.inference_mode(False):
+                self.require_recorded()
                 verdict = self._verdict(loss, assumed)
             if isinstance(verdict, Refusal):
                 raise verdict.error()
@@ -155,43 +154,9 @@ class ForwardRecorder:
         finally:
             self.clear()
 
-    def require_recorded(self) -> None:
-        """Refuse a pass in which nothing could be recorded.
-
-        Raises:
-            UnsupportedTailError: says why.
-        """
-        with not_recorded():
-            if (refusal := self._failed()) is not None:
-                raise refusal.error()
-
-    def _failed(self) -> Refusal | None:
-        builder = self._builder
-        failure = builder.failure or (builder.tracer.graph.out_of_memory if builder.tracer else None)
-        if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
-            raise failure
-        if failure is not None:
-            return Refusal(f"Recording the forward pass failed: {failure!r}", failure)
-        if builder.reason is not None and not builder.convolution_calls:
-            return Refusal(
-                f"`{self.layer or 'The convolution'}` must convolve with its own `weight`; {builder.reason}: it does "
-                "more than convolve. Name another convolution (`layer=...`)."
-            )
-        if builder.tracer is None or builder.layer is None:
-            wanted = f"the convolution `{self.layer}`" if self.layer else "a convolution on a map larger than 1 x 1"
-            there = _names(self._modules, CONVOLUTIONS)
-            remedy = f"Name one that runs with `layer=...`: {there}." if there else "The model has no convolution."
-            if (kind := program_kind(self._modules[""])) is not None:
-                remedy = f"The network is {kind}; give the eager network that it was made from."
-            return Refusal(f"A forward pass must run {wanted}; none did. {remedy}")
-        return None
-
     def _verdict(self, loss: Tensor, assumed: tuple[str, ...]) -> RecordedPass | Refusal:
-        if (refusal := self._failed()) is not None:
-            return refusal
         builder = self._builder
-        tracer, layer = builder.tracer, cast(str, builder.layer)
-        assert tracer is not None
+        tracer, layer, linear = cast(GraphTracer, builder.tracer), cast(str, builder.layer), builder.linear_calls
         tracer.finalize()
         graph = tracer.graph
         node = graph.node(loss)
@@ -200,38 +165,38 @@ class ForwardRecorder:
             reason = graph.incomplete_because(len(graph.operations) + 1)
             return Refusal(
                 f"The loss must be one number that depends on the output of `{layer}`; it {what}"
-                f"{f' ({reason})' if reason else ''}. Return it from the step, or name another convolution (`layer=...`)."
+                f"{f' ({reason})' if reason else ''}. Return it from the step, or name another convolution "
+                "(`layer=...`)."
             )
-        linear = [call for call in builder.linear_calls]
-        if self.classifier is not None and self.classifier not in {call.name for call in linear} and not self._settled:
+        names = {call.name for call in linear}
+        if not self._settled and self.classifier not in {None, *names}:
             return Refusal(
                 f"The classifier `{self.classifier}` must run after `{layer}`, on what that computed; it did not. "
-                f"Linear modules that did: {sorted({call.name for call in linear})}."
+                f"Linear modules that did: {sorted(names)}."
             )
         if not self._settled:
-            self._settle(layer, [call.name for call in linear])
-        roots = [call.node for call in builder.convolution_calls]
+            self._settle(layer, linear)
         return RecordedPass(
             graph,
             layer,
             self._modules[layer],
-            tuple(builder.convolution_calls),
-            node,
-            tuple(graph.cuts(roots, node)),
-            tuple(linear),
-            self._weight_is_shared,
-            assumed,
-            builder.passed_over,
+            calls=tuple(builder.convolution_calls),
+            loss=node,
+            cuts=tuple(graph.cuts([call.node for call in builder.convolution_calls], node)),
+            linear_calls=tuple(linear),
+            weight_is_shared=self._weight_is_shared,
+            assumed=assumed,
+            passed_over=builder.passed_over,
         )
 
-    def _settle(self, layer: str, linear: list[str]) -> None:
+    def _settle(self, layer: str, linear: list[LinearCall]) -> None:
         """Hook only the modules that matter from now on."""
         weight = self._modules[layer].weight
         owners = sum(own is weight for module in self._modules.values() for own in module._parameters.values())
         self._weight_is_shared = owners > 1
-        if self.classifier is None:
-            self.classifier = linear[-1] if linear else None
-        self.layer, self._linear, self._settled = layer, set(linear), True
+        self.classifier = self.classifier or (linear[-1].name if linear else None)
+        self.layer, self._linear, self._settled = layer, {call.name for call in linear}, True
+        self._copies = self._builder.copies
         self._uninstall()
         self._install()
 
@@ -240,20 +205,21 @@ class ForwardRecorder:
             self._handles.pop().remove()
 
     def _install(self) -> None:
-        paths = [name.split(".") for name in _names(self._modules, CONVOLUTIONS) if name]
+        convolutions = {name for name, module in self._modules.items() if isinstance(module, CONVOLUTIONS)}
+        paths = [name.split(".") for name in convolutions if name]
         holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
         for name, module in self._modules.items():
-            if isinstance(module, CONVOLUTIONS) and self.layer in (None, name):
-                self._handles.append(module.register_forward_pre_hook(self._guarded(self._expect, name)))
-                self._handles.append(module.register_forward_hook(self._guarded(self._arrive, name), always_call=True))
+            if name in convolutions and self.layer in (None, name):
+                before, after = (self._guarded(hook, name) for hook in ("before_convolution", "after_convolution"))
+                self._handles.append(module.register_forward_pre_hook(before))
+                self._handles.append(module.register_forward_hook(after, always_call=True))
             if isinstance(module, CLASSIFIERS) and (not self._settled or name in self._linear):
-                self._handles.append(
-                    module.register_forward_hook(self._guarded(self._on_linear, name), with_kwargs=True)
-                )
+                hook = self._guarded("after_linear", name)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             if name in holders:
-                self._handles.append(module.register_forward_hook(self._guarded(self._on_network, name)))
+                self._handles.append(module.register_forward_hook(self._guarded("after_network", name)))
 
-    def _guarded(self, hook: Callable[..., None], name: str) -> Callable[..., None]:
+    def _guarded(self, hook: str, name: str) -> Callable[..., None]:
         """Return a hook in which nothing can stop the user's forward pass."""
 
         def run(module: nn.Module, *arguments: Any) -> None:
@@ -261,34 +227,12 @@ class ForwardRecorder:
             if builder.failure is None and not builder.is_ignored and _THREAD.exclusive in (None, self):
                 try:
                     with not_recorded():
-                        hook(name, module, *arguments)
+                        getattr(builder, hook)(name, module, *arguments)
                 except Exception as error:
                     builder.fail(error)
 
         return run
 
-    def _expect(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._settled and name not in self._builder.seen:
-            self._copies = WeightCopies()  # forget the weights of modules that turned out not to matter
-        self._builder.expect(name, module, self.layer is None, self._copies)
-
-    def _arrive(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._builder.arrive(name)
-
-    def _on_linear(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        inputs = next(tensors([args, kwargs]), None)
-        if inputs is not None and isinstance(output, Tensor):
-            self._builder.add_linear(name, inputs, output, module, self._copies)
-
-    def _on_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._builder.add_output(name, output)
-
 
 def _depth(name: str) -> int:
     return len(name.split(".")) if name else 0
-
-
-def _names(modules: dict[str, nn.Module], kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, kinds)]
