@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_flatness.errors import Refusal
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form
 from lightning_flatness.recording.graph import Cut
+from lightning_flatness.recording.operation import Operation
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
 _EXACT = 1e-8  # relative error of a derivative in float64 that is still taken for rounding
@@ -49,6 +50,15 @@ class _Recorded:
         self._only = set(recorded.graph.ancestry(recorded.loss))
         self.shape = recorded.graph.shape(source.node)
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether the loss is a plain sum over samples: nothing in it divides, averages or scales."""
+        operations = [self._graph.operations[number] for number in sorted(self._only) if number >= self._source.end]
+        averages = any(
+            operation.name.rstrip("_") in ("mean", "div", "mul") or (_reduction(operation) == 1) for operation in operations
+        )
+        return not averages and any(operation.name == "sum" or _reduction(operation) == 2 for operation in operations)
+
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the target for values of the source of shape (n, j), as (n, c) or a scalar."""
         if self._source == self._target:
@@ -62,6 +72,14 @@ class _Recorded:
             detach=True,
         )[self._target.node]
         return value.reshape(len(rows), -1) if value.numel() > 1 or value.dim() else value.reshape(())
+
+
+def _reduction(operation: Operation) -> int | None:
+    """Return how an operation reduces losses, in torch's numbers: 0 not at all, 1 to the mean, 2 to the sum."""
+    schema = operation.function._schema.arguments
+    named = {argument.name: value for argument, value in zip(schema, operation.args, strict=False)} | operation.kwargs
+    default = next((a.default_value for a in schema if a.name == "reduction" and a.has_default_value()), None)
+    return named.get("reduction", default)
 
 
 def objective(recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | Refusal:
@@ -133,7 +151,7 @@ def _cross_entropy(tail: _Recorded, samples: int) -> tuple[CrossEntropy, Tensor]
     if not _agree(*found):
         return None
     label = _snapped(found[0])
-    return CrossEntropy(), label * _count_factor(label.sum(-1))
+    return CrossEntropy(), label * _count_factor(tail, label.sum(-1))
 
 
 def _sigmoid(tail: _Recorded, samples: int) -> tuple[BinaryCrossEntropy, Tensor] | None:
@@ -155,7 +173,7 @@ def _sigmoid(tail: _Recorded, samples: int) -> tuple[BinaryCrossEntropy, Tensor]
     weight = positive + negative
     positive = _snapped(torch.stack([positive, negative], -1))[..., 0]
     labels = torch.where(weight > 0, positive / weight, 0.0)
-    return BinaryCrossEntropy(weight * _count_factor(weight.sum(-1), weight.amax(-1))), labels
+    return BinaryCrossEntropy(weight * _count_factor(tail, weight.sum(-1))), labels
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:
@@ -171,15 +189,12 @@ def _snapped(values: Tensor) -> Tensor:
     return values.where(~is_all, total)
 
 
-def _count_factor(weight: Tensor, largest: Tensor | None = None) -> float:
+def _count_factor(tail: _Recorded, weight: Tensor) -> float:
     """Return what makes the contribution of a sample to the step's loss the loss of the sample.
 
-    It is the number of samples that count. A loss that was summed, which shows as weights of 1, is one already.
+    It is the number of samples that count; 1 for a loss that was summed, whose contributions are losses already.
     """
-    counted = weight > 0
-    count = int(counted.sum())
-    weight = (weight if largest is None else largest)[counted]
-    return 1.0 if count > 1 and torch.allclose(weight, torch.ones_like(weight), rtol=1e-6) else float(count)
+    return 1.0 if tail.is_sum else float((weight > 0).sum())
 
 
 def _with_head(
@@ -284,6 +299,6 @@ def _differentiated(
             return Refusal("the loss couples the samples of a batch: it is no sum over samples")
         curvature = torch.stack([_row(gradient, phi, c) for c in range(phi.shape[1])], 1)
     counted = gradient.detach().abs().sum(-1) > 0
-    count = float(counted.sum())
+    count = _count_factor(tail, counted)
     form = Differentiated(gradient.detach() * count, curvature.detach() * count)
     return Objective(counted, logits.detach(), jacobian, form)

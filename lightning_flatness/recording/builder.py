@@ -84,7 +84,8 @@ class PassBuilder:
             return
         graph = self.tracer.graph
         before, after = graph.node(inputs), graph.node(output)
-        if before is not None and after is not None and output.numel() == len(output) * output.shape[-1]:
+        has_rows = output.dim() > 1 and sum(size > 1 for size in output.shape[1:]) <= 1
+        if before is not None and after is not None and has_rows:
             self.linear_calls.append(LinearCall(name, before, after, *self.copies.of(module)))
 
     def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

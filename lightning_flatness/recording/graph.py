@@ -190,6 +190,14 @@ class OperationGraph:
                 needed.update(argument.index for argument in operation.nodes if self._is_floating(argument.index))
         return found[::-1]
 
+    def is_moved(self, node: int) -> bool:
+        """Return whether a node depends on an input through floating numbers."""
+        if not self._is_floating(node):
+            return False
+        numbers = self.ancestry(node)
+        read = {argument.index for number in numbers for argument in self.operations[number].nodes}
+        return bool(self._inputs.keys() & (read | {node}))
+
     def _is_floating(self, node: int) -> bool:
         return self._alive[node].is_floating_point() or self._alive[node].is_complex()
 

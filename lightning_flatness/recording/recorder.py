@@ -111,9 +111,10 @@ class ForwardRecorder:
         self._builder.is_ignored = True
 
     def depends(self, tensor: Tensor) -> bool:
-        """Return whether a tensor depends on the recorded convolution."""
+        """Return whether a tensor depends on the recorded convolution, and not only in steps, as an accuracy does."""
         tracer = self._builder.tracer
-        return tracer is not None and tracer.graph.node(tensor) is not None
+        node = None if tracer is None else tracer.graph.node(tensor)
+        return node is not None and tracer is not None and tracer.graph.is_moved(node)
 
     @property
     def output(self) -> Any:
