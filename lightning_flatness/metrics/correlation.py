@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lightning_flatness.functional as LF
 from lightning_flatness.curvature.quantities import SampleQuantities, given
+from lightning_flatness.errors import missing_package
 from lightning_flatness.metrics.flatness import SampleMetric
 
 _QUANTITIES = ("aceht", "margin_bound", "output_margin")
@@ -38,7 +39,7 @@ class FlatnessMarginCorrelation(SampleMetric):
         """Start with no samples."""
         super().__init__(**kwargs)
         if unknown := [name for name in quantities if name not in _QUANTITIES]:
-            raise ValueError(f"`quantities` must be among {list(_QUANTITIES)}; got {unknown[0]!r}.")
+            raise ValueError(f"`quantities` must be among {list(_QUANTITIES)}; got {unknown[0]!r}. Correct the name.")
         if remove_outliers:
             _local_outlier_factor()
         self.quantities = tuple(quantities)
@@ -82,8 +83,5 @@ def _local_outlier_factor() -> Any:
     try:
         from sklearn.neighbors import LocalOutlierFactor
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`remove_outliers=True` needs scikit-learn, which is not installed. "
-            "Install it with `pip install lightning-flatness[examples]`."
-        ) from error
+        raise missing_package("`remove_outliers=True`", "sklearn") from error
     return LocalOutlierFactor
