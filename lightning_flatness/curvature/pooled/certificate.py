@@ -60,7 +60,7 @@ def certify(recorded: RecordedPass, at_random_points: bool = True) -> Certificat
 
     Args:
         recorded: one forward pass.
-        at_random_points: certify at random points, where every unit is active; False: at the recorded values.
+        at_random_points: certify at random points; each unit is active at one of them. False: at the recorded values.
 
     Returns:
         The certificate, or why there is none, with the path and the step.

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_flatness.curvature.pooled.certificate import Certificate, certify
 from lightning_flatness.curvature.pooled.closed_form import sample_quantities
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import Refusal
+from lightning_flatness.errors import Refusal, require_counts
 from lightning_flatness.functional import ConvGeometry
-from lightning_flatness.losses import CrossEntropy, Loss, checked_targets
+from lightning_flatness.losses import CrossEntropy, Loss, as_loss, checked_targets
 from lightning_flatness.precision import full_precision, is_low_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.recorded_pass import RecordedPass
@@ -24,12 +24,16 @@ from lightning_flatness.recording.recorded_pass import RecordedPass
 class PooledMethod:
     """The exact Hessian trace and relative flatness of a convolution under global pooling, for every sample.
 
-    It certifies in the first pass that the closed form is exact, and again whenever the recorded operations change.
+    It certifies in the first pass that the closed form is exact, and again when the names of the recorded operations
+    change (see `RecordedPass.signature`).
     The certificate and the filters' Gram matrix are kept from pass to pass.
 
     Args:
-        loss: the training loss of the logits; None: cross-entropy.
+        loss: the training loss of the logits, as `losses.as_loss` takes it; None: cross-entropy.
         chunk_bytes: what temporary tensors may take at once.
+
+    Raises:
+        ValueError: if the loss is another one, or `chunk_bytes` is not a whole number, at least 1.
 
     Example:
         >>> method = PooledMethod()
@@ -38,9 +42,11 @@ class PooledMethod:
 
     name = "pooled"
 
-    def __init__(self, loss: Loss | None = None, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, loss: str | nn.Module | Loss | None = None, chunk_bytes: int = CHUNK_BYTES) -> None:
         """Start with no certificate."""
-        self._loss, self._chunk_bytes = loss or CrossEntropy(), chunk_bytes
+        require_counts(chunk_bytes=chunk_bytes)
+        self._loss: Loss = CrossEntropy() if loss is None else as_loss(loss)
+        self._chunk_bytes = chunk_bytes
         self._certificate: Certificate | None = None
         self._kernel_gram = _KernelGram()
 

@@ -57,6 +57,26 @@ def test_a_refusal_is_raised_with_its_path(name: str) -> None:
         PooledMethod().quantities(record, y)
 
 
+@pytest.mark.parametrize("loss", ["bce_with_logits", torch.nn.BCEWithLogitsLoss(), as_loss("bce_with_logits")])
+def test_the_loss_may_be_named(loss: object) -> None:
+    record, _ = one_pass(CASES["relu"])
+    labels = torch.rand(len(record), 3, dtype=torch.float64)
+    named, made = (PooledMethod(given).quantities(record, labels) for given in (loss, as_loss("bce_with_logits")))
+    assert torch.equal(named.relative_flatness, made.relative_flatness)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": "focal"}, "`loss` must be one of .*; got 'focal'"),
+        ({"chunk_bytes": 0}, "`chunk_bytes` must be a whole number, at least 1; got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PooledMethod(**arguments)
+
+
 def test_logits_in_half_precision_are_computed_anew() -> None:
     case = CASES["relu"]
     model, (x, y) = case.model().bfloat16().eval(), case.data()
