@@ -25,7 +25,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Run matrix products in the precision of their operands: no autocast, no TF32, no graph."""
+    """Run matrix products in the precision of their operands: no autocast, no TF32, no autograd graph."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _exact_products():
         yield
 

@@ -19,9 +19,12 @@ _QUANTITIES = ("aceht", "margin_bound", "output_margin")
 class FlatnessMarginCorrelation(SampleMetric):
     r"""Pearson's r over samples between the Hessian trace of the layer and three cheaper quantities.
 
-    The quantities: `aceht` (`functional.affine_hessian_trace`), `margin_bound` and the signed `output_margin`; each
-    over `all`, `correct` (margin not negative) and `wrong` samples. r is 0 where a group is empty, has only one
-    sample, or does not vary.
+    The quantities are `aceht` (`functional.affine_hessian_trace`), `margin_bound` and the signed `output_margin`; each
+    over `all`, `correct` (margin not negative) and `wrong` samples. r is the coefficient of `functional.pearson`. It is
+    0 where a group is empty, has only one sample, or does not vary.
+
+    `compute` returns scalars in [-1, 1] under the names `quantity/group`, such as `aceht/correct`; no unit. The metric
+    needs `hessian_trace`, `output_margin` and the quantities that are compared, each of shape (n,).
 
     Source: "On flat minima, large margins and generalizability", where r is taken after removing outliers.
 
@@ -33,6 +36,16 @@ class FlatnessMarginCorrelation(SampleMetric):
     Raises:
         ValueError: if one of the quantities is another.
         ModuleNotFoundError: if outliers are to be removed and scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import FlatnessMarginCorrelation
+        >>> trace, margin, other = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0]), torch.zeros(3)
+        >>> metric = FlatnessMarginCorrelation(quantities=["output_margin"])
+        >>> metric.update(SampleQuantities(trace, other, other, output_margin=margin))
+        >>> metric.compute()["output_margin/correct"]
+        tensor(-1., dtype=torch.float64)
     """
 
     def __init__(self, remove_outliers: bool = False, quantities: Sequence[str] = _QUANTITIES, **kwargs: Any) -> None:

@@ -48,8 +48,8 @@ def _metrics() -> dict[str, SampleMetric]:
 class Evaluation:
     """All quantities over the samples of one data set; exact for any split into batches and processes.
 
-    It is no `torchmetrics.MetricCollection`: that names the values of a metric which has several after the metric's
-    own words (`mean`), without the key above them (`margin/mean`).
+    This is not a `torchmetrics.MetricCollection`. For a metric that returns several values, a collection uses the
+    metric's own names (`mean`) and drops the prefix (`margin/mean`).
 
     Args:
         device: where the sums are kept: that of the model, over which processes exchange them.
