@@ -114,7 +114,7 @@ def measure(
     the forward pass changes elsewhere stays changed, such as a Python counter or a tensor that is not a buffer.
 
     Args:
-        model: any module; called with the inputs of a batch.
+        model: any module; it is called with the inputs of each batch.
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
         layer: name of the convolution; None: the last one that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.

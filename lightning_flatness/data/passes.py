@@ -33,8 +33,8 @@ def measured_batches(
     Args:
         recorder: the recorder of the model.
         method: the method that measures the recorded passes.
-        model: called with the inputs of each batch.
-        batches: of (inputs, targets).
+        model: the network; it is called with the inputs of each batch.
+        batches: an iterable of (inputs, targets).
         max_samples: stop after so many samples; None: all.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
 

@@ -1,4 +1,4 @@
-"""Everything that one evaluation of a network yields, by the keys under which users watch it."""
+"""Everything that one evaluation of a network yields, by the keys under which it is logged."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Evaluation:
     metric's own names (`mean`) and drops the prefix (`margin/mean`).
 
     Args:
-        device: where the sums are kept: that of the model, over which processes exchange them.
-        method: what gives the quantities; only the keys that it gives are evaluated.
+        device: device of the model; the sums are kept on it, and processes exchange them over it.
+        method: name of the method that gives the quantities; only the keys that it gives are evaluated.
 
     Example:
         >>> evaluation = Evaluation(torch.device("cpu"))
