@@ -48,8 +48,10 @@ def _part(batch: Any, index: int, keys: tuple[str, ...], what: str) -> Any:
         return batch[index]
     else:
         came = type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, (list, tuple)) else "")
-    remedy = " Say where they are: `target=lambda batch: ...`." if what == "targets" else ""
+    remedy = (
+        "Say where they are: `target=lambda batch: ...`." if what == "targets" else "Let the loader yield one of these."
+    )
     raise ValueError(
         f"A batch must be a pair (inputs, targets) or a mapping with {what} under one of {list(keys)}; "
-        f"got {came}.{remedy}"
+        f"got {came}. {remedy}"
     )
