@@ -13,6 +13,10 @@ class NonFiniteError(ValueError):
     """A value that must be finite is not, so there is nothing to measure."""
 
 
+class NotRunError(ValueError):
+    """A batch did not run the network that is measured; other batches may."""
+
+
 class GraphError(RuntimeError):
     """Recorded operations cannot be repeated faithfully."""
 
@@ -83,7 +87,7 @@ def missing_package(user: str, module: str) -> ModuleNotFoundError:
     """Return the error to raise where an optional package is not installed; it says how to install it.
 
     Args:
-        user: what needs the package, as the subject of the sentence.
+        user: the part that needs the package, as the subject of the sentence.
         module: the module that cannot be imported, one of `matplotlib`, `sklearn`, `tensorboard` and `wandb`.
 
     Example:
