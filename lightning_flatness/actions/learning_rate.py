@@ -59,11 +59,11 @@ def cut_learning_rate(
     """
     before = learning_rates(optimizer)
     cut = _Cut(before, [_group_factor(lr, factor, min_lr) for lr in before], scale_floors)
-    for group, f in zip(optimizer.param_groups, cut.factors, strict=True):
-        if group.get("lr") is None:
+    for group, lr, f in zip(optimizer.param_groups, before, cut.factors, strict=True):
+        if lr is None:
             continue
-        _set_learning_rate(group, group["lr"] * f)
-        group.update({key: group[key] * f for key in _GROUP_KEYS if key in group})
+        _set_learning_rate(group, lr * f)  # from the value before: groups may share a tensor
+        group.update({key: group[key] * f for key in _GROUP_KEYS if group.get(key) is not None})
     members = [member for scheduler in schedulers for member in _members(scheduler)]
     active = {id(member) for scheduler in schedulers for member in _members(scheduler, only_active=True)}
     for scheduler in members:

@@ -237,3 +237,12 @@ def test_a_group_without_a_rate_is_left_alone() -> None:
     plateau.optimizer.param_groups[1]["lr"] = None
     cut_learning_rate(plateau.optimizer, plateau.schedulers, FACTOR)
     assert learning_rates(plateau.optimizer) == [pytest.approx(0.05), None]
+
+
+def test_a_tensor_that_groups_share_is_cut_once() -> None:
+    """As in `AdamW(groups, lr=torch.tensor(0.1))`."""
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]
+    optimizer = AdamW(groups, lr=torch.tensor(0.1, dtype=torch.float64))
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]
+    cut_learning_rate(optimizer, [], FACTOR)
+    assert learning_rates(optimizer) == pytest.approx([0.05, 0.05])
