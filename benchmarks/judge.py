@@ -3,7 +3,7 @@
     python benchmarks/judge.py
 
 writes `rules.csv` and prints its totals as a table. A disturbance at a known epoch counts as detected if the rule fires
-in one of the first three validations after it; a healthy run in which the rule fires at all is a false alarm.
+in one of the first three validations after it; a healthy run in which the rule fires at all is a false alert.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def judge(
 def table(found: list[Result]) -> str:
     """Return the totals as a Markdown table, one row per rule."""
     text = [
-        "| rule | seeds | healthy: alarms | label noise: in time | lr x 10: in time | noise from the start: found |",
+        "| rule | seeds | healthy: alerts | label noise: in time | lr x 10: in time | noise from the start: found |",
         "|---|---|---|---|---|---|",
     ]
     totals = [result for result in found if result.setting == "all"]

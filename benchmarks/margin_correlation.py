@@ -1,8 +1,9 @@
-"""How well the classifier's own trace and the margins tell each sample's exact Hessian trace, on trained networks.
+"""How well the classifier's own trace and the margins predict each sample's exact Hessian trace, on trained networks.
 
-Trains the digits network as the demo does, once per seed, and prints the Markdown table of docs/concepts/margins.md: Pearson's r
-over correctly classified samples, in brackets after removing outliers. Below it the ranges of r of the confidence that
-all quantities share.
+Trains the digits network as the demo does, once per seed, and prints the Markdown table of docs/concepts/margins.md. It
+holds Pearson's r over correctly classified samples, in brackets after removing outliers. The lines below it have the
+range of r between the trace and the uncertainty `1 - |S|^2`, a factor of all these quantities, and the range of r
+between trace and ACEHT without that factor.
 
     python benchmarks/margin_correlation.py
 """
@@ -58,12 +59,12 @@ def row(quantities: SampleQuantities) -> list[str]:
     return [f"{correct} of {len(quantities)}", *(f"{plain:.2f} ({without:.2f})" for plain, without in pairs)]
 
 
-def shared_confidence(quantities: SampleQuantities) -> tuple[float, float]:
-    """Return r of trace and confidence, and of trace and ACEHT with the confidence divided out of both."""
+def shared_uncertainty(quantities: SampleQuantities) -> tuple[float, float]:
+    """Return r of trace and uncertainty, and of trace and ACEHT with the uncertainty divided out of both."""
     correct = quantities.output_margin >= 0
     compared = (quantities.hessian_trace, quantities.affine_hessian_trace, quantities.confidence)
-    trace, aceht, confidence = (values[correct].double() for values in compared)
-    return float(pearson(trace, confidence)), float(pearson(trace / confidence, aceht / confidence))
+    trace, aceht, uncertainty = (values[correct].double() for values in compared)
+    return float(pearson(trace, uncertainty)), float(pearson(trace / uncertainty, aceht / uncertainty))
 
 
 def main() -> None:
@@ -80,8 +81,8 @@ def main() -> None:
         for name, dataset in zip(("training", "validation"), digits_split(seed), strict=True):
             quantities = quantities_of(model, *dataset.tensors)
             print("|", " | ".join([str(seed), name, *row(quantities)]), "|")
-            shared.append(shared_confidence(quantities))
-    for what, values in zip(("trace, confidence", "both without it"), zip(*shared, strict=True), strict=True):
+            shared.append(shared_uncertainty(quantities))
+    for what, values in zip(("trace, uncertainty", "trace, ACEHT without it"), zip(*shared, strict=True), strict=True):
         print(f"r of {what}: {min(values):.2f} to {max(values):.2f}")
 
 

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_flatness.actions import escalation
-from lightning_flatness.reporting.loggers import LoggerAlerts
+from lightning_flatness.reporting.loggers import LoggerAlerts, log_step
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
+from lightning_flatness.rules.alert import ActionError
 from lightning_flatness.rules.rule import AnyRule
 
 _LOADER = re.compile(r"/dataloader_idx_\d+$")
@@ -43,6 +44,7 @@ class RuleRunner:
         self.alerts: list[Alert] = []
         self._trackers = [RuleTracker(rule) for rule in self.rules]
         self._loggers = LoggerAlerts()
+        self._is_resuming = False  # a checkpoint has been loaded, and what its alerts had begun is not yet taken up
         for rule in self.rules:
             for action in rule.action if isinstance(rule.action, (list, tuple)) else [rule.action]:
                 if not (action is None or isinstance(action, Action)):
@@ -64,10 +66,15 @@ class RuleRunner:
         """Evaluate all rules on the values of one validation, and act on their alerts.
 
         Every process must call this. With several validation loaders, a key without a loader's suffix means the first
-        loader.
+        loader. The step of an alert is the one at which the loggers have the values.
+
+        Raises:
+            ActionError: if an action failed; its alert is recorded and shown.
+            Exception: whatever else failed first, after all rules have seen the values.
         """
         if not self.rules:
             return
+        self.resume(trainer)
         first = {_LOADER.sub("", key): value for key, value in list(values.items())[::-1]}
         # All processes decide on the values of the first one: theirs may differ by rounding.
         fresh = trainer.strategy.broadcast({**first, **values})
@@ -76,20 +83,46 @@ class RuleRunner:
         ]
         for tracker in self._trackers:
             try:
-                alert = tracker.observe(fresh, step=trainer.global_step, epoch=trainer.current_epoch)
-                if alert is not None:
-                    self._handle(alert, trainer, pl_module)
+                alert = tracker.observe(fresh, step=log_step(trainer), epoch=trainer.current_epoch)
             except Exception as error:  # the other rules must see the values all the same
                 errors.append(error)
+                continue
+            if alert is not None:
+                errors += self._handle(alert, trainer, pl_module)
         if errors:
             raise errors[0]
 
-    def _handle(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> None:
+    def resume(self, trainer: Trainer) -> None:
+        """Take up what the alerts of a checkpoint had begun: stops that wait, cuts that are watched.
+
+        Call it when the training goes on; the first `observe` does it otherwise.
+        """
+        if self._is_resuming:
+            self._is_resuming = False
+            for alert in self.alerts:
+                if (action := escalation(alert.rule.action, alert.number)) is not None:
+                    action.resume(alert, trainer)
+
+    def _handle(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> list[Exception]:
+        """Record an alert, show it, and then act on it; return what failed."""
         self.alerts.append(alert)
         action = escalation(alert.rule.action, alert.number)
-        done = "" if action is None else action.apply(alert, trainer, pl_module)
-        rank_zero_info(f"Flatness alert: {alert.reason} {done}".rstrip())
-        self._loggers.show(trainer, alert, done)
+        errors: list[Exception] = []
+        rank_zero_info(f"Flatness alert: {alert.reason}")
+        try:
+            self._loggers.show(trainer, alert, "" if action is None else f"Action: {action!r}.")
+        except Exception as error:  # the action must come all the same
+            errors.append(error)
+        try:
+            if action is not None:
+                rank_zero_info(f"Flatness action: {action.apply(alert, trainer, pl_module)}")
+        except ActionError as error:
+            errors.append(error)
+        except Exception as error:
+            failed = ActionError(f"{action!r} failed after an alert, which is recorded: {error!r}")
+            failed.__cause__ = error
+            errors.append(failed)
+        return errors
 
     def state_dict(self) -> dict[str, Any]:
         """Return the alerts and what the rules remember, in plain Python types."""
@@ -116,6 +149,7 @@ class RuleRunner:
             return
         for tracker, remembered in zip(self._trackers, state["rules"], strict=True):
             tracker.load_state_dict(remembered)
+        self._is_resuming = True
         self.alerts.clear()  # in place: the monitor shares the list
         numbers: Counter[int] = Counter()
         for saved in state["alerts"]:

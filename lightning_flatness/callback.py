@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,8 +17,10 @@ from lightning_flatness.keys import keys_of
 from lightning_flatness.losses import as_loss
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.reporting.failures import Failures
-from lightning_flatness.rules import AllOf, AnyOf, Rule
-from lightning_flatness.validation import MeasuredValidation
+from lightning_flatness.reporting.logged import collision, forget, keys_of_others, log_values, mark_missing
+from lightning_flatness.rules import Alert, AllOf, AnyOf, Rule
+from lightning_flatness.schedule import PARTIAL, Schedule, counts, notices
+from lightning_flatness.validation import MeasuredValidation, loader_count
 
 
 class FlatnessMonitor(Callback):
@@ -93,43 +96,63 @@ class FlatnessMonitor(Callback):
         self.chunk_bytes = chunk_bytes
         self._suffix = f"/{self.name}" if self.name else ""
         self._runner = RuleRunner(rules, self._suffix)
-        self.alerts = self._runner.alerts
-        self._failures = Failures(strict)
-        self._validations = 0  # so far
-        self._is_due = False  # whether this validation is to be measured
+        self._failures = Failures(strict, self.name)
+        self._schedule = Schedule(every_n_validations)
+        self._stage = "fit"  # what the Trainer does
+        self._earlier: list[Alert] = []  # alerts of the trainings before
         self._validation: MeasuredValidation | None = None  # while it is measured
-        self._values: dict[str, float] = {}  # of this validation
+        self._values: dict[str, float] = {}  # of this validation, for the rules
+        self._logged: set[str] = set()  # keys that this run has logged
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """All alerts so far, oldest first: those of earlier trainings, and those of the last one.
+
+        In processes that the Trainer forks or spawns (`ddp_fork`, `ddp_spawn`, notebooks) the alerts stay in these
+        processes: afterwards this list is empty. Checkpoints and loggers have them, and `Notify` can write them down.
+        """
+        return [*self._earlier, *self._runner.alerts]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second monitor of the same keys; forget what an earlier run found out about a model."""
-        self._failures.is_refused = False
+        """Refuse a second monitor of the same keys; begin anew if a training starts."""
+        self._failures.start_run()
+        self._stage, self._logged = stage, set()
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
             raise ValueError(
                 f"Monitors in one Trainer must have names of their own; got {[monitor.name for monitor in monitors]}. "
                 "Set `name=...`, which ends their keys."
             )
+        if stage == "fit":
+            self._earlier = self.alerts
+            self._runner = RuleRunner(self._runner.rules, self._suffix)
+            self._schedule.start()
         self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(PooledMethod.name)])
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the names of the modules before the first batch."""
-        ForwardRecorder(pl_module, self.layer, self.classifier)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the names of the modules before the first batch; say what this training will not do."""
+        _tools(self, pl_module)
+        for sentence in notices(trainer, self._runner.rules, self.every_n_validations):
+            self._failures.warn_once(f"{self._failures.label} {sentence}")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to measure if this validation is due."""
-        if trainer.state.fn != "fit":  # where there was no `on_fit_start`, check the names here
-            ForwardRecorder(pl_module, self.layer, self.classifier)
-        self._failures.occurred = False
-        is_due = trainer.sanity_checking or self._validations % self.every_n_validations == 0
-        self._validations += not trainer.sanity_checking
-        self._is_due, self._values = is_due and not self._failures.is_refused, {}
-        if self._is_due:
-            with self._failures.contained(self._close):
-                recorder = ForwardRecorder(pl_module, self.layer, self.classifier)
-                method = PooledMethod(self.chunk_bytes)
-                self._validation = MeasuredValidation(
-                    recorder, method, trainer, pl_module, self.data, self.max_samples, self.target, self.loss
-                )
+        if not counts(trainer):  # `on_train_start` has not checked the names
+            _tools(self, pl_module)
+        self._failures.failed, self._values = set(), {}
+        forget(trainer, self._logged)
+        loaders = range(loader_count(trainer, self.data))
+        if self._schedule.is_due(trainer) and not all(map(self._failures.excludes, loaders)):
+            self._validation = MeasuredValidation(
+                self._failures,
+                partial(_tools, self, pl_module),
+                trainer,
+                pl_module,
+                self.data,
+                self.max_samples,
+                self.target,
+                self.loss,
+            )
 
     def on_validation_batch_start(
         self,
@@ -141,8 +164,7 @@ class FlatnessMonitor(Callback):
     ) -> None:
         """Record this batch's forward pass, or run the monitor's own passes before the first batch."""
         if self._validation is not None:
-            with self._failures.contained(self._close):
-                self._validation.before_batch(dataloader_idx, is_first=batch_idx == dataloader_idx == 0)
+            self._validation.before_batch(dataloader_idx, is_first=batch_idx == dataloader_idx == 0)
 
     def on_validation_batch_end(
         self,
@@ -155,44 +177,57 @@ class FlatnessMonitor(Callback):
     ) -> None:
         """Measure the batch that has just passed through the network."""
         if self._validation is not None:
-            with self._failures.contained(self._close):
-                self._validation.after_batch(outputs, batch, dataloader_idx)
+            self._validation.after_batch(outputs, batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks, and log the means over all samples of all processes."""
-        validation, failures = self._validation, self._failures
-        self._close()
-        if not self._is_due:
+        validation, failures, self._validation = self._validation, self._failures, None
+        if validation is None:
             return
+        validation.close()
         # Every process decides alike, or the others would wait for ever in the exchange of the sums.
-        failures.is_refused = trainer.strategy.reduce_boolean_decision(failures.is_refused, all=False)
-        if trainer.strategy.reduce_boolean_decision(failures.occurred, all=False) or validation is None:
-            return
-        failures.info_once(f"FlatnessMonitor measures {validation.measured}.")
-        with failures.contained(self._close):
-            for values in validation.values(self._suffix):
-                if broken := [key for key, value in values.items() if not value.isfinite()]:
-                    failures.report(NonFiniteError(f"Values must be finite; these are not: {broken}."))
-                # Already synchronised: the same on every process.
-                self._values.update({key: float(value) for key, value in values.items()})
-                pl_module.log_dict(values, sync_dist=False, rank_zero_only=False, add_dataloader_idx=False)
-        if trainer.strategy.reduce_boolean_decision(failures.occurred, all=False):
-            self._values = {}  # rules must not judge a part of the values, nor some processes without the others
+        loaders = validation.agree()
+        if validation.measured:
+            failures.info_once(f"{failures.label} measures {validation.measured}.")
+        values: dict[str, Tensor] = {}
+        with failures.contained():
+            values = validation.values(loaders, self._suffix)
+            if broken := [key for key, value in values.items() if not value.isfinite()]:
+                failures.report(NonFiniteError(f"Values must be finite; these are not: {broken}."))
+            log_values(trainer, pl_module, values)
+        if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
+            values = {}
+        mark_missing(trainer, self._logged - set(values))
+        is_whole = self._logged <= set(values)  # rules must not take a loader for another one, which is missing
+        if self._schedule.is_resuming and validation.is_part:
+            failures.warn_once(f"{failures.label} {PARTIAL}")
+            is_whole = False
+        self._logged |= set(values)
+        self._values = {key: float(value) for key, value in values.items()} if is_whole else {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the rules judge the new values of a training."""
-        if self._values and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            with self._failures.contained(self._close):
+        if taken := keys_of_others(trainer, self._logged):
+            self._failures.warn_once(f"{self._failures.label} {collision(taken)}")
+        if self._values and counts(trainer) and self._schedule.is_judged():
+            with self._failures.contained(what="finish with its rules and actions"):
                 self._runner.observe(self._values, trainer, pl_module)
+        self._schedule.complete(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in plain Python types."""
-        return {"validations": self._validations, **self._runner.state_dict()}
+        return {"validations": self._schedule.completed, **self._runner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._validations = state_dict["validations"]
-        self._runner.load_state_dict(state_dict)
+        """Go on from a checkpoint, if it is a training that goes on.
+
+        Lightning restores the state in `validate`, `test` and `predict` with a `ckpt_path` too. There it would replace
+        the alerts of the training that has just ended by those of the checkpoint.
+        """
+        if self._stage == "fit":
+            self._schedule.resume(state_dict["validations"])
+            self._runner.load_state_dict(state_dict)
+            self._earlier = [alert for alert in self._earlier if alert not in self._runner.alerts]
 
     @property
     def state_key(self) -> str:
@@ -209,13 +244,21 @@ class FlatnessMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._close()
+        _close(self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        self._close()
+        _close(self)
 
-    def _close(self) -> None:
-        if self._validation is not None:
-            self._validation.close()
-            self._validation = None
+
+def _tools(monitor: FlatnessMonitor, pl_module: LightningModule) -> tuple[ForwardRecorder, PooledMethod]:
+    """Return a new recorder of the module and a new method; raise a `ValueError` if a named module is not there."""
+    recorder = ForwardRecorder(pl_module, monitor.layer, monitor.classifier)
+    return recorder, PooledMethod(monitor.chunk_bytes)
+
+
+def _close(monitor: FlatnessMonitor) -> None:
+    """End the measurement of a validation."""
+    if monitor._validation is not None:
+        monitor._validation.close()
+        monitor._validation = None

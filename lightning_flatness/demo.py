@@ -19,14 +19,12 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from lightning_flatness.callback import FlatnessMonitor
+from lightning_flatness.errors import missing_package
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
 from lightning_flatness.keys import MARGIN, RELATIVE, TRACE
 from lightning_flatness.reporting.figures import Panel, flatness_curves
 
 _LOGGERS = ("tensorboard", "csv", "wandb")
-
-# Package to import -> extra that installs it.
-_EXTRAS = {"sklearn": "examples", "matplotlib": "plots", "tensorboard": "tensorboard", "wandb": "wandb"}
 
 # Key -> number format of its column.
 _COLUMNS = {"epoch": "d", "val_accuracy": ".2%", RELATIVE: "#.4g", TRACE: "#.4g", MARGIN: ".3f"}
@@ -61,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"--output must be a folder that can be written: got {error.filename} ({error.strerror})")
+        parser.error(
+            f"--output must be a folder that can be written; got {error.filename} ({error.strerror}). Name another one."
+        )
 
     with _quiet(), _one_thread():
         history = _train(arguments.epochs, arguments.seed, [_logger(name, run) for name in names])
@@ -138,10 +138,7 @@ def _require(packages: Sequence[str]) -> None:
     """Raise ModuleNotFoundError for the first package that is missing."""
     for package in packages:
         if find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f"the demo needs {package}, which is not installed: "
-                f"install it with `pip install lightning-flatness[{_EXTRAS[package]}]`"
-            )
+            raise missing_package("the demo", package)
 
 
 def _new_run(output: Path) -> Path:
@@ -221,7 +218,7 @@ def _whole_number(text: str, least: int) -> int:
     """Return a whole number of at most 32 bits, the range of a seed."""
     most = 2**32 - 1
     if not text.isdecimal() or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}: got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}; got {text!r}")
     return int(text)
 
 
@@ -230,5 +227,5 @@ def _logger_names(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in _LOGGERS:
-            raise argparse.ArgumentTypeError(f"must be any of {', '.join(_LOGGERS)}: got {name!r}")
+            raise argparse.ArgumentTypeError(f"must be any of {', '.join(_LOGGERS)}; got {name!r}")
     return names

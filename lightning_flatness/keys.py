@@ -27,10 +27,10 @@ class Key(NamedTuple):
     """One quantity that a validation logs.
 
     Attributes:
-        name: of the key, as in `flatness/relative`.
-        title: in figures and tables.
-        unit: of the value; "none" for a pure number. "loss" is the unit of the loss, nats for cross-entropy.
-        direction: which way is better, in words; "none of its own" where neither is.
+        name: the key itself, such as `flatness/relative`.
+        title: the heading in figures and tables.
+        unit: the unit of the value; "none" for a pure number. "loss" is the unit of the loss, nats for cross-entropy.
+        direction: the direction that is better, in words; "none of its own" where neither is.
         source: letters of the sources in `docs/keys.md`.
         better: `"lower"`, `"higher"` or None.
         methods: the methods that give it.
@@ -89,7 +89,7 @@ def keys_of(method: str) -> tuple[str, ...]:
     """Return the names of the keys that a method gives.
 
     Args:
-        method: as in `Key.methods`.
+        method: name of the method, as in `Key.methods`.
 
     Example:
         >>> keys_of("pooled")[:2]
@@ -102,7 +102,7 @@ def key_suffix(key: str) -> str:
     """Return what follows the quantity in a key: the monitor's name and Lightning's loader index.
 
     Args:
-        key: as it is logged.
+        key: the key as it is logged.
 
     Example:
         >>> key_suffix("margin/mean/train/dataloader_idx_1")

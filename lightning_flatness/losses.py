@@ -1,13 +1,15 @@
-r"""Training losses whose curvature in the logits has a closed form, and checks of their targets.
+r"""Training losses whose curvature with respect to the logits has a closed form, and checks of their targets.
 
 `CrossEntropy` and `BinaryCrossEntropy` have the same methods, which share their arguments:
 
 - `logits`: \(\phi\), shape (n, c); for values "at each temperature", shape (n, c, t).
 - `target`: as `checked_targets` returns it; None if unknown, which raises a `ValueError` where the value depends on it.
-- `head`: weight \(V\) of the linear classifier, shape (c, k).
+- `head`: weight \(V\) of the linear classifier, shape (c, j); for relative flatness its columns in the order of the
+  filters that feed them, shape (c, k).
 - `gram`: \(G\), see `functional.HadamardGram`.
 
-\(B\) is the curvature of the loss of one sample in its logits, \(\partial^2 \ell / \partial \phi^2\).
+\(B\) is the curvature of the loss of one sample with respect to its logits, \(\partial^2 \ell / \partial \phi^2\). In
+this module \(a\), \(w\), \(p\) and \(m\) are weights of classes or labels, as the two losses define them.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class CrossEntropy:
     $$\ell = -\sum_c a_c \log S_c, \qquad a_c = w_c \Bigl((1 - \epsilon)\, q_c + \frac{\epsilon}{C}\Bigr)$$
 
     with the softmax \(S\), class weights \(w\), label smoothing \(\epsilon\), the number of classes \(C\) and the
-    distribution \(q\) of the label: one-hot for a class index, or given as probabilities. Gradient and curvature in
-    the logits are
+    distribution \(q\) of the label: one-hot for a class index, or given as probabilities. Gradient and curvature with
+    respect to the logits are
 
     $$\nabla \ell = \Vert a \Vert_1 S - a, \qquad
     B = \Vert a \Vert_1 \bigl(\operatorname{diag}(S) - S S^\top\bigr)$$
@@ -75,9 +77,9 @@ class CrossEntropy:
         return self.label_weight(logits, target) * confidence(logits)
 
     def curvature_diagonal(
-        self, logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k"], target: Targets | None
-    ) -> Float[Tensor, "n k"]:
-        r"""Return \(Q_{kk}\) with \(Q = V^\top B V\), shape (n, k)."""
+        self, logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c j"], target: Targets | None
+    ) -> Float[Tensor, "n j"]:
+        r"""Return \(Q_{jj}\) with \(Q = V^\top B V\), shape (n, j)."""
         return self.label_weight(logits, target).unsqueeze(1) * curvature_diagonal(logits, head)
 
     def relative_flatness(
@@ -157,7 +159,7 @@ class BinaryCrossEntropy:
     $$\ell = -\sum_c w_c \bigl(p_c\, y_c \log s_c + (1 - y_c) \log (1 - s_c)\bigr)$$
 
     with \(s = \operatorname{sigmoid}(\phi)\), labels \(y_c\) in [0, 1] and their weights \(w\) and \(p\). Gradient
-    and curvature in the logits are
+    and curvature with respect to the logits are
 
     $$\nabla_c \ell = w_c \bigl((1 - y_c)\, s_c - p_c\, y_c\, (1 - s_c)\bigr), \qquad
     B = \operatorname{diag}\bigl(m\, s\, (1 - s)\bigr), \qquad m_c = w_c (p_c\, y_c + 1 - y_c)$$
@@ -190,9 +192,9 @@ class BinaryCrossEntropy:
         return (self.label_weight(logits, target) * _variance(logits)).sum(-1)
 
     def curvature_diagonal(
-        self, logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k"], target: Targets | None
-    ) -> Float[Tensor, "n k"]:
-        r"""Return \(Q_{kk}\) with \(Q = V^\top B V\), shape (n, k)."""
+        self, logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c j"], target: Targets | None
+    ) -> Float[Tensor, "n j"]:
+        r"""Return \(Q_{jj}\) with \(Q = V^\top B V\), shape (n, j)."""
         weight = self.label_weight(logits, target) * _variance(logits)
         return (weight.unsqueeze(1) @ head.square()).squeeze(1)
 

@@ -14,7 +14,7 @@ from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.passes import ASSUMED, device_of, measured_batches, preserved_state
-from lightning_flatness.errors import NonFiniteError, require_counts
+from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
 from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
@@ -41,16 +41,32 @@ class FlatnessReport:
         layer: name of the convolution.
         classifier: name of the classifier; the network's own name where the convolution is the classifier.
         n_samples: number of samples.
-        relative_flatness: mean over samples, see `functional.relative_flatness`.
-        hessian_trace: mean over samples, see `functional.hessian_trace`.
-        scale_free_flatness: relative flatness of the predictor with its logits divided by their spread; None where the
-            loss is neither cross-entropy nor binary cross-entropy, or the head is curved.
-        confidence: mean of `1 - |S|^2`, see `functional.confidence`.
-        margins: statistics of the signed output margins.
-        samples: per-sample values by name, shape (n,), if they were asked for.
+        relative_flatness: mean over samples, see `functional.relative_flatness`; unit of the loss.
+        hessian_trace: mean over samples, see `functional.hessian_trace`; loss per squared weight.
+        scale_free_flatness: relative flatness of the predictor with its logits divided by their spread; unit of the
+            loss. None where the loss is neither cross-entropy nor binary cross-entropy, or the head is curved.
+        confidence: mean of the uncertainty `1 - |S|^2`, see `functional.confidence`; no unit.
+        margins: statistics of the signed output margins by name, see `functional.distribution`; in the unit of the
+            logits, except for `skewness` and `negative`, which have none. Higher margins are better.
+        samples: the values of each sample by name, shape (n,), if they were asked for: `relative_flatness`,
+            `hessian_trace`, `confidence`, `affine_hessian_trace`, `head_relative_flatness`, `output_margin`,
+            `softmax_margin` and `margin_bound`, as far as the loss and the head have them; `SampleQuantities`
+            describes them.
         method: `"pooled"`, the closed form under global pooling.
         exact: whether the numbers are exact; True for `"pooled"`, which refuses what it cannot do exactly.
         assumed: what was assumed instead of proved, in words.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_flatness.measure import measure
+        >>> tail = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), *tail)
+        >>> report = measure(network, [(torch.ones(2, 1, 6, 6), torch.tensor([0, 1]))])
+        >>> report.layer, report.classifier, report.n_samples, report.method
+        ('0', '4', 2, 'pooled')
+        >>> sorted(report.margins)[:3]
+        ['mean', 'min', 'negative']
     """
 
     layer: str
@@ -100,19 +116,23 @@ def measure(
 ) -> FlatnessReport:
     """Measure the exact Hessian trace and relative flatness of a convolution under global pooling.
 
-    The model is evaluated in eval mode and left as it was: mode, gradients, hooks, buffers, RNG state.
+    The model is evaluated in eval mode and left as it was: modes, gradients, hooks, buffers, random generators. What
+    the forward pass changes elsewhere stays changed, such as a Python counter or a tensor that is not a buffer.
 
     Args:
-        model: any module; called with the inputs of a batch.
-        batches: of (inputs, targets); a `DataLoader` is one.
+        model: any module; it is called with the inputs of each batch.
+        batches: an iterable of (inputs, targets), such as a `DataLoader`.
         layer: name of the convolution; None: the last one that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
         max_samples: stop after so many samples; None: all.
         per_sample: also keep the values of every sample.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
-        loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
-            `nn.BCEWithLogitsLoss` that is used.
-        chunk_bytes: what temporary tensors may take at once: samples are computed in groups that fit, or one by one.
+        loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, a loss module of torch, or any function of
+            what the model returns and the targets that returns one number. None: cross-entropy, and the report says
+            that it is assumed.
+        chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted in
+            groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
+            take, which grows with the batch.
 
     Returns:
         The report; `print` it, or read its attributes.
@@ -123,14 +143,23 @@ def measure(
         ValueError: if a name, a batch or a target is not what it must be.
 
     Example:
-        >>> report = measure(model, loader)  # doctest: +SKIP
-        >>> report.relative_flatness  # doctest: +SKIP
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_flatness.measure import measure
+        >>> tail = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), *tail)
+        >>> batches = [(torch.ones(5, 1, 6, 6), torch.zeros(5).long()), (torch.ones(3, 1, 6, 6), torch.zeros(3).long())]
+        >>> report = measure(network, batches, max_samples=6, per_sample=True)
+        >>> report.n_samples, report.samples["hessian_trace"].shape
+        (6, torch.Size([6]))
     """
     if not isinstance(batches, Iterable):
-        raise ValueError(f"`batches` must be an iterable of (inputs, targets); got {type(batches).__name__}.")
+        raise ValueError(
+            f"`batches` must be an iterable of (inputs, targets); got {type(batches).__name__}. Pass a `DataLoader` "
+            "or a list: `[(inputs, targets)]`."
+        )
     require_counts(chunk_bytes=chunk_bytes)
-    if max_samples is not None:
-        require_counts(max_samples=max_samples)
+    require_optional_counts(max_samples=max_samples)
     refuse_programs(model)
     recorder, method = ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes)
     criterion = None if loss is None else as_loss(loss)
@@ -142,10 +171,28 @@ def measure(
             if per_sample:
                 parts.append(quantities)
     if evaluation.samples == 0:
-        raise ValueError("`batches` must yield at least one sample; got none.")
+        raise ValueError(
+            "`batches` must yield at least one sample; got none. If it is a generator, make a new one: it can be read "
+            "only once."
+        )
+    samples = _per_sample(parts) if per_sample else None
+    return _report(recorder, method, evaluation, samples, (ASSUMED,) if loss is None else ())
+
+
+def _report(
+    recorder: ForwardRecorder,
+    method: PooledMethod,
+    evaluation: Evaluation,
+    samples: dict[str, Tensor] | None,
+    assumed: tuple[str, ...],
+) -> FlatnessReport:
+    """Return the report of an evaluation, after checking that its values are finite."""
     values = {key: float(value) for key, value in evaluation.compute().items()}
-    if broken := [key for key, value in values.items() if not isfinite(value)]:
-        raise NonFiniteError(f"Values must be finite; these are not: {broken}.")
+    if broken := [f"{key} = {value}" for key, value in values.items() if not isfinite(value)]:
+        raise NonFiniteError(
+            f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, and for logits of "
+            "minus infinity that mask the true class."
+        )
     return FlatnessReport(
         layer=str(recorder.layer),
         classifier=str(recorder.classifier),
@@ -159,8 +206,9 @@ def measure(
             for key, value in values.items()
             if key.startswith("margin/") and key not in (SOFTMAX_MARGIN, MARGIN_BOUND)
         },
-        samples=_per_sample(parts) if per_sample else None,
-        assumed=(ASSUMED,) if loss is None else (),
+        samples=samples,
+        method=method.name,
+        assumed=assumed,
     )
 
 

@@ -1,6 +1,6 @@
-r"""The same numbers from their definitions, with the full Hessian in memory: slow, obvious and independent.
+r"""Computes trace and relative flatness directly from their definitions, with the full Hessian in memory.
 
-Nothing here uses the closed form or any other module of the package. `torch.func` differentiates the loss of one sample
+Slow, obvious, and independent of the rest of the package. `torch.func` differentiates the loss of one sample
 twice with respect to one weight, and the definitions are applied to the result. The oracle is meant for tiny networks
 in float64, in tests and in the documentation: a Hessian has \((K D)^2\) entries per sample, with \(K\) output channels
 and \(D\) weights per output channel.

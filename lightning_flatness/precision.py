@@ -25,7 +25,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Run matrix products in the precision of their operands: no autocast, no TF32, no graph."""
+    """Run matrix products in the precision of their operands: no autocast, no TF32, no autograd graph."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _exact_products():
         yield
 
@@ -56,8 +56,8 @@ def allclose_for_dtype(computed: Tensor, observed: Tensor) -> bool:
     float32, 1e-2 in float32 on a CUDA device, which may multiply in TF32.
 
     Args:
-        computed: what the result should be.
-        observed: what it is; numbers that are not finite are left out.
+        computed: the result as it should be.
+        observed: the result as it is; numbers that are not finite are left out.
     """
     if is_low_precision(observed):
         tolerance = 0.05
@@ -77,7 +77,7 @@ def allclose_at_scale(computed: Tensor, expected: Tensor, scale: Tensor) -> bool
 
     Args:
         computed: the result.
-        expected: what it should be.
+        expected: the result as it should be.
         scale: a magnitude, a scalar.
     """
     eps = torch.finfo(expected.dtype).eps

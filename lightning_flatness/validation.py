@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -20,10 +21,18 @@ from lightning_flatness.data.passes import (
     transferred,
 )
 from lightning_flatness.data.sampling import batches_for_rank, sample_limit
-from lightning_flatness.errors import UnsupportedTailError
+from lightning_flatness.errors import NotRunError, UnsupportedTailError
 from lightning_flatness.losses import CrossEntropy, Loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.recording.recorder import ForwardRecorder
+from lightning_flatness.reporting.failures import Failures
+
+
+def loader_count(trainer: Trainer, data: Any) -> int:
+    """Return how many loaders have values of their own; the monitor's own batches count as one loader."""
+    if not _rides(data):
+        return 1
+    return len(_batch_counts(trainer))
 
 
 class LoggedValues:
@@ -57,20 +66,26 @@ class LoggedValues:
 class MeasuredValidation:
     """Records a validation's own passes, or runs passes of its own before the first batch.
 
+    Each loader is measured on its own, with a recorder and a method of its own, so that one which cannot be measured
+    takes nothing from the others. The hooks are installed while the batches of a loader come, until something fails.
+
     Args:
-        recorder: of the network.
-        method: what measures the recorded passes.
+        failures: of the monitor; they say which loaders are not measured.
+        tools: makes the recorder of the network and the method that measures the recorded passes.
         trainer: the Trainer that validates.
         pl_module: the module that it validates.
         data: of the `FlatnessMonitor`.
         max_samples: of the `FlatnessMonitor`.
         target: of the `FlatnessMonitor`.
+
+    Attributes:
+        measured: what is measured, in words; None: nothing so far.
     """
 
     def __init__(
         self,
-        recorder: ForwardRecorder,
-        method: PooledMethod,
+        failures: Failures,
+        tools: Callable[[], tuple[ForwardRecorder, PooledMethod]],
         trainer: Trainer,
         pl_module: LightningModule,
         data: Any,
@@ -78,51 +93,124 @@ class MeasuredValidation:
         target: Callable[[Any], Tensor] | None,
         loss: Loss | Callable[[Any, Any], Tensor] | None,
     ) -> None:
-        """Start with no samples; record from now on if the validation's own passes are measured."""
-        self._recorder, self._method = recorder, method
+        """Start with no samples."""
+        self._failures, self._tools = failures, tools
         self._trainer, self._module = trainer, pl_module
         self._data, self._max_samples, self._target, self._loss = data, max_samples, target, loss
         self._logged = LoggedValues(pl_module)
-        self._rides = isinstance(data, str) and data == "val"
-        loaders = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        count = len(loaders) if self._rides else 1
-        self._evaluations = [Evaluation(pl_module.device, method.name) for _ in range(count)]
-        if self._rides:
-            recorder.__enter__()
-
-    @property
-    def measured(self) -> str:
-        """What is measured, in words."""
-        return f"`{self._recorder.layer}` up to `{self._recorder.classifier or 'the logits'}`"
+        self._count = loader_count(trainer, data)
+        self._batches = [0] * self._count
+        self._recorder: ForwardRecorder | None = None  # of the loader whose batches come
+        self._loader = -1  # its index
+        self.measured: str | None = None
+        self._evaluations: list[Evaluation] = []
+        with failures.contained(self.close):
+            self._evaluations = [Evaluation(pl_module.device, PooledMethod.name) for _ in range(self._count)]
 
     def before_batch(self, loader: int, is_first: bool) -> None:
         """Record the pass of the batch that comes, or run the own passes before the first one."""
-        if not self._rides:
-            if is_first and not (self._trainer.sanity_checking and self._data == "train"):
-                self._measure_own_batches()
-        elif self._samples_left(loader) == 0:
-            self._recorder.ignore_passes()
-        else:
-            self._recorder.clear()
-            self._logged.start()
+        if not _rides(self._data):
+            own = is_first and not (self._trainer.sanity_checking and self._data == "train")
+            if own and not self._failures.excludes(0):
+                with self._failures.contained(self.close, 0):
+                    self._measure_own_batches()
+            return
+        self._batches[loader] += 1
+        if self._failures.excludes(loader):
+            return
+        with self._failures.contained(self.close, loader):
+            recorder = self._opened(loader)
+            if self._samples_left(loader) == 0:
+                recorder.ignore_passes()
+            else:
+                recorder.clear()
+                self._logged.start()
 
     def after_batch(self, outputs: Any, batch: Any, loader: int) -> None:
         """Measure the batch that has just passed through the network."""
         self._logged.stop()
-        if not self._rides or (left := self._samples_left(loader)) == 0:
+        if not _rides(self._data) or self._failures.excludes(loader):
             return
-        found = self._loss_of(outputs, batch)
-        if found is not None:
-            recorded = self._recorder.take_pass(*found)
-            self._evaluations[loader].update(self._method.quantities(recorded, slice(left)))
+        with self._failures.contained(self.close, loader):
+            if (left := self._samples_left(loader)) != 0:
+                self._measure(outputs, batch, loader, left)
 
-    def _loss_of(self, outputs: Any, batch: Any) -> tuple[Tensor, tuple[str, ...]] | None:
+    def agree(self) -> list[int]:
+        """Return the indices of the loaders that have values; every process has to call this.
+
+        A loader has values if it has samples and nothing failed in any process. It is given up if a process refuses it
+        and none has measured a sample of it.
+        """
+        failures, loaders = self._failures, range(self._count)
+        samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
+        failed = [not {None, index}.isdisjoint(failures.failed) for index in loaders]
+        refused = [not {None, index}.isdisjoint(failures.refused) for index in loaders]
+        # On the device of the network: NCCL exchanges no others.
+        table = torch.tensor([samples, failed, refused], dtype=torch.int64, device=self._module.device)
+        samples, failed, refused = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
+        failures.failed |= {index for index in loaders if failed[index]}
+        failures.refused = {index for index in loaders if refused[index] and not samples[index]}
+        failures.measured |= {index for index in loaders if samples[index]}
+        return [index for index in loaders if samples[index] and not failed[index] and index not in failures.refused]
+
+    def values(self, loaders: Sequence[int], suffix: str) -> dict[str, Tensor]:
+        """Return the values of these loaders by key, over the samples of all processes; every process has to call it.
+
+        Args:
+            loaders: their indices.
+            suffix: of the keys, before that of the loader.
+        """
+        names = {index: f"/dataloader_idx_{index}" if self._count > 1 else "" for index in loaders}
+        return {
+            f"{key}{suffix}{name}": value
+            for index, name in names.items()
+            for key, value in self._evaluations[index].compute().items()
+        }
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this validation was over before the end of a loader.
+
+        Lightning leaves batches out where it goes on from a checkpoint that was saved amid a validation.
+        """
+        expected = _batch_counts(self._trainer)
+        return any(isfinite(n) and seen < n for seen, n in zip(self._batches, expected, strict=False))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._logged.stop()
+        if self._recorder is not None:
+            self._recorder.__exit__()
+            self._recorder = None
+
+    def _opened(self, loader: int) -> ForwardRecorder:
+        """Return the recorder of a loader, with its hooks installed; those of another loader are removed."""
+        if self._recorder is None or self._loader != loader:
+            self.close()
+            recorder, self._method = self._tools()
+            self._recorder, self._loader = recorder.__enter__(), loader
+        return self._recorder
+
+    def _measure(self, outputs: Any, batch: Any, loader: int, left: int | None) -> None:
+        recorder = self._opened(loader)
+        has_run = _has_run(recorder)
+        try:
+            found = self._loss_of(recorder, outputs, batch)
+            if found is None:
+                return
+            recorded = recorder.take_pass(*found)
+        except UnsupportedTailError as error:
+            raise error if has_run else NotRunError(str(error)) from error
+        self._evaluations[loader].update(self._method.quantities(recorded, slice(left)))
+        self._note_success(recorder, loader)
+
+    def _loss_of(self, recorder: ForwardRecorder, outputs: Any, batch: Any) -> tuple[Tensor, tuple[str, ...]] | None:
         """Return the loss that the step computed, and what about it is assumed; None for an empty batch."""
         if self._loss is None:
             returned = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            if isinstance(returned, Tensor) and self._recorder.depends(returned) and returned.numel() == 1:
+            if isinstance(returned, Tensor) and recorder.depends(returned) and returned.numel() == 1:
                 return returned, ()
-            logged = {n: v for n, v in self._logged.values if v.numel() == 1 and self._recorder.depends(v)}
+            logged = {n: v for n, v in self._logged.values if v.numel() == 1 and recorder.depends(v)}
             if len({id(value) for value in logged.values()}) > 1:
                 raise UnsupportedTailError(
                     f"The step must hand over one loss; it logged {sorted(logged)}. Return the loss from "
@@ -133,37 +221,38 @@ class MeasuredValidation:
         targets = (self._target or batch_targets)(batch)
         if is_empty(batch, targets):
             return None
-        self._recorder.require_recorded()
-        value = computed_loss(self._loss or CrossEntropy(), self._recorder.output, targets)
+        recorder.require_recorded()
+        value = computed_loss(self._loss or CrossEntropy(), recorder.output, targets)
         return value, () if self._loss is not None else (ASSUMED,)
 
-    def values(self, suffix: str) -> Iterator[dict[str, Tensor]]:
-        """Yield the values of each loader by key, over the samples of all processes; every process has to call it.
-
-        Args:
-            suffix: of the keys, before that of the loader.
-        """
-        for index, evaluation in enumerate(self._evaluations):
-            samples = self._trainer.strategy.reduce(torch.tensor(float(evaluation.samples)), reduce_op="sum")
-            if samples:
-                loader = f"/dataloader_idx_{index}" if len(self._evaluations) > 1 else ""
-                yield {f"{key}{suffix}{loader}": value for key, value in evaluation.compute().items()}
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        self._logged.stop()
-        self._recorder.__exit__()
-
     def _measure_own_batches(self) -> None:
+        recorder, method = self._tools()
         with preserved_state(self._module):
             batches, limit = batches_for_rank(self._data, self._trainer, self._max_samples)
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
-            for quantities in measured_batches(
-                self._recorder, self._method, model, prepared, limit, self._target, self._loss
-            ):
+            for quantities in measured_batches(recorder, method, model, prepared, limit, self._target, self._loss):
                 self._evaluations[0].update(quantities)
+                self._note_success(recorder, 0)
+
+    def _note_success(self, recorder: ForwardRecorder, loader: int) -> None:
+        self._failures.measured.add(loader)
+        self.measured = self.measured or f"`{recorder.layer}` up to `{recorder.classifier or 'the logits'}`"
 
     def _samples_left(self, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""
         limit = sample_limit(self._trainer, loader, self._max_samples)
         return None if limit is None else max(0, limit - self._evaluations[loader].samples)
+
+
+def _rides(data: Any) -> bool:
+    """Return whether the validation's own passes are measured."""
+    return isinstance(data, str) and data == "val"
+
+
+def _batch_counts(trainer: Trainer) -> Sequence[float]:
+    return trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+
+
+def _has_run(recorder: ForwardRecorder) -> bool:
+    """Return whether the batch has run a convolution that is recorded, or tried to."""
+    return recorder._builder.tracer is not None or recorder._builder.failure is not None

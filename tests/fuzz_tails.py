@@ -88,7 +88,7 @@ ODD_WIRINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sorted": lambda z, skip: z.sort(1).values,
 }
 ODD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanhshrink": F.tanhshrink,  # its slope is all cancellation
+    "tanhshrink": F.tanhshrink,  # its derivative is all cancellation
     "threshold of the map": lambda z: F.softshrink(z - z.amin(2, True)),
 }
 ODD_POOLS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness import ForwardRecorder, PooledMethod, RecordedPass, SampleQuantities
+from lightning_flatness import ForwardRecorder, PooledMethod, RecordedPass, SampleQuantities, UnsupportedTailError
 from lightning_flatness.curvature.pooled.certificate import Certificate, certify
 from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.pooled.method import _pooled_features
@@ -30,20 +30,31 @@ class Measured(ForwardRecorder):
     ) -> None:
         super().__init__(model, layer, classifier)
         self.loss = loss or CrossEntropy()
+        self.value: Tensor | None = None
 
     def __enter__(self) -> Measured:
         self.method = PooledMethod()
         super().__enter__()
         return self
 
+    def step(self, target: Tensor | None = None) -> None:
+        """Compute the loss of the network's output; without targets the first class is the label of every sample."""
+        try:
+            self.require_recorded()
+        except UnsupportedTailError:
+            self.clear()
+            raise
+        if target is None:
+            output = self.output
+            target = torch.zeros(len(output if isinstance(output, Tensor) else output[0]), dtype=torch.long)
+        self.value = computed_loss(self.loss, self.output, target)
+
     def passed(self, target: Tensor | None = None) -> RecordedPass:
-        """The pass up to the loss of its output; without targets the first class is the label of every sample."""
-        self.require_recorded()
-        with torch.no_grad():
-            if target is None:
-                output = self.output
-                target = torch.zeros(len(output if isinstance(output, Tensor) else output[0]), dtype=torch.long)
-            value = computed_loss(self.loss, self.output, target)
+        """The pass up to its loss, which is computed here if it was not in the step."""
+        if self.value is None:
+            with torch.no_grad():
+                self.step(target)
+        value, self.value = self.value, None
         return self.take_pass(value)
 
     def derivatives(self, target: Tensor | None = None) -> PooledDerivatives:

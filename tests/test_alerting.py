@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import csv
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning_runs import KEYS, Classifier, Watch, images, trainer
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_flatness import AllOf, AnyOf, FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
+from lightning_flatness import Action, AllOf, AnyOf, FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
+from lightning_flatness.rules.alert import ActionError
 
 ALWAYS: dict[str, Any] = {"monitor": "flatness/trace", "above": 0.0}
 
@@ -20,7 +23,7 @@ def test_each_alert_is_recorded_and_escalates(tmp_path: Any) -> None:
     monitor, module = FlatnessMonitor(rules=[rule], strict=True), Classifier()
     run = trainer(tmp_path, monitor, max_epochs=9)
     run.fit(module)
-    assert [alert.step for alert in monitor.alerts] == [6, 12, 18]  # not in the sanity check
+    assert [alert.step for alert in monitor.alerts] == [5, 11, 17]  # as in the logs; not in the sanity check
     assert [alert.epoch for alert in monitor.alerts] == [0, 1, 2]
     assert seen == [monitor.alerts[0].reason]
     assert run.current_epoch == 3
@@ -47,6 +50,102 @@ def test_min_epochs_is_respected(tmp_path: Any) -> None:
     run = trainer(tmp_path, FlatnessMonitor(rules=[Rule(**ALWAYS, action=StopTraining())]), max_epochs=9, min_epochs=4)
     run.fit(Classifier())
     assert run.current_epoch == 4
+
+
+def test_a_stop_that_waits_survives_a_resume(tmp_path: Any) -> None:
+    """The rule fires once, in the first validation."""
+
+    def run(checkpoint: Any, *callbacks: Any) -> Any:
+        monitor = FlatnessMonitor(rules=[Rule(**ALWAYS, cooldown=99, action=StopTraining())], strict=True)
+        run = trainer(tmp_path, monitor, *callbacks, max_epochs=9, min_epochs=4, enable_checkpointing=True)
+        run.fit(Classifier(), ckpt_path=checkpoint)
+        assert len(monitor.alerts) == 1
+        return run.current_epoch, run.global_step
+
+    assert run(None, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)) == (4, 24)
+    assert run(tmp_path / "epoch=1.ckpt") == (4, 24)
+
+
+class ByHand(Classifier):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.net.conv1, self.net.head)]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [Classifier, ByHand])
+@pytest.mark.parametrize("flags", [{}, {"val_check_interval": 2}, {"accumulate_grad_batches": 2}])
+def test_an_alert_names_the_step_of_the_logs(tmp_path: Any, kind: Any, flags: dict[str, Any]) -> None:
+    if kind is ByHand and "accumulate_grad_batches" in flags:
+        pytest.skip("Lightning refuses it")
+    monitor, logger = FlatnessMonitor(rules=[Rule(**ALWAYS)], strict=True), CSVLogger(tmp_path, version=0)
+    trainer(tmp_path, monitor, logger=logger, **flags).fit(kind())
+    rows = csv.DictReader((tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open())
+    logged = {int(row["step"]): float(row["flatness/trace"]) for row in rows if row["flatness/trace"]}
+    assert {alert.step: alert.value for alert in monitor.alerts} == pytest.approx(logged)
+
+
+class Fails(Action):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __repr__(self) -> str:
+        return "Fails()"
+
+    def act(self, alert: Any, run: Any, module: Any) -> str:
+        raise self.error
+
+
+class Shows(CSVLogger):
+    """A logger that can show alerts."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.texts: list[str] = []
+        self.experiment.add_text = lambda tag, text, step: self.texts.append(text)
+        self.experiment.add_scalar = lambda *_: None
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("fault"), r"Fails\(\) failed after an alert, which is recorded: RuntimeError\('fault'\)"),
+        (ActionError("cut the first, not the second"), "cut the first, not the second"),
+    ],
+)
+def test_an_alert_is_shown_before_its_action_fails(tmp_path: Any, error: Exception, message: str) -> None:
+    stop, logger = StopTraining(), Shows(tmp_path)
+    rules = [Rule(**ALWAYS, action=Fails(error)), Rule(**ALWAYS, warmup=1, action=stop)]
+    monitor = FlatnessMonitor(rules=rules)
+    run = trainer(tmp_path, monitor, logger=logger, max_epochs=9)
+    with pytest.warns(UserWarning, match=message) as caught:
+        run.fit(Classifier())
+    assert sum("FlatnessMonitor" in str(each.message) for each in caught) == 1
+    assert [text.split(". ")[-1] for text in logger.texts] == [
+        "Action: Fails().",
+        "Action: Fails().",
+        "Action: StopTraining().",
+    ]
+    assert len(monitor.alerts) == 3
+    assert run.current_epoch == 2
+
+
+def test_what_happens_is_said_in_order(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_flatness.alerting.rank_zero_info", said.append)
+    trainer(tmp_path, FlatnessMonitor(rules=[Rule(**ALWAYS, action=ReduceLR(0.5))]), max_epochs=1).fit(Classifier())
+    assert [text.split(": ")[0] for text in said] == ["Flatness alert", "Flatness action"]
+    assert said[1].startswith("Flatness action: Learning rate cut from ")
 
 
 def test_validate_alone_is_not_judged(tmp_path: Any) -> None:
@@ -149,8 +248,6 @@ def others(tmp_path: Any) -> list[Any]:
 
 @pytest.mark.parametrize("index", range(4), ids=["EarlyStopping", "ModelCheckpoint", "LearningRateMonitor", "EMA"])
 def test_the_order_of_callbacks_does_not_matter(tmp_path: Any, index: int) -> None:
-    from lightning.pytorch.loggers import CSVLogger
-
     results = []
     for first in (True, False):
         monitor = FlatnessMonitor(rules=[Rule(**ALWAYS, patience=2, action=ReduceLR(0.5))], strict=True)

@@ -1,4 +1,4 @@
-"""The shape of the house: what may import what, how long things are, and that each room has its test."""
+"""The shape of the package: what may import what, how long things are, and that each file has its test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ HELPERS = {"conftest.py", "metrics/checks.py"} | {
     for name in "cases fuzz_inputs fuzz_tails lightning_runs networks recorded shape_checker wandb_files".split()
 }
 WHOLES = """
-    architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes old_checkpoints optuna precisions processes sharding
+    architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes old_checkpoints optuna precisions
+    private_names processes sharding
 """.split()
 TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in WHOLES}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
@@ -92,9 +93,9 @@ def code_lines(text: str) -> int:
         if isinstance(node, documented) and ast.get_docstring(node)
         for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
     }
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    no_code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    used = {line for t in tokens if t.type not in silent for line in range(t.start[0], t.end[0] + 1)}
+    used = {line for t in tokens if t.type not in no_code for line in range(t.start[0], t.end[0] + 1)}
     return len(used - docstrings)
 
 

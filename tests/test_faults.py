@@ -103,7 +103,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, target: str, number: int, error: Bas
 
 
 # Where the monitor fails, in which call of it, after which steps the rules judge all the same, and its arguments.
-AFTER_THE_FIRST, BUT_FOR_THE_SECOND, ALL, NONE = [12, 18], [6, 18], [6, 12, 18], []
+AFTER_THE_FIRST, BUT_FOR_THE_SECOND, ALL, NONE = [11, 17], [5, 17], [5, 11, 17], []
 OWN = {"data": given_batches()}
 FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "the sums": ("lightning_flatness.validation.Evaluation.__init__", 2, BUT_FOR_THE_SECOND, {}),
@@ -125,7 +125,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "adding up": ("lightning_flatness.validation.Evaluation.update", 2, AFTER_THE_FIRST, {}),
     "a metric": ("lightning_flatness.metrics.evaluation.MarginStatistics.update", 2, AFTER_THE_FIRST, {}),
     "the means": ("lightning_flatness.validation.Evaluation.compute", 2, BUT_FOR_THE_SECOND, {}),
-    "logging": ("lightning.pytorch.LightningModule.log_dict", 2, BUT_FOR_THE_SECOND, {}),
+    "logging": ("lightning_flatness.callback.log_values", 2, BUT_FOR_THE_SECOND, {}),
     "a rule": ("lightning_flatness.rules.tracker.RuleTracker.observe", 2, BUT_FOR_THE_SECOND, {}),
     "an action": ("lightning_flatness.actions.training.Notify.act", 2, ALL, {}),
     "showing an alert": ("lightning_flatness.reporting.loggers.LoggerAlerts.show", 2, ALL, {}),
@@ -296,7 +296,7 @@ def test_out_of_memory_skips_one_validation(
     with pytest.warns(UserWarning, match="out of memory") as caught:
         assert fitted(tmp_path, monitor) == plain
     assert len(own_warnings(caught)) == 1
-    assert [alert.step for alert in monitor.alerts] == [12, 18]
+    assert [alert.step for alert in monitor.alerts] == [11, 17]
 
 
 def test_out_of_memory_in_every_validation_is_one_warning(

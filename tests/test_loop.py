@@ -180,7 +180,7 @@ def test_one_object_for_everything(tmp_path: Any) -> None:
             assert hooks(module) == 0
             if method in (run.validate, run.fit):
                 assert_same(values_of(run), report_of(module, module.val_dataloader()))
-    assert [alert.step for alert in monitor.alerts] == [6, 12] * 2
+    assert [alert.step for alert in monitor.alerts] == [5, 11] * 2
 
 
 AVERAGES: dict[str, dict[str, Any]] = {

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning_runs import Classifier, hooks, images, report_of, trainer
-from torch.utils.data import DataLoader, Subset
+from lightning_runs import Classifier, assert_same, hooks, images, report_of, trainer, values_of
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_flatness import ForwardRecorder, PooledMethod
+from lightning_flatness import FlatnessMonitor, ForwardRecorder, PooledMethod, Rule
+from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.validation import MeasuredValidation
 
 
@@ -21,8 +24,11 @@ class Measures(Callback):
         self.data, self.max_samples = data, max_samples
 
     def on_validation_epoch_start(self, run: Any, module: Any) -> None:
-        recorder, method = ForwardRecorder(module), PooledMethod()
-        self.validation = MeasuredValidation(recorder, method, run, module, self.data, self.max_samples, None)
+        def tools() -> Any:
+            return ForwardRecorder(module), PooledMethod()
+
+        self.failures = Failures(strict=True)
+        self.validation = MeasuredValidation(self.failures, tools, run, module, self.data, self.max_samples, None)
 
     def on_validation_batch_start(self, run: Any, module: Any, batch: Any, index: int, loader: int = 0) -> None:
         self.validation.before_batch(loader, index == loader == 0)
@@ -34,7 +40,7 @@ class Measures(Callback):
 
     def on_validation_epoch_end(self, run: Any, module: Any) -> None:
         self.validation.close()
-        self.values = list(self.validation.values("/mine"))
+        self.values = self.validation.values(self.validation.agree(), "/mine")
 
 
 def validated(tmp_path: Any, measures: Measures, loaders: int = 1) -> Classifier:
@@ -49,7 +55,8 @@ def test_each_loader_has_values_over_its_own_samples(tmp_path: Any, max_samples:
     measures = Measures(max_samples=max_samples)
     module = validated(tmp_path, measures, loaders=2)
     assert measures.validation.measured == "`net.conv2` up to `net.head`"
-    for index, (values, loader) in enumerate(zip(measures.values, module.val_dataloader(), strict=True)):
+    values = measures.values
+    for index, loader in enumerate(module.val_dataloader()):
         expected = report_of(module, loader, max_samples=max_samples)
         for key, value in expected.items():
             assert float(values[f"{key}/mine/dataloader_idx_{index}"]) == pytest.approx(value, rel=1e-12)
@@ -59,7 +66,99 @@ def test_own_batches_are_measured_once_before_the_first_batch(tmp_path: Any) -> 
     own = DataLoader(Subset(images(9, 5), range(7)), batch_size=3)
     measures = Measures(data=own)
     module = validated(tmp_path, measures, loaders=2)
-    (values,) = measures.values
+    values = measures.values
     for key, value in report_of(module, own).items():
         assert float(values[f"{key}/mine"]) == pytest.approx(value, rel=1e-12)
     assert torch.is_grad_enabled()
+
+
+class Kinds(Classifier):
+    """One loader is labelled; of the other the step makes something else."""
+
+    def __init__(self, kind: str, odd: int) -> None:
+        super().__init__(loaders=2)
+        self.kind, self.odd = kind, odd
+        self.other = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)
+        )
+        self.other.double()
+
+    def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+        if dataloader_idx != self.odd:
+            self.log("loss", self.loss(batch))
+        elif self.kind == "no labels":
+            self.log("spread", self(batch[0]).std())
+        elif self.kind == "no network":
+            self.log("mean", batch[0].mean())
+        elif self.kind == "features":
+            self.log("mean", nn.Sequential(*list(self.net)[:-1])(batch[0]).mean())
+        else:
+            self.log("error", (self.other(batch[0])[:, 0] - batch[1]).square().mean())
+
+    def val_dataloader(self) -> Any:
+        labelled, (x, y) = images(10, 2), images(9, 3).tensors
+        odd = TensorDataset(x) if self.kind == "no labels" else TensorDataset(x, y.double())
+        loaders = [DataLoader(data, batch_size=4) for data in (labelled, odd)]
+        return loaders[:: 1 if self.odd else -1]
+
+
+@pytest.mark.parametrize("odd", [1, 0], ids=["the second", "the first"])
+@pytest.mark.parametrize("kind", ["no labels", "no network", "features", "another network"])
+def test_a_loader_that_cannot_be_measured_takes_nothing_from_the_others(tmp_path: Any, kind: str, odd: int) -> None:
+    module, labelled = Kinds(kind, odd), DataLoader(images(10, 2), batch_size=4)
+    monitor = FlatnessMonitor(rules=[Rule(f"flatness/trace/dataloader_idx_{1 - odd}", above=0.0)])
+    run = trainer(tmp_path, monitor, max_epochs=3)
+    with pytest.warns(UserWarning, match="FlatnessMonitor did not measure") as caught:
+        run.fit(module)
+    assert sum("FlatnessMonitor" in str(warning.message) for warning in caught) == 1
+    assert_same(values_of(run, f"/dataloader_idx_{1 - odd}"), report_of(module, labelled))
+    assert not [key for key in run.callback_metrics if key.endswith(f"flatness/trace/dataloader_idx_{odd}")]
+    assert len(monitor.alerts) == 3
+    assert hooks(module) == 0
+
+
+class Skips(Classifier):
+    """Treats one batch of one validation in its own way; the sanity check is validation 0."""
+
+    def __init__(self, how: str, at: tuple[int, int]) -> None:
+        super().__init__()
+        self.how, self.at, self.validations = how, at, -1
+
+    def on_validation_epoch_start(self) -> None:
+        self.validations += 1
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        if (self.validations, index) != self.at:
+            super().validation_step(batch, index)
+        elif self.how == "another network":
+            self.net.conv1(batch[0])
+        elif self.how == "no classifier":
+            nn.Sequential(*list(self.net)[:-1])(batch[0])
+
+
+HOW = ["nothing runs", "another network", "no classifier"]
+# A network that is refused before any has been measured is given up, so the first batch must run nothing.
+SKIPPED = [("nothing runs", (0, 0)), *((how, at) for how in HOW for at in [(1, 0), (2, 0), (2, 1)])]
+
+
+@pytest.mark.parametrize(("how", "at"), SKIPPED, ids=str)
+def test_a_skipped_batch_costs_one_validation(tmp_path: Any, how: str, at: tuple[int, int]) -> None:
+    monitor = FlatnessMonitor(rules=[Rule("flatness/trace", above=0.0)])
+    module, run = Skips(how, at), trainer(tmp_path, monitor, max_epochs=4)
+    with pytest.warns(UserWarning, match="FlatnessMonitor did not measure"):
+        run.fit(module)
+    assert_same(values_of(run), report_of(module, module.val_dataloader()))
+    assert [alert.epoch for alert in monitor.alerts] == [epoch for epoch in range(4) if epoch + 1 != at[0]]
+
+
+def test_a_network_that_cannot_be_measured_is_given_up(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(
+        MeasuredValidation,
+        "_opened",
+        lambda self, loader, original=MeasuredValidation._opened: (opened.append(loader), original(self, loader))[1],
+    )
+    module = Classifier(lambda m, batch: F.cross_entropy(m(batch[0]) / 2, batch[1]))
+    with pytest.warns(UserWarning, match="FlatnessMonitor did not measure"):
+        trainer(tmp_path, FlatnessMonitor(), max_epochs=3, num_sanity_val_steps=0).fit(module)
+    assert len(opened) == 2  # before and after the first batch of the first validation

@@ -113,7 +113,7 @@ def generic(architecture: Architecture) -> nn.Module:
     """Build the network in eval mode and make it generic: batch norms that do something, logits of a few units.
 
     As built, batch norms are the identity, the last one of many residual branches is switched off by a zero, and
-    logits are all but equal or, behind many layers without norm, beyond what a softmax tells apart.
+    logits are all but equal or, behind many layers without norm, so far apart that the softmax is one-hot.
     """
     torch.manual_seed(sum(map(ord, architecture.name)))
     model = architecture.build().eval()

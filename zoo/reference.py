@@ -1,14 +1,14 @@
 """Hessian trace and relative flatness of one sample by differentiating the whole network, for any architecture.
 
-Nothing is shared with the package. With the logits `phi(W)`,
-`S = softmax(phi)` and the label's one-hot vector `y`, the Hessian of the cross-entropy in the weight `W` is
+Nothing is shared with the package. With the logits `phi(W)`, `S = softmax(phi)` and the label's one-hot vector `y`, the
+Hessian of the cross-entropy with respect to the weight `W` is
 
     H = J^T (diag(S) - S S^T) J + sum_c (S - y)_c d2 phi_c / dW2.
 
-`J` is the Jacobian of all logits in the weight. The second term is carried to the weight from the convolution's
-output `z`, which is linear in it. Where the Hessian in `z` is diagonal, two Hessian-vector products tell it: the
-product with ones is the diagonal, and a random vector that it scales entry by entry proves that there is no more;
-where it is not, an `AssertionError` says so.
+`J` is the Jacobian of all logits with respect to the weight. The second term is computed from the convolution's output
+`z`, which is linear in the weight. Two Hessian-vector products give the Hessian with respect to `z` where it is
+diagonal: the product with ones is the diagonal, and the product with a random vector must scale that vector entry by
+entry. Where it does not, an `AssertionError` says so.
 """
 
 from __future__ import annotations
@@ -54,28 +54,28 @@ def _sample(model: nn.Module, layer: str, image: Tensor, label: int) -> tuple[Fl
     curvature = softmax.diag() - softmax[:, None] * softmax
     jacobian = jacrev(logits)(weight).flatten(2)
     aligned = weight.flatten(1).T @ jacobian  # (c, d, d): sum_k W_ki J_ckj
-    slope = softmax - nn.functional.one_hot(torch.tensor(label), len(phi))
+    gradient = softmax - nn.functional.one_hot(torch.tensor(label), len(phi))
     first = Flatness(
         (curvature * torch.einsum("akd,bkd->ab", jacobian, jacobian)).sum(),
         (curvature * torch.einsum("aij,bij->ab", aligned, aligned)).sum(),
     )
-    return first, _second_order(model, model.get_submodule(layer), image, slope.detach())
+    return first, _second_order(model, model.get_submodule(layer), image, gradient.detach())
 
 
-def _second_order(model: nn.Module, conv: nn.Module, image: Tensor, slope: Tensor) -> Flatness:
-    """Return what `sum_c slope_c d2 phi_c / dW2` adds to both numbers."""
+def _second_order(model: nn.Module, conv: nn.Module, image: Tensor, gradient: Tensor) -> Flatness:
+    """Return what `sum_c gradient_c d2 phi_c / dW2` adds to both numbers."""
     inputs, z = _call_of(model, conv, image)
 
     def weighted_logits(free: Tensor) -> Tensor:
         with _Hook(conv, lambda module, args, output: free.clone()):
-            return slope @ logits_of(model(image))[0]
+            return gradient @ logits_of(model(image))[0]
 
     pull: Callable[[Tensor], tuple[Tensor]] = vjp(grad(weighted_logits), z)[1]
     diagonal, shake = pull(torch.ones_like(z))[0].detach(), torch.rand_like(z)
     rounding = 1e-12 * float(diagonal.abs().amax())
     torch.testing.assert_close(pull(shake)[0].detach(), diagonal * shake, rtol=1e-9, atol=rounding)
-    energy = _patches(conv, inputs).square().sum(1).repeat_interleave(conv.out_channels // conv.groups, 0)
-    by_filter = (diagonal.flatten(2)[0] * energy).sum(1)
+    squared_norm = _patches(conv, inputs).square().sum(1).repeat_interleave(conv.out_channels // conv.groups, 0)
+    by_filter = (diagonal.flatten(2)[0] * squared_norm).sum(1)
     return Flatness(by_filter.sum(), by_filter @ conv.weight.detach().flatten(1).square().sum(1))
 
 

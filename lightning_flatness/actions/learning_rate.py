@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
@@ -16,9 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialL
 _GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
-def learning_rates(optimizer: Optimizer) -> list[float]:
-    """Return the learning rate of each parameter group."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
+def learning_rates(optimizer: Optimizer) -> list[float | None]:
+    """Return the learning rate of each parameter group; None where there is none, as Adafactor finds its own."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return [None if rate is None else float(rate) for rate in rates]
 
 
 def cut_learning_rate(
@@ -39,7 +38,8 @@ def cut_learning_rate(
     keep their values: a cosine then runs from \(f\) times its base down to the old floor, and the later values of a
     plateau scheduler are \(\max(f \eta_t, \text{floor})\).
 
-    A tensor learning rate is changed in place, because a captured graph reads it there.
+    A tensor learning rate is changed in place, because a captured graph reads it there. A parameter group without a
+    learning rate (None) is left as it is.
 
     Args:
         optimizer: the optimizer, driven by any number of schedulers or none.
@@ -59,9 +59,11 @@ def cut_learning_rate(
     """
     before = learning_rates(optimizer)
     cut = _Cut(before, [_group_factor(lr, factor, min_lr) for lr in before], scale_floors)
-    for group, f in zip(optimizer.param_groups, cut.factors, strict=True):
-        _set_learning_rate(group, group["lr"] * f)
-        group.update({key: group[key] * f for key in _GROUP_KEYS if key in group})
+    for group, lr, f in zip(optimizer.param_groups, before, cut.factors, strict=True):
+        if lr is None:
+            continue
+        _set_learning_rate(group, lr * f)  # from the value before: groups may share a tensor
+        group.update({key: group[key] * f for key in _GROUP_KEYS if group.get(key) is not None})
     members = [member for scheduler in schedulers for member in _members(scheduler)]
     active = {id(member) for scheduler in schedulers for member in _members(scheduler, only_active=True)}
     for scheduler in members:
@@ -75,38 +77,8 @@ def cut_learning_rate(
         if hasattr(scheduler, "max_lrs"):
             scheduler.max_lrs = cut.scaled(scheduler.max_lrs)
     for scheduler in members:  # what `get_last_lr` returns; private in torch 2.13
-        rates = [group["lr"] for group in optimizer.param_groups]
+        rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         scheduler._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-
-
-def warn_if_lost(optimizer: Optimizer, before: Sequence[float]) -> None:
-    """Warn, once, if the first change of a cut learning rate restores the old level.
-
-    This is for learning rates that are set by hand or by an unknown scheduler: what they are computed from is not
-    known, so the cut may be overwritten. The learning rates are checked before each optimizer step until they change.
-
-    Args:
-        optimizer: the optimizer; its learning rates have just been cut.
-        before: the learning rates before the cut.
-    """
-    after = learning_rates(optimizer)
-    watching = True
-
-    def look(optimizer: Optimizer, *_: Any) -> None:
-        nonlocal watching
-        if not watching or (now := learning_rates(optimizer)[: len(after)]) == after:
-            return
-        watching = False  # a hook cannot remove itself: torch is iterating over them
-        lost = [(a, b, c) for a, b, c in zip(before, after, now, strict=False) if b < a and c > math.sqrt(a * b)]
-        if lost:
-            rank_zero_warn(
-                "A cut of the learning rate must reach whatever computes it: cut from {:.4g} to {:.4g}, it was set to "
-                "{:.4g} in the next change. Let the code or the scheduler that sets it compute from "
-                '`group["lr"]`, `group["initial_lr"]` or `scheduler.base_lrs`.'.format(*lost[0]),
-                category=UserWarning,
-            )
-
-    optimizer.register_step_pre_hook(look)
 
 
 def is_known(scheduler: LRScheduler) -> bool:
@@ -117,7 +89,7 @@ def is_known(scheduler: LRScheduler) -> bool:
 class _Cut(NamedTuple):
     """The learning rates before the cut, the factor of each parameter group, and whether floors are scaled too."""
 
-    before: list[float]
+    before: list[float | None]
     factors: list[float]
     scale_floors: bool
 
@@ -131,7 +103,9 @@ class _Cut(NamedTuple):
         return [value * f for value, f in zip(values, self.factors, strict=False)]
 
 
-def _group_factor(lr: float, factor: float, min_lr: float) -> float:
+def _group_factor(lr: float | None, factor: float, min_lr: float) -> float:
+    if lr is None:
+        return 1.0
     if lr * factor >= min_lr:
         return factor
     return min_lr / lr if lr > min_lr else 1.0
@@ -155,6 +129,8 @@ def _cut_plateau(scheduler: ReduceLROnPlateau, groups: list[dict[str, Any]], cut
         scheduler.default_min_lr *= cut.floor_factor
     scheduler.eps *= max(cut.factors)
     for group, lr, floor in zip(groups, cut.before, scheduler.min_lrs, strict=False):
+        if lr is None:
+            continue
         _set_learning_rate(group, max(group["lr"], min(lr, floor)))
 
 
@@ -165,7 +141,7 @@ def _cut_cosine(scheduler: Any, groups: list[dict[str, Any]], cut: _Cut) -> None
     bases = [max(new, min(old, floor)) for new, old in zip(cut.scaled(old_bases), old_bases, strict=False)]
     scheduler.base_lrs = bases
     for group, lr, f, base, old_base in zip(groups, cut.before, cut.factors, bases, old_bases, strict=False):
-        if floor == old_floor * f and base == old_base * f:
+        if lr is None or (floor == old_floor * f and base == old_base * f):
             continue  # both ends were scaled like the learning rate
         if old_base == old_floor:
             _set_learning_rate(group, max(group["lr"], min(lr, floor)))

@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
-from lightning_flatness.actions.learning_rate import cut_learning_rate, is_known, learning_rates, warn_if_lost
-from lightning_flatness.rules.alert import Action, Alert
+from lightning_flatness.actions.learning_rate import cut_learning_rate, learning_rates
+from lightning_flatness.actions.lost_cuts import schedulers_of, warn_if_lost
+from lightning_flatness.actions.stopping import may_stop, stop_when_permitted
+from lightning_flatness.rules.alert import Action, ActionError, Alert
 
 
 class StopTraining(Action):
     """Stops the training as soon as Lightning permits: `min_epochs` and `min_steps` are respected.
 
-    After a validation in the middle of an epoch, the training stops there. A stop is never revoked.
+    After a validation in the middle of an epoch, the training stops there. A stop is never revoked. If it has to wait,
+    `trainer.should_stop` is raised only when Lightning permits the stop, also after a resume.
 
     Attributes:
         reason: why the training was stopped; None as long as it was not.
@@ -31,21 +35,28 @@ class StopTraining(Action):
         return "StopTraining()"
 
     def act(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Ask the Trainer to stop."""
-        trainer.should_stop = True
+        """Ask the Trainer to stop, now or as soon as it may."""
+        stop_when_permitted(trainer)
         self.reason = alert.reason
         limits = {"min_epochs": trainer.min_epochs, "min_steps": trainer.min_steps}
         kept = [f"{name}={limit}" for name, limit in limits.items() if limit]
         return f"Training stops, not before {' and '.join(kept)}." if kept else "Training stops."
+
+    def resume(self, alert: Alert, trainer: Trainer) -> None:
+        """Wait on for `min_epochs` and `min_steps`. Beyond them nothing happens: somebody wants to go on."""
+        if not may_stop(trainer):
+            stop_when_permitted(trainer)
+            self.reason = alert.reason
 
 
 class ReduceLR(Action):
     r"""Multiplies the learning rates of all optimizers, and the rest of their schedules, by a factor.
 
     If \(\eta_t\) is the schedule without the cut, every later learning rate is \(f \eta_t\). This holds for every
-    scheduler of torch, also inside a `SequentialLR` or `ChainedScheduler`, and after a resume. Other schedulers may
-    restore the old level; one warning then says so. Cuts multiply with each other and with those of a
-    `ReduceLROnPlateau`, so give the rule a `cooldown`.
+    scheduler of torch, also inside a `SequentialLR` or `ChainedScheduler`, and after a resume. Other schedulers, those
+    that take over later (as that of `StochasticWeightAveraging` does) and learning rates set by hand may undo a cut;
+    one warning then says so. An optimizer without a learning rate (None) is left as it is. Cuts multiply with each
+    other and with those of a `ReduceLROnPlateau`, so give the rule a `cooldown`.
 
     Args:
         factor: what the learning rates are multiplied by; between 0 and 1.
@@ -76,22 +87,50 @@ class ReduceLR(Action):
 
     def act(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> str:
         """Cut the learning rate of every parameter group of every optimizer."""
-        changes = []
-        for optimizer in trainer.optimizers:
-            configured = [config.scheduler for config in trainer.lr_scheduler_configs]
-            schedulers = [each for each in configured if getattr(each, "optimizer", None) is optimizer]
+        changes: list[str] = []
+        left: list[str] = []
+        failed: list[tuple[str, Exception]] = []
+        for number, optimizer in enumerate(trainer.optimizers):
+            name = f"optimizer {number} ({type(optimizer).__name__})"
             before = learning_rates(optimizer)
-            cut_learning_rate(optimizer, schedulers, self.factor, self.min_lr, self.scale_floors)
-            if not schedulers or not all(map(is_known, schedulers)):
-                warn_if_lost(optimizer, before)
+            if all(rate is None for rate in before):
+                left.append(name)
+                continue
+            try:
+                schedulers = schedulers_of(trainer, optimizer)
+                cut_learning_rate(optimizer, schedulers, self.factor, self.min_lr, self.scale_floors)
+                self._watch(trainer, optimizer, before)
+            except Exception as error:  # the others are cut all the same
+                failed.append((name, error))
             changes += [
                 f"from {old:.4g} to {new:.4g}"
                 for old, new in zip(before, learning_rates(optimizer), strict=True)
-                if new < old
+                if old is not None and new is not None and new < old
             ]
+        said = self._said(changes, left)
+        if failed:
+            errors = "; ".join(f"{name} was not cut, or in part: {error!r}" for name, error in failed)
+            raise ActionError(f"{self!r} failed: {errors}. {said}") from failed[0][1]
+        return said
+
+    def resume(self, alert: Alert, trainer: Trainer) -> None:
+        """Go on to watch whether the cut is overridden."""
+        for optimizer in trainer.optimizers:
+            rates = learning_rates(optimizer)
+            before = [None if rate is None else rate / self.factor for rate in rates]
+            self._watch(trainer, optimizer, before, resumed=True)
+
+    def _watch(
+        self, trainer: Trainer, optimizer: Optimizer, before: Sequence[float | None], resumed: bool = False
+    ) -> None:
+        warn_if_lost(optimizer, before, lambda: schedulers_of(trainer, optimizer), resumed)
+
+    def _said(self, changes: Sequence[str], left: Sequence[str]) -> str:
+        """Return a sentence on what was cut, and one on the optimizers that were left as they are."""
+        said = f"Learning rate cut {' and '.join(dict.fromkeys(changes))}."
         if not changes:
-            return f"Learning rate left as it is: it cannot be cut (min_lr={self.min_lr})."
-        return f"Learning rate cut {' and '.join(dict.fromkeys(changes))}."
+            said = f"Learning rate left as it is: it cannot be cut (min_lr={self.min_lr})."
+        return f"{said} Without a learning rate to cut: {', '.join(left)}." if left else said
 
 
 class Notify(Action):

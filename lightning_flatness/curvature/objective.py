@@ -55,7 +55,8 @@ class _Recorded:
         """Whether the loss is a plain sum over samples: nothing in it divides, averages or scales."""
         operations = [self._graph.operations[number] for number in sorted(self._only) if number >= self._source.end]
         averages = any(
-            operation.name.rstrip("_") in ("mean", "div", "mul") or (_reduction(operation) == 1) for operation in operations
+            operation.name.rstrip("_") in ("mean", "div", "mul") or (_reduction(operation) == 1)
+            for operation in operations
         )
         return not averages and any(operation.name == "sum" or _reduction(operation) == 2 for operation in operations)
 
@@ -125,10 +126,11 @@ def _random_points(tail: _Recorded, samples: int) -> list[tuple[Tensor, Tensor]]
     generator = torch.Generator().manual_seed(0)
     size = tail.shape.numel() // samples
     device = tail._graph.tensor_of(tail._source.node).device
-    return [
-        tuple(torch.randn(samples, size, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
-        for _ in range(2)
-    ]  # type: ignore[misc]
+
+    def drawn() -> Tensor:
+        return torch.randn(samples, size, generator=generator, dtype=torch.float64).to(device)
+
+    return [(drawn(), drawn()) for _ in range(2)]
 
 
 def _cross_entropy(tail: _Recorded, samples: int) -> tuple[CrossEntropy, Tensor] | None:

@@ -18,20 +18,31 @@ class SampleQuantities:
     says which method gives which.
 
     Attributes:
-        hessian_trace: trace of the loss's Hessian in the layer, shape (n,).
-        relative_flatness: relative flatness of the layer, shape (n,).
-        confidence: trace of the loss's curvature in the logits, `1 - |S|^2` for cross-entropy, shape (n,).
-        scaled_flatness: relative flatness at each of `functional.TEMPERATURES`, shape (n, t).
-        logit_mean_square: mean square of the logits about their mean, shape (n,).
-        feature_squared_norm: `Tr R`, shape (n,).
-        head_squared_norm: `|V|_F^2` of the columns that the filters feed, a scalar.
-        kernel_squared_norm: `|W|_F^2`, a scalar.
-        affine_hessian_trace: Hessian trace of the classifier on its own input (ACEHT), shape (n,).
-        head_relative_flatness: relative flatness of the classifier, shape (n,).
-        output_margin: signed margin in the logits, shape (n,).
-        softmax_margin: signed margin in the probabilities, shape (n,).
-        margin_bound: bound of `affine_hessian_trace` by the margin, shape (n,).
+        hessian_trace: trace of the loss's Hessian with respect to the layer's weight, shape (n,); loss per squared
+            weight.
+        relative_flatness: relative flatness of the layer, shape (n,); unit of the loss.
+        confidence: trace of the loss's curvature with respect to the logits, `1 - |S|^2` for cross-entropy, shape (n,);
+            no unit.
+        scaled_flatness: relative flatness at each of `functional.TEMPERATURES`, shape (n, t); unit of the loss.
+        logit_mean_square: mean square of the logits about their mean, shape (n,); squared logit.
+        feature_squared_norm: `Tr R`, shape (n,); squared feature per squared weight.
+        head_squared_norm: `|V|_F^2` of the columns that the filters feed, a scalar; squared weight.
+        kernel_squared_norm: `|W|_F^2`, a scalar; squared weight.
+        affine_hessian_trace: Hessian trace of the classifier on its own input (ACEHT), shape (n,); loss per squared
+            weight.
+        head_relative_flatness: relative flatness of the classifier, shape (n,); unit of the loss.
+        output_margin: signed margin of the logits, shape (n,); logit.
+        softmax_margin: signed margin of the probabilities, shape (n,); no unit.
+        margin_bound: bound of `affine_hessian_trace` by the margin, shape (n,); loss per squared weight.
         curvature: whether trace and flatness are those of the Hessian or of its Gauss-Newton part.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> values = torch.tensor([1.0, 2.0, 3.0])
+        >>> quantities = SampleQuantities(hessian_trace=values, relative_flatness=values, confidence=values / 4)
+        >>> len(quantities), quantities.select(slice(2)).hessian_trace, quantities.output_margin
+        (3, tensor([1., 2.]), None)
     """
 
     hessian_trace: Float[Tensor, " n"]
@@ -70,8 +81,8 @@ def given(quantity: Tensor | None, name: str) -> Tensor:
     """Return a quantity, or refuse if the method did not give it.
 
     Args:
-        quantity: of `SampleQuantities`.
-        name: of the quantity.
+        quantity: the attribute of `SampleQuantities`.
+        name: its name.
 
     Raises:
         ValueError: if it is None.

@@ -1,1 +1,1 @@
-"""Batches, samples and whose they are."""
+"""Batches and samples, and which process measures them."""

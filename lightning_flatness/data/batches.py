@@ -45,8 +45,8 @@ def output_logits(output: Any) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor):
         raise ValueError(
-            "The network must return its logits: a tensor, a mapping or an object with `logits`, or a tuple that begins "
-            f"with them; got {type(output).__name__}. Say how the loss is computed: `loss=lambda output, targets: ...`."
+            "The network must return its logits: a tensor, a mapping or an object with `logits`, or a tuple that "
+            f"begins with them; got {type(output).__name__}. Say how the loss is computed: `loss=lambda output, targets: ...`."
         )
     return output
 
@@ -68,8 +68,10 @@ def _part(batch: Any, index: int, keys: tuple[str, ...], what: str) -> Any:
         return batch[index]
     else:
         came = type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, (list, tuple)) else "")
-    remedy = " Say where they are: `target=lambda batch: ...`." if what == "targets" else ""
+    remedy = (
+        "Say where they are: `target=lambda batch: ...`." if what == "targets" else "Let the loader yield one of these."
+    )
     raise ValueError(
         f"A batch must be a pair (inputs, targets) or a mapping with {what} under one of {list(keys)}; "
-        f"got {came}.{remedy}"
+        f"got {came}. {remedy}"
     )

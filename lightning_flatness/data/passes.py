@@ -1,11 +1,11 @@
-"""Forward passes on batches of one's own: the model's state is preserved, each batch is measured."""
+"""Forward passes on the monitor's own batches: the model's state is preserved, each batch is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -38,10 +38,10 @@ def measured_batches(
     """Run the model on each batch and yield its quantities, of no more than `max_samples` samples in all.
 
     Args:
-        recorder: of the model.
-        method: what measures the recorded passes.
-        model: called with the inputs of each batch.
-        batches: of (inputs, targets).
+        recorder: the recorder of the model.
+        method: the method that measures the recorded passes.
+        model: the network; it is called with the inputs of each batch.
+        batches: an iterable of (inputs, targets).
         max_samples: stop after so many samples; None: all.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: of the training; None: cross-entropy of the logits, which is assumed.
@@ -135,8 +135,13 @@ def computed_loss(loss: Loss | Callable[[Any, Any], Tensor], output: Any, target
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode; afterwards leave the modes and all random generators as they were."""
+    """Put every submodule in eval mode; afterwards restore the modes, the buffers and all random generators.
+
+    Buffers are restored to the last bit: those that the forward pass changes, replaces, deletes or registers. Other
+    attributes (a Python counter, a tensor that is not registered as a buffer) and parameters are not.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [_Buffers(module) for module, _ in modes]
     generators = isolate_rng()
     generators.__enter__()
     try:
@@ -145,8 +150,65 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for kept in buffers:
+            kept.restore()
         # Without the exception: given one, the context manager would not restore the generators.
         generators.__exit__(None, None, None)
+
+
+class _Buffers:
+    """The buffers of one module, without its submodules: which there are, and their values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Copy the values."""
+        self.module = module
+        self.tensors = dict(module._buffers.items())
+        self.temporary = set(module._non_persistent_buffers_set)
+        with torch.inference_mode(False), torch.no_grad():
+            self.values = {name: value.clone() for name, value in self.tensors.items() if _is_plain(value)}
+
+    def restore(self) -> None:
+        """Bind the same tensors to the same names in the same order, and copy back the values that have changed."""
+        bound = self.module._buffers
+        for name in set(bound.keys()) - set(self.tensors):
+            del bound[name]
+        for name, buffer in self.tensors.items():
+            if name not in bound or bound[name] is not buffer:
+                bound[name] = buffer
+        if list(bound.keys()) != list(self.tensors):
+            for name in self.tensors:
+                bound[name] = bound.pop(name)
+        if self.module._non_persistent_buffers_set != self.temporary:
+            self.module._non_persistent_buffers_set = self.temporary
+        for name, value in self.values.items():
+            _write(cast(Tensor, self.tensors[name]), value)
+
+
+def _is_plain(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    """Return whether a buffer holds plain numbers: it is not None, lazy, sparse, quantised or on the meta device."""
+    return (
+        isinstance(buffer, Tensor)
+        and not nn.parameter.is_lazy(buffer)
+        and buffer.layout is torch.strided
+        and not (buffer.is_meta or buffer.is_quantized)
+    )
+
+
+def _write(buffer: Tensor, value: Tensor) -> None:
+    """Give the buffer its earlier value. One that has it stays untouched: a graph may need it for its backward pass."""
+    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+        fits = (buffer.shape, buffer.dtype, buffer.device) == (value.shape, value.dtype, value.device)
+        if fits and type(buffer) is Tensor and torch.equal(_bits(buffer), _bits(value)):
+            return
+        if fits and 0 not in buffer.stride():
+            buffer.copy_(value)
+        else:
+            buffer.data = value
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor; compared as numbers, NaN would differ from itself and 0 would equal -0."""
+    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -51,8 +51,8 @@ def verify(recorded: RecordedPass, repeat: Callable[[], Tensor]) -> str | None:
         raise UnsupportedTailError(
             f"The recorded steps after `{recorded.layer}` must predict the loss at other filters; it moved from "
             f"{same:.6g} to {moved:.6g}, and {predicted:.6g} was predicted. Something reaches the loss that is no "
-            "recorded operation: the weight used elsewhere, a gradient inside the forward pass, a thread, a kernel of an "
-            "extension. Measure another layer (`layer=...`)."
+            "recorded operation: the weight used elsewhere, a gradient inside the forward pass, a thread, a kernel of "
+            "an extension. Measure another layer (`layer=...`)."
         )
     return None
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_flatness.errors import missing_package
+
 TRAINING_IMAGES = 1200
 """Number of images in the training part; the other 597 are the validation part."""
 
@@ -40,10 +42,7 @@ def digits_split(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The digits need scikit-learn, which is not installed. "
-            "Install it with `pip install lightning-flatness[examples]`."
-        ) from error
+        raise missing_package("The data set of digits", "sklearn") from error
     pixels, digits = load_digits(return_X_y=True)
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
     targets = torch.as_tensor(digits, dtype=torch.int64)

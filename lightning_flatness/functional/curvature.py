@@ -1,4 +1,4 @@
-"""Curvature of the cross-entropy in the logits, and its pull-back through the linear classifier."""
+"""Curvature of the cross-entropy with respect to the logits, and its pull-back through the linear classifier."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     r"""Return the uncertainty of each prediction, the trace of the softmax curvature.
 
     $$\operatorname{Tr} \bigl(\operatorname{diag}(S) - S S^\top\bigr) = 1 - \Vert S \Vert^2
-    = e\,(1 + S_t) - \sum_{c \ne t} S_c^2$$
+    = e\,(1 + S_{\text{top}}) - \sum_{c \ne \text{top}} S_c^2$$
 
-    with the softmax \(S\), its largest entry \(S_t\) and \(e = \sum_{c \ne t} S_c\). The value is computed in the last
-    form, which keeps full relative precision. The form \(1 - \Vert S \Vert^2\) is rounding noise once \(1 - S_t\) is
-    near machine epsilon.
+    with the softmax \(S\), its largest entry \(S_{\text{top}}\) and \(e = \sum_{c \ne \text{top}} S_c\). The value is
+    computed in the last form, which keeps full relative precision. The form \(1 - \Vert S \Vert^2\) is rounding noise
+    once \(1 - S_{\text{top}}\) is near machine epsilon.
 
     Args:
         logits: unnormalised scores, shape (n, c).
 
     Returns:
-        Values in [0, 1 - 1/c], shape (n,); no unit; higher is less sure, lower is flatter.
+        Values in [0, 1 - 1/C] for C classes, shape (n,); no unit; higher is less sure, lower is flatter.
 
     Example:
         >>> import torch
@@ -49,22 +49,22 @@ def confidence(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     return rest * (1 + probabilities.gather(-1, top).squeeze(-1)) - others.square().sum(-1)
 
 
-def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k"]) -> Float[Tensor, "n k"]:
+def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c j"]) -> Float[Tensor, "n j"]:
     r"""Return the diagonal of the softmax curvature, pulled back through the linear classifier.
 
-    $$Q_{kk} = \sum_c S_c U_{ck}^2 - \left(\sum_c S_c U_{ck}\right)^2, \qquad
+    $$Q_{jj} = \sum_c S_c U_{cj}^2 - \left(\sum_c S_c U_{cj}\right)^2, \qquad
     Q = V^\top \bigl(\operatorname{diag}(S) - S S^\top\bigr) V$$
 
     with the softmax \(S\), the classifier's weight \(V\) and its rows relative to that of the predicted class,
-    \(U_{ck} = V_{ck} - V_{tk}\). Every term is of the order of \(1 - S_t\), so no precision is lost when a prediction
-    is sure. The diagonal does not depend on the label.
+    \(U_{cj} = V_{cj} - V_{\text{top},j}\). Every term is of the order of \(1 - S_{\text{top}}\), so no precision is
+    lost when a prediction is sure. The diagonal does not depend on the label.
 
     Args:
         logits: unnormalised scores, shape (n, c).
-        head: weight \(V\) of the classifier, one column per feature, shape (c, k).
+        head: weight \(V\) of the classifier, one column per feature, shape (c, j).
 
     Returns:
-        The diagonal, shape (n, k); loss per squared feature.
+        The diagonal, shape (n, j); loss per squared feature.
 
     Example:
         >>> import torch
@@ -82,18 +82,18 @@ def curvature_diagonal(logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k
     return torch.cat(parts).clamp_min(0)
 
 
-def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c k"]) -> Float[Tensor, "n c k"]:
-    r"""Return the classifier's rows relative to that of the predicted class, \(U_{ck} = V_{ck} - V_{tk}\).
+def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c j"]) -> Float[Tensor, "n c j"]:
+    r"""Return the classifier's rows relative to that of the predicted class, \(U_{cj} = V_{cj} - V_{\text{top},j}\).
 
     The softmax curvature annihilates a shift that all classes share. After this one, sums over classes lose no
     precision when a prediction is sure.
 
     Args:
         logits: unnormalised scores, shape (n, c).
-        head: weight \(V\) of the classifier, shape (c, k).
+        head: weight \(V\) of the classifier, or some of its columns, shape (c, j).
 
     Returns:
-        The rows, shape (n, c, k), in the unit of the weight; the row of the predicted class is zero.
+        The rows, shape (n, c, j), in the unit of the weight; the row of the predicted class is zero.
 
     Example:
         >>> import torch

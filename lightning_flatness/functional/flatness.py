@@ -17,15 +17,16 @@ def hessian_trace(
 
     $$\operatorname{Tr} H = \sum_k R_{kk} Q_{kk}$$
 
-    with \(R_{kk} = \Vert a_k \Vert^2\), the squared norm of the gradient of feature \(k\) in filter \(k\) (see
-    `gram_factors`), and \(Q = V^\top B V\), the curvature \(B\) of the loss pulled back through the classifier \(V\).
-    A curved activation adds a label term, which is not included here.
+    with \(R_{kk} = \Vert a_k \Vert^2\), the squared norm of the gradient of a feature with respect to the filter that
+    feeds it (see `gram_factors`), and \(Q = V^\top B V\), the curvature \(B\) of the loss pulled back through the
+    classifier \(V\). A curved activation adds a label term, which is not included here.
 
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 
     Args:
         filter_squared_norm: \(R_{kk}\), shape (n, k), see `HadamardGram.squared_norms`.
-        curvature_diagonal: \(Q_{kk}\), shape (n, k), see the function `curvature_diagonal`.
+        curvature_diagonal: \(Q_{kk}\), shape (n, k): of the feature that filter k feeds, see the function
+            `curvature_diagonal`.
 
     Returns:
         The trace, shape (n,); loss per squared weight; lower is flatter.
@@ -59,7 +60,7 @@ def relative_flatness(
 
     Args:
         logits: unnormalised scores at one or several temperatures, shape (n, c, t).
-        rows: rows of the classifier, shape (n, c, k), see `centred_rows`.
+        rows: rows of the classifier, with a column for each filter, shape (n, c, k), see `centred_rows`.
         gram: \(G\).
 
     Returns:
@@ -94,8 +95,8 @@ def affine_trace(features: Float[Tensor, "n j"], curvature_trace: Float[Tensor, 
 
     $$\operatorname{Tr} H = (\Vert x \Vert^2 + 1) \operatorname{Tr} B$$
 
-    with the layer's input \(x\) and the curvature \(B\) of any loss in the layer's output. The 1 belongs to the bias.
-    An upper bound of \(\operatorname{Tr} B\) gives an upper bound of the Hessian trace.
+    with the layer's input \(x\) and the curvature \(B\) of any loss with respect to the layer's output. The 1 belongs
+    to the bias. An upper bound of \(\operatorname{Tr} B\) gives an upper bound of the Hessian trace.
 
     Args:
         features: \(x\), shape (n, j).
@@ -120,8 +121,8 @@ def linear_relative_flatness(
 
     $$\kappa = \Vert x \Vert^2 \sum_j Q_{jj}, \qquad Q = V^\top B V$$
 
-    with the layer's input \(x\), its weight \(V\) and the curvature \(B\) of any loss in its output. The bias does not
-    contribute.
+    with the layer's input \(x\), its weight \(V\) and the curvature \(B\) of any loss with respect to its output. The
+    bias does not contribute.
 
     Source: Petzka et al., NeurIPS 2021, arXiv 2001.00939.
 
@@ -208,16 +209,18 @@ def attribution(
 
     $$\kappa = c\, v\, w\, r\, g$$
 
-    with the factors described below. The change of \(\log \kappa\) since a reference is the sum of the changes of the
-    five logarithms. The label term of a curved activation is part of \(\kappa\) and therefore of \(g\). It can make
-    both negative; the product still holds, but the logarithms do not exist.
+    with the factors described below, whose letters are no axes here. The change of \(\log \kappa\) since a reference is
+    the sum of the changes of the five logarithms. The label term of a curved activation is part of \(\kappa\) and
+    therefore of \(g\). This term can make \(\kappa\) and \(g\) negative. The product still holds, but neither has a
+    logarithm.
 
     Args:
         relative: \(\kappa\), mean relative flatness.
-        confidence: \(c\), mean trace of the loss's curvature in the logits, see the function `confidence`.
+        confidence: \(c\), mean trace of the loss's curvature with respect to the logits, see the function `confidence`.
         head: \(v = \Vert V \Vert_F^2\), squared norm of the classifier's weight.
         kernel: \(w = \Vert W \Vert_F^2\), squared norm of the convolution's filters.
-        features: \(r\), mean of \(\operatorname{Tr} R\), the squared norm of the features' gradients in the filters.
+        features: \(r\), mean of \(\operatorname{Tr} R\), the squared norm of the features' gradients with respect to
+            the filters.
 
     Returns:
         The four given factors under their names, and `alignment`, \(g = \kappa / (c v w r)\), without unit. It is 0

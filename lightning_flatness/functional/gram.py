@@ -16,7 +16,7 @@ _CUDA_BLOCK_NUMEL = 2**26  # a GPU prefers few large steps
 
 
 def block_numel(tensor: Tensor) -> int:
-    """Return how many elements a temporary tensor should have at once on the device of this tensor."""
+    """Return how many elements a temporary tensor should have at most on the device of this tensor."""
     return _CUDA_BLOCK_NUMEL if tensor.is_cuda else _CPU_BLOCK_NUMEL
 
 
@@ -46,7 +46,7 @@ class HadamardGram(NamedTuple):
     right: Float[Tensor, "n k r"]
 
     def squared_norms(self) -> Float[Tensor, "n k"]:
-        r"""Return \(R_{kk}\), the squared norm of each feature's gradient in its filter, shape (n, k)."""
+        r"""Return \(R_{kk}\), the squared norm of each feature's gradient with respect to its filter, shape (n, k)."""
         return (self.left * self.right).sum(-1)
 
     def inner_products(self, vectors: Float[Tensor, "n c k"]) -> Float[Tensor, "n c c"]:

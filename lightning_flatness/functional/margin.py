@@ -12,7 +12,7 @@ from lightning_flatness.functional.flatness import affine_trace
 def output_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], signed: bool = True) -> Float[Tensor, " n"]:
     r"""Return the margin of the true class in the logits.
 
-    $$\gamma = \phi_y - \max_{j \ne y} \phi_j$$
+    $$\gamma = \phi_y - \max_{c \ne y} \phi_c$$
 
     with the logits \(\phi\) and the true class \(y\).
 
@@ -42,7 +42,7 @@ def output_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], signe
 def softmax_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], signed: bool = True) -> Float[Tensor, " n"]:
     r"""Return the margin of the true class in the softmax.
 
-    $$\gamma = S_y - \max_{j \ne y} S_j$$
+    $$\gamma = S_y - \max_{c \ne y} S_c$$
 
     with the softmax \(S\) of the logits and the true class \(y\).
 
@@ -69,11 +69,11 @@ def softmax_margin(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"], sign
 def margin_gap(logits: Float[Tensor, "n c"], target: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     r"""Return one minus the squared softmax margin, without cancellation.
 
-    $$1 - \gamma^2 = \Bigl(\sum_{c \ne y} S_c + S_j\Bigr) \Bigl(\sum_{c \ne j} S_c + S_y\Bigr)$$
+    $$1 - \gamma^2 = \Bigl(\sum_{c \ne y} S_c + S_{y'}\Bigr) \Bigl(\sum_{c \ne y'} S_c + S_y\Bigr)$$
 
-    with the softmax \(S\), the true class \(y\), its strongest rival \(j\) and \(\gamma = S_y - S_j\). The two factors
-    are \(1 - \gamma\) and \(1 + \gamma\) as sums of positive numbers, so they keep full relative precision however
-    sure the prediction is.
+    with the softmax \(S\), the true class \(y\), its strongest rival \(y'\) and \(\gamma = S_y - S_{y'}\). The two
+    factors are \(1 - \gamma\) and \(1 + \gamma\) as sums of positive numbers, so they keep full relative precision
+    however sure the prediction is.
 
     Args:
         logits: unnormalised scores, shape (n, c) with c >= 2.
@@ -106,8 +106,8 @@ def margin_bound(
     $$(\Vert x \Vert^2 + 1)(1 - \gamma^2)$$
 
     with the classifier's own input \(x\) and the softmax margin \(\gamma\): `affine_trace` with the bound
-    \(1 - \gamma^2 \ge 1 - S_t^2 \ge 1 - \Vert S \Vert^2\) of the curvature's trace, where \(S_t\) is the largest
-    entry of the softmax \(S\). It bounds `affine_hessian_trace`.
+    \(1 - \gamma^2 \ge 1 - S_{\text{top}}^2 \ge 1 - \Vert S \Vert^2\) of the curvature's trace, where \(S_{\text{top}}\)
+    is the largest entry of the softmax \(S\). It bounds `affine_hessian_trace`.
 
     Source: "On flat minima, large margins and generalizability", submission to ICLR 2021.
 

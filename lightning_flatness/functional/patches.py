@@ -1,4 +1,4 @@
-"""Input patches of a convolution, their Gram matrix, and the Gram matrix of the gradients in the filters."""
+"""Input patches of a convolution, their Gram matrix, and that of the gradients with respect to the filters."""
 
 from __future__ import annotations
 
@@ -208,17 +208,16 @@ def _at(dims: tuple[int, int], part: slice) -> Any:
 def gram_factors(
     inputs: Float[Tensor, "n i ..."], jacobian: Float[Tensor, "n k s"], geometry: ConvGeometry
 ) -> tuple[Float[Tensor, "n k r"], Float[Tensor, "n k r"]]:
-    r"""Return two factors of the Gram matrix of the features' gradients in the filters.
+    r"""Return two factors of the Gram matrix of the features' gradients with respect to the filters.
 
     $$R_{kk'} = \langle a_k, a_{k'} \rangle, \qquad a_k = \frac{\partial p_k}{\partial W_k} = \sum_s M_{ks} P_s, \qquad
     R = M T M^\top$$
 
-    with the filters \(W_k\), the feature \(p_k\) that filter \(k\) feeds, its derivatives
-    \(M_{ks} = \partial p_k / \partial z_{ks}\) in the convolution's output, the patches \(P_s\) and their Gram matrix
-    \(T\). The diagonal, any block and the whole of \(R = \mathrm{left}\; \mathrm{right}^\top\) follow from the two
-    factors. They are \(M T\) and \(M\), or \(a\) twice where that takes fewer operations: on large maps with few
-    weights per filter. With several groups they are always \(a\), as each filter sees the patches of its own group
-    only.
+    with the filters \(W_k\), the feature \(p_k\) that filter \(k\) feeds, the derivatives \(M_{ks}\) of that feature
+    with respect to the convolution's output \(z_{ks}\), the patches \(P_s\) and their Gram matrix \(T\). The diagonal,
+    any block and the whole of \(R = \mathrm{left}\; \mathrm{right}^\top\) follow from the two factors. They are \(M T\)
+    and \(M\), or \(a\) twice where that takes fewer operations: on large maps with few weights per filter. With several
+    groups they are always \(a\), as each filter sees the patches of its own group only.
 
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 

@@ -8,9 +8,9 @@ def rank_bound(filters: int, weights: int, samples: int, classes: int) -> int:
 
     $$\operatorname{rank} H \le \min\bigl(K D,\; N (C - 1)\bigr)$$
 
-    Each sample adds \(J^\top B J\), where \(J\) is the Jacobian of the logits in the weights and the curvature \(B\)
-    of the loss has rank \(C - 1\) at most. The bound holds where the network is piecewise linear after the layer; the
-    label term of a curved activation may add to the rank.
+    Each sample adds \(J^\top B J\), where \(J\) is the Jacobian of the logits with respect to the weights and the
+    curvature \(B\) of the loss has rank \(C - 1\) at most. The bound holds where the network is piecewise linear after
+    the layer; the label term of a curved activation may add to the rank.
 
     Args:
         filters: \(K\), output channels of the layer.
@@ -32,13 +32,13 @@ def rank_bound(filters: int, weights: int, samples: int, classes: int) -> int:
 def head_rank_bound(features: int, classes: int) -> int:
     r"""Return an upper bound of the rank of an affine classifier's Hessian under cross-entropy.
 
-    $$\operatorname{rank} H \le (C - 1)(d + 1)$$
+    $$\operatorname{rank} H \le (C - 1)(F + 1)$$
 
-    Adding the same affine function to all logits changes no prediction. So \(d + 1\) of the \(C (d + 1)\) directions
+    Adding the same affine function to all logits changes no prediction. So \(F + 1\) of the \(C (F + 1)\) directions
     in the space of weights and biases are flat.
 
     Args:
-        features: \(d\), inputs of the classifier.
+        features: \(F\), inputs of the classifier.
         classes: \(C\).
 
     Returns:

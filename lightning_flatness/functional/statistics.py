@@ -12,9 +12,9 @@ _QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q
 def distribution(values: Float[Tensor, " n"]) -> dict[str, Tensor]:
     r"""Return the statistics that describe a distribution of margins.
 
-    They are the mean \(\mu\), the standard deviation \(\sigma\) of the population (divided by n), the skewness
-    \(\frac{1}{n} \sum_i ((v_i - \mu) / \sigma)^3\), the minimum, seven exact quantiles, linear between neighbours, and
-    the share of negative values.
+    They are the mean \(\mu\), the standard deviation \(\sigma\) of the population (divided by \(N\), the number of
+    values), the skewness \(\frac{1}{N} \sum_n ((v_n - \mu) / \sigma)^3\), the minimum, seven exact quantiles, linear
+    between neighbours, and the share of negative values.
 
     Args:
         values: \(v\), shape (n,).
@@ -53,7 +53,7 @@ def distribution(values: Float[Tensor, " n"]) -> dict[str, Tensor]:
 def pearson(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     r"""Return Pearson's correlation coefficient.
 
-    $$\rho = \frac{\sum_i (x_i - \bar x)(y_i - \bar y)}{\sqrt{\sum_i (x_i - \bar x)^2 \sum_i (y_i - \bar y)^2}}$$
+    $$\rho = \frac{\sum_n (x_n - \bar x)(y_n - \bar y)}{\sqrt{\sum_n (x_n - \bar x)^2 \sum_n (y_n - \bar y)^2}}$$
 
     with the means \(\bar x\) and \(\bar y\).
 

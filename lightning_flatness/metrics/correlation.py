@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lightning_flatness.functional as LF
 from lightning_flatness.curvature.quantities import SampleQuantities, given
+from lightning_flatness.errors import missing_package
 from lightning_flatness.metrics.flatness import SampleMetric
 
 _QUANTITIES = ("aceht", "margin_bound", "output_margin")
@@ -18,9 +19,12 @@ _QUANTITIES = ("aceht", "margin_bound", "output_margin")
 class FlatnessMarginCorrelation(SampleMetric):
     r"""Pearson's r over samples between the Hessian trace of the layer and three cheaper quantities.
 
-    The quantities: `aceht` (`functional.affine_hessian_trace`), `margin_bound` and the signed `output_margin`; each
-    over `all`, `correct` (margin not negative) and `wrong` samples. r is 0 where a group is empty, has only one
-    sample, or does not vary.
+    The quantities are `aceht` (`functional.affine_hessian_trace`), `margin_bound` and the signed `output_margin`; each
+    over `all`, `correct` (margin not negative) and `wrong` samples. r is the coefficient of `functional.pearson`. It is
+    0 where a group is empty, has only one sample, or does not vary.
+
+    `compute` returns scalars in [-1, 1] under the names `quantity/group`, such as `aceht/correct`; no unit. The metric
+    needs `hessian_trace`, `output_margin` and the quantities that are compared, each of shape (n,).
 
     Source: "On flat minima, large margins and generalizability", where r is taken after removing outliers.
 
@@ -32,13 +36,23 @@ class FlatnessMarginCorrelation(SampleMetric):
     Raises:
         ValueError: if one of the quantities is another.
         ModuleNotFoundError: if outliers are to be removed and scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import FlatnessMarginCorrelation
+        >>> trace, margin, other = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0]), torch.zeros(3)
+        >>> metric = FlatnessMarginCorrelation(quantities=["output_margin"])
+        >>> metric.update(SampleQuantities(trace, other, other, output_margin=margin))
+        >>> metric.compute()["output_margin/correct"]
+        tensor(-1., dtype=torch.float64)
     """
 
     def __init__(self, remove_outliers: bool = False, quantities: Sequence[str] = _QUANTITIES, **kwargs: Any) -> None:
         """Start with no samples."""
         super().__init__(**kwargs)
         if unknown := [name for name in quantities if name not in _QUANTITIES]:
-            raise ValueError(f"`quantities` must be among {list(_QUANTITIES)}; got {unknown[0]!r}.")
+            raise ValueError(f"`quantities` must be among {list(_QUANTITIES)}; got {unknown[0]!r}. Correct the name.")
         if remove_outliers:
             _local_outlier_factor()
         self.quantities = tuple(quantities)
@@ -82,8 +96,5 @@ def _local_outlier_factor() -> Any:
     try:
         from sklearn.neighbors import LocalOutlierFactor
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`remove_outliers=True` needs scikit-learn, which is not installed. "
-            "Install it with `pip install lightning-flatness[examples]`."
-        ) from error
+        raise missing_package("`remove_outliers=True`", "sklearn") from error
     return LocalOutlierFactor

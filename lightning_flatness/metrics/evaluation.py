@@ -1,4 +1,4 @@
-"""Everything that one evaluation of a network yields, by the keys under which users watch it."""
+"""Everything that one evaluation of a network yields, by the keys under which it is logged."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def _metrics() -> dict[str, SampleMetric]:
 class Evaluation:
     """All quantities over the samples of one data set; exact for any split into batches and processes.
 
-    It is no `torchmetrics.MetricCollection`: that names the values of a metric which has several after the metric's
-    own words (`mean`), without the key above them (`margin/mean`).
+    This is not a `torchmetrics.MetricCollection`. For a metric that returns several values, a collection uses the
+    metric's own names (`mean`) and drops the prefix (`margin/mean`).
 
     Args:
-        device: where the sums are kept: that of the model, over which processes exchange them.
-        method: what gives the quantities; only the keys that it gives are evaluated.
+        device: device of the model; the sums are kept on it, and processes exchange them over it.
+        method: name of the method that gives the quantities; only the keys that it gives are evaluated.
 
     Example:
         >>> evaluation = Evaluation(torch.device("cpu"))

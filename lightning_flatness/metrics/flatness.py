@@ -81,7 +81,7 @@ class SampleMetric(Metric):
 
 
 class SampleMean(SampleMetric):
-    """Mean over samples of one quantity."""
+    r"""Mean over samples of one quantity, \(\frac{1}{N} \sum_n v_n\)."""
 
     higher_is_better: bool | None = False
 
@@ -104,14 +104,46 @@ class SampleMean(SampleMetric):
 
 
 class HessianTrace(SampleMean):
-    """Mean Hessian trace of the layer, see `functional.hessian_trace`; lower is flatter."""
+    r"""Mean Hessian trace of the layer over \(N\) samples.
+
+    $$\frac{1}{N} \sum_n \operatorname{Tr} H_n$$
+
+    with the trace \(\operatorname{Tr} H_n\) of sample n, see `functional.hessian_trace`. The value is a scalar; loss
+    per squared weight; lower is flatter. It needs `hessian_trace`, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import HessianTrace
+        >>> trace, other = torch.tensor([1.0, 3.0]), torch.zeros(2)
+        >>> metric = HessianTrace()
+        >>> metric.update(SampleQuantities(hessian_trace=trace, relative_flatness=other, confidence=other))
+        >>> metric.compute()
+        tensor(2., dtype=torch.float64)
+    """
 
     def _quantity(self, quantities: SampleQuantities) -> Tensor:
         return quantities.hessian_trace
 
 
 class RelativeFlatness(SampleMean):
-    """Mean relative flatness of the layer, see `functional.relative_flatness`; lower is flatter."""
+    r"""Mean relative flatness of the layer over \(N\) samples.
+
+    $$\frac{1}{N} \sum_n \kappa_n$$
+
+    with the relative flatness \(\kappa_n\) of sample n, see `functional.relative_flatness`. The value is a scalar; unit
+    of the loss; lower is flatter. It needs `relative_flatness`, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import RelativeFlatness
+        >>> kappa, other = torch.tensor([2.0, 6.0]), torch.zeros(2)
+        >>> metric = RelativeFlatness()
+        >>> metric.update(SampleQuantities(hessian_trace=other, relative_flatness=kappa, confidence=other))
+        >>> metric.compute()
+        tensor(4., dtype=torch.float64)
+    """
 
     def _quantity(self, quantities: SampleQuantities) -> Tensor:
         return quantities.relative_flatness
@@ -125,7 +157,23 @@ class Uncertainty(SampleMean):
 
 
 class AffineHessianTrace(SampleMean):
-    """Mean Hessian trace of the affine classifier (ACEHT), see `functional.affine_hessian_trace`; lower is flatter."""
+    r"""Mean Hessian trace of the affine classifier alone (ACEHT) over \(N\) samples.
+
+    $$\frac{1}{N} \sum_n (\Vert x_n \Vert^2 + 1)(1 - \Vert S_n \Vert^2)$$
+
+    with the classifier's input \(x_n\) and the softmax \(S_n\) of sample n, see `functional.affine_hessian_trace`. The
+    value is a scalar; loss per squared weight; lower is flatter. It needs `affine_hessian_trace`, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import AffineHessianTrace
+        >>> aceht, other = torch.tensor([0.5, 1.5]), torch.zeros(2)
+        >>> metric = AffineHessianTrace()
+        >>> metric.update(SampleQuantities(other, other, other, affine_hessian_trace=aceht))
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
 
     requires = ("affine_hessian_trace",)
 
@@ -134,13 +182,29 @@ class AffineHessianTrace(SampleMean):
 
 
 class ScaleFreeFlatness(SampleMetric):
-    r"""Mean relative flatness of the predictor `phi / tau`; scaling the logits does not change it; lower is flatter.
+    r"""Mean relative flatness of the predictor \(\phi / \tau\), which does not change when the logits are scaled.
 
-    `tau` is the root mean square of `phi - mean_c phi` over all samples and classes of the evaluation, a constant to
-    the Hessian: `S = softmax(phi / tau)`, classifier `V / tau`. It is known only at the end. The sums are therefore
-    kept at every temperature of `functional.TEMPERATURES` and read at `tau` by `functional.at_temperature`: one pass,
-    without memory of earlier evaluations, to a relative 1e-7 of the value with `tau` known beforehand. There is
-    no value for a `tau` outside of [2^-12, 2^12].
+    $$\frac{1}{N} \sum_n \kappa_n(\tau), \qquad \tau^2 = \frac{1}{N C} \sum_{n,c} (\phi_{nc} - \bar\phi_n)^2$$
+
+    with relative flatness \(\kappa_n(\tau)\) of sample n at temperature \(\tau\), where the softmax is that of
+    \(\phi / \tau\) and the classifier is \(V / \tau\), and the mean \(\bar\phi_n\) of the sample's logits (0 for binary
+    cross-entropy). \(\tau\) is a constant to the Hessian and known only after the last batch. The sums are therefore
+    kept at every temperature of `functional.TEMPERATURES` and read at \(\tau\) by `functional.at_temperature`, to a
+    relative 1e-7. There is no value for a \(\tau\) outside of [2^-12, 2^12].
+
+    The value is a scalar; unit of the loss; lower is flatter. It needs `scaled_flatness`, shape (n, t), and
+    `logit_mean_square`, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import ScaleFreeFlatness
+        >>> from lightning_flatness.functional import TEMPERATURES
+        >>> scaled, square, other = TEMPERATURES.pow(-2).repeat(2, 1), torch.tensor([3.0, 5.0]), torch.zeros(2)
+        >>> metric = ScaleFreeFlatness()
+        >>> metric.update(SampleQuantities(other, other, other, scaled_flatness=scaled, logit_mean_square=square))
+        >>> metric.compute()  # 1 / tau^2 at tau = 2
+        tensor(0.2500, dtype=torch.float64)
     """
 
     requires = ("scaled_flatness", "logit_mean_square")
@@ -170,7 +234,35 @@ class ScaleFreeFlatness(SampleMetric):
 
 
 class FlatnessFactors(SampleMetric):
-    """The five factors of mean relative flatness, see `functional.attribution`; their product is that mean."""
+    r"""The five factors of mean relative flatness; their product is that mean.
+
+    $$\frac{1}{N} \sum_n \kappa_n = c\, v\, w\, r\, g$$
+
+    with the factors that `functional.attribution` defines. `compute` returns scalars under the names `confidence` (no
+    unit), `head` (squared weight), `kernel` (squared weight), `features` (squared feature per squared weight) and
+    `alignment` (no unit). Lower `confidence` and `alignment` are flatter; the others have no direction of their own.
+
+    It needs `relative_flatness`, `confidence` and `feature_squared_norm`, shape (n,), and the scalars
+    `head_squared_norm` and `kernel_squared_norm`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import FlatnessFactors
+        >>> metric = FlatnessFactors()
+        >>> metric.update(
+        ...     SampleQuantities(
+        ...         hessian_trace=torch.zeros(1),
+        ...         relative_flatness=torch.tensor([6.0]),
+        ...         confidence=torch.tensor([0.5]),
+        ...         feature_squared_norm=torch.tensor([4.0]),
+        ...         head_squared_norm=torch.tensor(2.0),
+        ...         kernel_squared_norm=torch.tensor(3.0),
+        ...     )
+        ... )
+        >>> metric.compute()["alignment"]
+        tensor(0.5000, dtype=torch.float64)
+    """
 
     requires = ("feature_squared_norm", "head_squared_norm", "kernel_squared_norm")
 

@@ -12,9 +12,22 @@ from lightning_flatness.metrics.flatness import SampleMean, SampleMetric
 
 
 class MarginStatistics(SampleMetric):
-    """Statistics of the signed output margins, see `functional.output_margin` and `functional.distribution`.
+    r"""Statistics of the signed output margins \(\gamma_n\) of all samples.
 
-    Keeps one number per sample, so that the quantiles are exact; higher margins are better.
+    \(\gamma_n\) is the margin of `functional.output_margin`. `compute` returns the scalars of
+    `functional.distribution`: `mean`, `std`, `min` and the quantiles `q01` ... `q99` in the unit of the logits,
+    `skewness` and the share `negative` without unit. Higher margins are better. One number per sample is kept, so that
+    the quantiles are exact. It needs `output_margin`, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import MarginStatistics
+        >>> margins, other = torch.tensor([-1.0, 0.0, 4.0]), torch.zeros(3)
+        >>> metric = MarginStatistics()
+        >>> metric.update(SampleQuantities(other, other, other, output_margin=margins))
+        >>> metric.compute()["negative"]
+        tensor(0.3333, dtype=torch.float64)
     """
 
     requires = ("output_margin",)
@@ -35,7 +48,23 @@ class MarginStatistics(SampleMetric):
 
 
 class SoftmaxMargin(SampleMean):
-    """Mean signed softmax margin, see `functional.softmax_margin`; higher is better."""
+    r"""Mean signed softmax margin over \(N\) samples.
+
+    $$\frac{1}{N} \sum_n \Bigl(S_{n y} - \max_{c \ne y} S_{n c}\Bigr)$$
+
+    with the softmax \(S_n\) and the true class \(y\) of sample n, see `functional.softmax_margin`. The value is a
+    scalar in [-1, 1]; no unit; higher is better. It needs `softmax_margin`, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import SoftmaxMargin
+        >>> margins, other = torch.tensor([-0.5, 1.0]), torch.zeros(2)
+        >>> metric = SoftmaxMargin()
+        >>> metric.update(SampleQuantities(other, other, other, softmax_margin=margins))
+        >>> metric.compute()
+        tensor(0.2500, dtype=torch.float64)
+    """
 
     requires = ("softmax_margin",)
 
@@ -46,7 +75,24 @@ class SoftmaxMargin(SampleMean):
 
 
 class MarginBound(SampleMean):
-    """Mean bound of `AffineHessianTrace` by the margin, see `functional.margin_bound`; lower is flatter."""
+    r"""Mean upper bound of the classifier's Hessian trace by the softmax margin, over \(N\) samples.
+
+    $$\frac{1}{N} \sum_n (\Vert x_n \Vert^2 + 1)(1 - \gamma_n^2)$$
+
+    with the classifier's input \(x_n\) and the softmax margin \(\gamma_n\) of sample n, see `functional.margin_bound`.
+    It is at least the value of `AffineHessianTrace`. The value is a scalar; loss per squared weight; lower is flatter.
+    It needs `margin_bound`, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import SampleQuantities
+        >>> from lightning_flatness.metrics import MarginBound
+        >>> bounds, other = torch.tensor([1.0, 2.0]), torch.zeros(2)
+        >>> metric = MarginBound()
+        >>> metric.update(SampleQuantities(other, other, other, margin_bound=bounds))
+        >>> metric.compute()
+        tensor(1.5000, dtype=torch.float64)
+    """
 
     requires = ("margin_bound",)
 

@@ -42,8 +42,8 @@ class ForwardRecorder:
     """Records the forward passes of a model, without touching them.
 
     While entered, everything that depends on the output of the last convolution is recorded, until `take_pass` yields
-    the record as a value; the loss is to be computed before that. The pass itself runs as it would without the recorder: no gradient is switched on in it and nothing in it is
-    replaced.
+    the record as a value; the loss is to be computed before that. The pass itself runs as it would without the
+    recorder: no gradient is switched on in it and nothing in it is replaced.
 
     Args:
         model: any module whose forward pass will run.

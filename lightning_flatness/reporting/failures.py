@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_flatness.errors import UnsupportedTailError
 
@@ -15,48 +15,90 @@ from lightning_flatness.errors import UnsupportedTailError
 class Failures:
     """The failures of one monitor, and what it has said about them.
 
+    A failure belongs to one validation loader, or to all of them (None), and to one validation. Only a loader whose
+    network turns out to be one that cannot be measured is given up for the rest of the run, and only if nothing of it
+    has been measured before: a network that has been measured can be.
+
     Args:
         strict: raise each failure instead of warning.
+        name: of the monitor; its messages start with it.
 
     Attributes:
-        occurred: whether something failed in this validation.
-        is_refused: whether the network was found to be one that cannot be measured; nothing is tried again in this run.
+        failed: the loaders of which something failed in this validation.
+        refused: the loaders that are given up.
+        measured: the loaders of which something has been measured in this run.
+        label: what messages call the monitor.
     """
 
-    def __init__(self, strict: bool) -> None:
+    def __init__(self, strict: bool, name: str = "") -> None:
         self.strict = strict
-        self.occurred = False
-        self.is_refused = False
+        self.failed: set[int | None] = set()
+        self.refused: set[int | None] = set()
+        self.measured: set[int | None] = set()
+        self.label = f"FlatnessMonitor `{name}`" if name else "FlatnessMonitor"
         self._reported: set[str] = set()
 
+    @property
+    def occurred(self) -> bool:
+        """Whether something failed in this validation."""
+        return bool(self.failed)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the network was found to be one that cannot be measured, whatever the loader."""
+        return None in self.refused
+
+    def excludes(self, loader: int) -> bool:
+        """Return whether a loader is not measured any more: in this validation, or at all."""
+        return not {None, loader}.isdisjoint(self.failed | self.refused)
+
+    def start_run(self) -> None:
+        """Forget what an earlier run found out about a model."""
+        self.failed, self.refused, self.measured = set(), set(), set()
+
     @contextmanager
-    def contained(self, close: Callable[[], None]) -> Iterator[None]:
-        """Let what fails within end this validation's measurement, never the training, unless `strict`.
+    def contained(
+        self, close: Callable[[], None] = lambda: None, loader: int | None = None, what: str = "measure"
+    ) -> Iterator[None]:
+        """Let what fails within end the measurement of one loader in this validation, never the training.
 
         Args:
             close: called after a failure, before it is reported.
+            loader: index of the loader that it belongs to; None: all.
+            what: what was not done if it fails, in words.
+
+        Raises:
+            Exception: what failed, if `strict`.
         """
         try:
             yield
         except Exception as error:
-            self.occurred = True
+            self.failed.add(loader)
             close()
-            self.report(error)
+            self.report(error, loader, what)
 
-    def report(self, error: Exception) -> None:
+    def report(self, error: Exception, loader: int | None = None, what: str = "measure") -> None:
         """Warn about a failure, once for each message; raise it if `strict`."""
         if self.strict:
             raise error
-        self.is_refused = self.is_refused or isinstance(error, UnsupportedTailError)
+        if isinstance(error, UnsupportedTailError) and loader not in self.measured:
+            self.refused.add(loader)
         # The message of this error says how much memory is left, which differs every time.
         kind = type(error).__name__ if isinstance(error, torch.OutOfMemoryError) else str(error)
         if kind not in self._reported:
             self._reported.add(kind)
             # On the process where it happened: the first one may know nothing of it.
-            warnings.warn(f"FlatnessMonitor did not measure: {error}", stacklevel=2)
+            warnings.warn(f"{self.label} did not {what}: {error}", stacklevel=2)
 
     def info_once(self, message: str) -> None:
         """Log a message on the first process, once."""
+        self._once(message, rank_zero_info)
+
+    def warn_once(self, message: str) -> None:
+        """Warn on the first process, once."""
+        self._once(message, lambda text: rank_zero_warn(text, category=UserWarning))
+
+    def _once(self, message: str, say: Callable[[str], None]) -> None:
         if message not in self._reported:
             self._reported.add(message)
-            rank_zero_info(message)
+            say(message)

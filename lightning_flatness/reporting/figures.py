@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
+from lightning_flatness.errors import missing_package
 from lightning_flatness.keys import KEYS, RELATIVE, SCALE_FREE, TRACE
 
 if TYPE_CHECKING:
@@ -86,9 +87,7 @@ def flatness_curves(history: Mapping[str, Sequence[SupportsFloat]], x: str = "ep
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Figures need matplotlib, which is not installed. Install it with `pip install lightning-flatness[plots]`."
-        ) from error
+        raise missing_package("A figure", "matplotlib") from error
     columns = min(2, len(keys))
     rows = math.ceil(len(keys) / columns)
     figure = Figure(
@@ -116,13 +115,13 @@ def _curve_keys(history: Mapping[str, Sequence[SupportsFloat]], x: str) -> list[
     keys = [key for key in history if key != x]
     if x not in history or not keys:
         raise ValueError(
-            f"`history` must hold {x!r} and at least one curve: got keys {list(history)}. Name the horizontal axis "
+            f"`history` must hold {x!r} and at least one curve; got keys {list(history)}. Name the horizontal axis "
             "with `x=...`, and pass the values of at least one other key."
         )
     for key in keys:
         if len(history[key]) != len(history[x]):
             raise ValueError(
-                f"Each curve must have one value per {x!r}, {len(history[x])} in all: "
+                f"Each curve must have one value per {x!r}, {len(history[x])} in all; "
                 f"got {len(history[key])} for {key!r}. Fill gaps with NaN."
             )
     return keys

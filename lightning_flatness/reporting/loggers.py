@@ -25,7 +25,7 @@ class LoggerAlerts:
     def __init__(self) -> None:
         self._failed: set[str] = set()
 
-    def show(self, trainer: Trainer, alert: Alert, done: str = "") -> None:
+    def show(self, trainer: Trainer, alert: Alert, action: str = "") -> None:
         """Show an alert in every logger that can: in W&B as an alert of the run, in TensorBoard as a text and a mark.
 
         In TensorBoard both are called `alert/<key>`; they appear at the step of the metrics logged in this validation,
@@ -34,12 +34,12 @@ class LoggerAlerts:
         Args:
             trainer: the Trainer whose loggers are used.
             alert: the alert.
-            done: one sentence on what was done about it.
+            action: one sentence on what is done about it.
         """
         for logger in trainer.loggers if trainer.is_global_zero else ():
             name = type(logger).__name__
             try:
-                _show(getattr(logger, "experiment", None), alert, f"{alert.reason} {done}".strip(), log_step(trainer))
+                _show(getattr(logger, "experiment", None), alert, f"{alert.reason} {action}".strip(), log_step(trainer))
             except Exception as error:
                 if name not in self._failed:
                     self._failed.add(name)

@@ -96,6 +96,10 @@ class Alert:
         return self.violations[0].changes if self.violations else {}
 
 
+class ActionError(RuntimeError):
+    """An action has failed, perhaps half-way: the message says what was done. Its alert is recorded all the same."""
+
+
 class Action(ABC):
     """What is done about an alert. To write one, subclass it and define `act`.
 
@@ -130,3 +134,11 @@ class Action(ABC):
     @abstractmethod
     def act(self, alert: Alert, trainer: Any, pl_module: Any) -> str:
         """Act; called only during training. The arguments and the returned sentence are those of `apply`."""
+
+    def resume(self, alert: Alert, trainer: Any) -> None:  # noqa: B027 (most actions have nothing to take up)
+        """Take up what the action had begun when a checkpoint was written, as the training goes on from it.
+
+        Args:
+            alert: the alert of the earlier part of the training.
+            trainer: the Trainer that goes on.
+        """

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from torch.optim import SGD, AdamW, Optimizer, swa_utils
+from torch.optim import AdamW, Optimizer, swa_utils
 from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -29,7 +28,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.optim.swa_utils import SWALR
 
-from lightning_flatness.actions.learning_rate import cut_learning_rate, is_known, learning_rates, warn_if_lost
+from lightning_flatness.actions.learning_rate import cut_learning_rate, is_known, learning_rates
 
 STEPS, FACTOR, FLOOR = 24, 0.5, 4e-3
 TRIGGERS = [(step,) for step in range(STEPS - 1)] + [(3, 9), (0, 5, 13), (7, 8)]
@@ -225,32 +224,25 @@ def test_two_schedulers_of_one_optimizer() -> None:
     assert_close(list(cut.rates([7])), scaled(list(run.rates()), [7]))
 
 
-class FromItsOwn(LRScheduler):
-    """Computes from values that no convention names."""
+def test_a_group_without_a_rate_is_left_alone() -> None:
+    """As Adafactor's, which finds its own step size."""
+    run = Run(SCHEDULERS["cosine floor"])
+    run.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.4})
+    run.optimizer.param_groups[1]["lr"] = None
+    for scale_floors in (True, False):
+        cut_learning_rate(run.optimizer, run.schedulers, FACTOR, scale_floors=scale_floors)
+    first, second, third = learning_rates(run.optimizer)
+    assert (first is not None, second, third) == (True, None, pytest.approx(0.1))
+    plateau = Run(SCHEDULERS["plateau floor"])
+    plateau.optimizer.param_groups[1]["lr"] = None
+    cut_learning_rate(plateau.optimizer, plateau.schedulers, FACTOR)
+    assert learning_rates(plateau.optimizer) == [pytest.approx(0.05), None]
 
-    def get_lr(self) -> list[float]:
-        return [0.1 * 0.99**self.last_epoch for _ in self.optimizer.param_groups]
 
-
-class FromTheBase(LRScheduler):
-    def get_lr(self) -> list[float]:
-        return [base * 0.99**self.last_epoch for base in self.base_lrs]
-
-
-@pytest.mark.parametrize(("kind", "lost"), [(FromItsOwn, True), (FromTheBase, False), (None, True)])
-def test_a_lost_cut_is_one_warning(kind: type[LRScheduler] | None, lost: bool) -> None:
-    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    schedulers = [kind(optimizer)] if kind else []
-    assert not any(is_known(scheduler) for scheduler in schedulers)
-    before = learning_rates(optimizer)
-    cut_learning_rate(optimizer, schedulers, FACTOR)
-    warn_if_lost(optimizer, before)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            optimizer.step()
-            for scheduler in schedulers:
-                scheduler.step()
-            if not kind:
-                optimizer.param_groups[0]["lr"] = 0.1
-    assert ["cut from 0.1 to 0.05" in str(each.message) for each in caught] == [True] * lost
+def test_a_tensor_that_groups_share_is_cut_once() -> None:
+    """As in `AdamW(groups, lr=torch.tensor(0.1))`."""
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]
+    optimizer = AdamW(groups, lr=torch.tensor(0.1, dtype=torch.float64))
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]
+    cut_learning_rate(optimizer, [], FACTOR)
+    assert learning_rates(optimizer) == pytest.approx([0.05, 0.05])

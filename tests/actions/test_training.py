@@ -3,12 +3,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -21,8 +22,9 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader
 
+from lightning_flatness.actions.learning_rate import cut_learning_rate
 from lightning_flatness.actions.training import Notify, ReduceLR, StopTraining, escalation
-from lightning_flatness.rules.alert import Action, Alert
+from lightning_flatness.rules.alert import Action, ActionError, Alert
 
 ALERT = Alert("rule", "flatness/relative", 2.3, 1.0, 8, 1, "flatness/relative rose from 1 to 2.3.")
 BATCHES = 4
@@ -166,6 +168,84 @@ def test_a_learning_rate_set_by_hand_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="cut from .* to .*, it was set to .* in the next change") as caught:
         fitted(ByHand(), Act({1: ReduceLR(0.1)}))
     assert sum("cut of the learning rate" in str(each.message) for each in caught) == 1
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_cut_that_weight_averaging_overrides_is_a_warning(at: int) -> None:
+    """Its scheduler takes over in the third epoch; one that is there when the rate is cut is cut too."""
+    model, averaging = Line(SCHEDULES["cosine"]), StochasticWeightAveraging(0.05, swa_epoch_start=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted(model, Act({at: ReduceLR(0.1)}), averaging)
+    assert sum("SWALR has taken over" in str(each.message) for each in caught) == (at == 1)
+
+
+def test_a_cut_is_watched_after_a_resume(tmp_path: Path) -> None:
+    class Milestone(Line):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 3:
+                self.trainer.optimizers[0].param_groups[0]["lr"] = 0.02
+
+    class Resume(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            ReduceLR(0.1).resume(ALERT, trainer)
+
+    fitted(Line(), Act({1: ReduceLR(0.1)}), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
+    with pytest.warns(UserWarning, match="cut of the learning rate") as caught:
+        fitted(Milestone(), Act({}), Resume(), ckpt_path=str(tmp_path / "epoch=2.ckpt"))
+    assert sum("cut of the learning rate" in str(each.message) for each in caught) == 1
+
+
+class WithoutARate(SGD):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+    def step(self, closure: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_optimizer_without_a_rate_is_left_alone(first: bool) -> None:
+    class Mixed(TwoOptimizers):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [WithoutARate([self.layer.weight]), SGD([self.layer.bias], lr=0.02)][:: 1 if first else -1]
+
+    class Rates(Act):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            self.rates += [[group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]]
+
+    fitted(Mixed(), act := Rates({0: ReduceLR(0.1)}), max_epochs=2)
+    assert act.rates[-1] == ([None, 0.002] if first else [0.002, None])
+    number = 0 if first else 1
+    assert act.said == [
+        f"Learning rate cut from 0.02 to 0.002. Without a learning rate to cut: optimizer {number} (WithoutARate)."
+    ]
+
+
+def test_an_action_that_fails_half_way_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Catch(Act):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            with pytest.raises(ActionError, match=r"optimizer 0 \(SGD\) was not cut, or in part: .*fault") as caught:
+                super().on_validation_end(trainer, pl_module)
+            assert str(caught.value).endswith("Learning rate cut from 0.02 to 0.002.")
+
+    def fail(optimizer: Optimizer, *args: Any) -> None:
+        if optimizer.param_groups[0]["lr"] == 0.1:
+            raise RuntimeError("fault")
+        cut_learning_rate(optimizer, *args)
+
+    monkeypatch.setattr("lightning_flatness.actions.training.cut_learning_rate", fail)
+    module = TwoOptimizers()
+    module.configure_optimizers = lambda: [
+        SGD([p], lr=lr) for p, lr in zip(module.parameters(), (0.1, 0.02), strict=True)
+    ]
+    module.lr_schedulers = lambda: SimpleNamespace(step=lambda: None)
+    trainer = fitted(module, Catch({0: ReduceLR(0.1)}), max_epochs=1)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [0.1, 0.002]
 
 
 def test_min_lr_is_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from networks import Net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_flatness.data.passes import callable_module, transferred
+from lightning_flatness import measure
+from lightning_flatness.data.passes import callable_module, preserved_state, transferred
 
 
 class Doubling:
@@ -104,3 +106,95 @@ def test_what_is_called_with_inputs() -> None:
 def test_no_way_to_tell_what_to_call(children: dict[str, nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=rf"`NoForward` has no `forward`, and {message}"):
         callable_module(NoForward(**children))
+
+
+def count_in_place(net: Counting) -> None:
+    net.calls += 1
+    net.scale[0] = -0.0  # equal to 0, but not the same bits
+
+
+def count_in_a_new_tensor(net: Counting) -> None:
+    net.calls = net.calls + 1
+    net.scale = None
+
+
+def count_behind_autograd(net: Counting) -> None:
+    net.calls.data.fill_(7)
+    net.scale.data = torch.ones(3)
+
+
+def replace_all(net: Counting) -> None:
+    net.register_buffer("last", torch.ones(2), persistent=False)
+    del net.calls
+    net.register_buffer("calls", torch.ones(()), persistent=False)
+
+
+class Counting(Net):
+    """Counts its calls in a buffer; other state changes with it."""
+
+    def __init__(self, count: Callable[[Counting], None] = count_in_place) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("scale", torch.tensor([0.0, torch.nan]))
+        self.register_buffer("nothing", None)
+        self.count = count
+        self.python_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count(self)
+        self.python_calls += 1
+        return super().forward(x)
+
+
+def buffers_of(model: nn.Module) -> list[Any]:
+    return [
+        [(name, id(value), None if value is None else (value.dtype, value.tolist())) for name, value in held.items()]
+        for held in (module._buffers for module in model.modules())
+    ] + [sorted(module._non_persistent_buffers_set) for module in model.modules()]
+
+
+COUNTS = [count_in_place, count_in_a_new_tensor, count_behind_autograd, replace_all]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_buffers_are_as_before_to_the_last_bit(count: Callable[[Counting], None]) -> None:
+    net, batch = Counting(count), (torch.randn(3, 2, 5, 4), torch.zeros(3, dtype=torch.long))
+    before = buffers_of(net)
+    measure(net, [batch, batch])
+    assert str(buffers_of(net)) == str(before)  # NaN equals NaN as text, and 0 does not equal -0
+    assert net.python_calls == 2  # what is not a buffer stays as the forward pass left it
+
+
+def test_buffers_are_restored_after_an_error() -> None:
+    net, targets = Counting(), torch.tensor([9])
+    with pytest.raises(ValueError, match="Targets must lie in"):
+        measure(net, [(torch.randn(1, 2, 5, 4), targets)])
+    assert (net.calls, net.python_calls) == (0, 1)
+
+
+def test_buffers_that_did_not_change_are_not_written_to() -> None:
+    """A graph that saved them would refuse its backward pass."""
+    net = Counting(lambda _: None)
+    x = torch.ones(2, requires_grad=True)
+    loss = (x * net.scale).sum()
+    measure(net, [(torch.randn(3, 2, 5, 4), torch.zeros(3, dtype=torch.long))])
+    loss.backward()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_buffers_of_inference_mode(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        net = Counting()
+    with torch.inference_mode(), preserved_state(net):
+        net.calls.add_(1)
+    assert net.calls == 0
+    assert net.calls.is_inference() is inference
+
+
+def test_buffers_without_numbers_of_their_own() -> None:
+    sparse = nn.Module()
+    sparse.register_buffer("sparse", torch.eye(2).to_sparse())
+    sparse.register_buffer("expanded", torch.zeros(1).expand(3))
+    for module in (nn.LazyBatchNorm2d(), nn.BatchNorm2d(2, device="meta"), sparse):
+        with preserved_state(module):
+            assert not module.training

@@ -54,5 +54,5 @@ def test_empty_groups_and_single_samples_have_no_correlation(correct: bool) -> N
 def test_outliers_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.neighbors", None)
     FlatnessMarginCorrelation()
-    with pytest.raises(ModuleNotFoundError, match=r"lightning-flatness\[examples\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[examples\]"):
         FlatnessMarginCorrelation(remove_outliers=True)

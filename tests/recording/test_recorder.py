@@ -59,9 +59,15 @@ def assert_same(value: Tensor, reference: Tensor, rtol: float = 1e-9) -> None:
     torch.testing.assert_close(value.double(), reference.double(), rtol=rtol, atol=1e-12)
 
 
-def run(model: nn.Module, x: Tensor, mode: Any = torch.no_grad) -> Any:
+def run(
+    model: nn.Module, x: Tensor, mode: Any = torch.no_grad, recorder: Measured | None = None, y: Any = None
+) -> Any:
+    """A pass of the network, and the loss of a recorder in the same mode."""
     with mode():
-        return model(x.clone())
+        output = model(x.clone())
+        if recorder is not None:
+            recorder.step(y)
+    return output
 
 
 @each_mode
@@ -74,7 +80,7 @@ def test_exact_and_unnoticed_in_every_mode(name: str, mode: Any) -> None:
     plain = run(model, x, mode)
     with Measured(model) as recorder:
         for _ in range(2):  # finding the modules, then only listening to them
-            output = run(model, x, mode)
+            output = run(model, x, mode, recorder, y)
             assert torch.equal(output, plain)
             assert (output.requires_grad, output.is_inference()) == (plain.requires_grad, plain.is_inference())
             assert_same(recorder.quantities(y).hessian_trace, expected(case))
@@ -97,6 +103,7 @@ def test_layout_of_the_input_does_not_matter(change: Callable[[Tensor], Tensor],
     with Measured(model) as recorder:
         with mode():
             model(change(x))
+            recorder.step(y)
         assert_same(recorder.quantities(y).hessian_trace, expected(case))
 
 
@@ -116,7 +123,7 @@ def test_precision_of_the_pass(precision: str, name: str) -> None:
     plain = run(model, x.to(dtype), mode)
     with Measured(model) as recorder:
         for _ in range(2):
-            assert torch.equal(run(model, x.to(dtype), mode), plain)
+            assert torch.equal(run(model, x.to(dtype), mode, recorder, y), plain)
             derivatives = recorder.derivatives(y)
             assert derivatives.logits.dtype == derivatives.jacobian.dtype == torch.float32
             assert_same(sample_quantities(derivatives).hessian_trace.mean(), expected(case).mean(), rtol)
@@ -157,7 +164,9 @@ def test_listens_to_the_modules_that_matter(name: str) -> None:
         assert "" in hooked(model)
         run(model, x)
         recorder.quantities(y)
-        assert set(hooked(model)) == {"", case.layer, case.classifier or ""}
+        of_interest = {case.layer, case.classifier or case.layer}
+        around = {name for name, module in model.named_modules() if any(True for _ in module.children())}
+        assert set(hooked(model)) - around == of_interest
         assert (recorder.layer, recorder.classifier) == (case.layer, case.classifier or recorder.classifier)
     assert hooked(model) == [""]
     user.remove()
@@ -213,7 +222,7 @@ def test_an_error_of_the_network_leaves_nothing_behind(where: str, mode: Any) ->
             with pytest.raises(Broken):
                 run(model, x, mode)
             recorder.clear()
-            run(model, x, mode)
+            run(model, x, mode, recorder, y)
             assert_same(recorder.quantities(y).hessian_trace, expected(case))
     assert hooks(model) == 1
     with pytest.raises(Broken), Measured(model):
@@ -300,7 +309,7 @@ def test_several_recorders_on_one_model(layers: tuple[str, str], order: int) -> 
                 assert_same(recorder.quantities(y).hessian_trace, values[recorder.layer])
 
 
-def test_the_first_complete_pass_is_measured() -> None:
+def test_the_pass_of_the_loss_is_measured() -> None:
     case = CASES["relu"]
     model, (x, y) = case.model().eval(), case.data()
     with Measured(model) as recorder:
@@ -337,7 +346,6 @@ class Slots:
 CALLED = Case("called", Net, classifier=None)
 CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], str]] = {
     "keyword": (ByKeyword, lambda m, x: m(pixels=x, scale=2.0), "conv"),
-    "object": (OfObjects, lambda m, x: m(SimpleNamespace(x=x)), "conv"),
     "slots": (lambda: Net(output=lambda phi, p: Slots(phi)), lambda m, x: m(x), "conv"),
     "compiled name": (lambda: nn.ModuleDict({"_orig_mod": Net()}), lambda m, x: m["_orig_mod"](x), "conv"),
 }
@@ -353,6 +361,19 @@ def test_any_way_to_call(name: str) -> None:
                 call(model, x)
             assert_same(recorder.quantities(y).hessian_trace, expected(CALLED))
     assert recorder.layer == layer
+
+
+def test_a_network_that_returns_nothing() -> None:
+    """Its loss can be said all the same."""
+    model, (x, y) = Case("called", OfObjects, classifier=None).model().eval(), CASES["relu"].data()
+    with Measured(model, loss=lambda _, y: F.cross_entropy(model.logits, y)) as recorder:
+        for _ in range(2):
+            with torch.no_grad():
+                model(SimpleNamespace(x=x))
+            assert_same(recorder.quantities(y).hessian_trace, expected(CALLED))
+    with Measured(model) as recorder, pytest.raises(ValueError, match="got NoneType.*`loss=lambda output"):
+        model(SimpleNamespace(x=x))
+        recorder.quantities(y)
 
 
 def test_a_weight_that_is_computed() -> None:
@@ -412,7 +433,7 @@ def test_what_happens_after_the_classifier_does_not_matter_or_is_noticed(mode: A
     model.later = torch.relu_
     with Measured(model) as recorder:
         for _ in range(2):
-            run(model, x, mode)
+            run(model, x, mode, recorder, y)
             with contextlib.suppress(GraphError):  # refused, where it can be noticed
                 assert_same(recorder.quantities(y).hessian_trace, reference)
 
@@ -434,10 +455,12 @@ def test_weights_swapped_for_the_pass_are_the_ones_that_count(swapped: str) -> N
             with torch.no_grad():
                 if swapped == "functional_call":
                     torch.func.functional_call(model, weights, (x,))
+                    recorder.step(y)
                 else:
                     for name, parameter in model.named_parameters():
                         parameter.data.copy_(weights[name])
                     model(x)
+                    recorder.step(y)
                     for name, parameter in model.named_parameters():
                         parameter.data.copy_(own[name])
             assert_same(recorder.quantities(y).hessian_trace, reference)
@@ -450,11 +473,16 @@ class Unbatched(Net):
 
 @each_mode
 def test_a_single_sample_without_a_batch(mode: Any) -> None:
+    """Refused, or as one of a batch; its logits have no row per sample that cross-entropy could take."""
     case = Case("unbatched", Unbatched)
     model, (x, y) = case.model().eval(), case.data()
+    with Measured(model, loss=lambda phi, y: F.cross_entropy(phi[None], y)) as recorder:
+        run(model, x[0], mode, recorder, y[:1])
+        with contextlib.suppress(UnsupportedTailError):
+            assert_same(recorder.quantities().hessian_trace, expected(case)[:1])
     with Measured(model) as recorder:
         run(model, x[0], mode)
-        with pytest.raises(UnsupportedTailError, match="must run after `conv`"):
+        with pytest.raises(ValueError, match="two logits or more; got one"):
             recorder.quantities(y[:1])
 
 

@@ -38,6 +38,41 @@ def test_a_refused_network_stays_refused() -> None:
     assert failures.is_refused
 
 
+def test_a_failure_belongs_to_a_loader_and_to_a_validation() -> None:
+    failures = Failures(strict=False)
+    with pytest.warns(UserWarning, match="mine"), failures.contained(loader=1):
+        raise ValueError("mine")
+    assert [failures.excludes(loader) for loader in range(3)] == [False, True, False]
+    failures.failed = set()  # the next validation
+    assert not failures.excludes(1)
+    with pytest.warns(UserWarning, match="of all"), failures.contained():
+        raise ValueError("of all")
+    assert all(failures.excludes(loader) for loader in range(3))
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_loader_that_has_been_measured_is_not_given_up(measured: bool) -> None:
+    failures = Failures(strict=False)
+    failures.measured = {0} if measured else {1}
+    with pytest.warns(UserWarning, match="no"), failures.contained(loader=0):
+        raise UnsupportedTailError("no")
+    failures.failed = set()
+    assert failures.excludes(0) != measured
+    failures.start_run()
+    assert not failures.excludes(0)
+
+
+def test_messages_name_the_monitor_and_what_was_not_done() -> None:
+    failures = Failures(strict=False, name="train")
+    with pytest.warns(UserWarning, match="^FlatnessMonitor `train` did not measure: a$"), failures.contained():
+        raise ValueError("a")
+    with pytest.warns(UserWarning, match="did not act: b$"), failures.contained(what="act"):
+        raise ValueError("b")
+    with pytest.warns(UserWarning, match="^c$") as caught:
+        [failures.warn_once("c") for _ in range(3)]
+    assert len(caught) == 1
+
+
 def test_strict_raises_after_closing() -> None:
     failures, closed = Failures(strict=True), []
     with pytest.raises(ValueError, match="mine"), failures.contained(lambda: closed.append(True)):

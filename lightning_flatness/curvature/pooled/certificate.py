@@ -66,7 +66,7 @@ def certify(recorded: RecordedPass, pooled: Cut, at_random_points: bool = True) 
     Args:
         recorded: one pass.
         pooled: the pooled features on its record.
-        at_random_points: certify at random points, at one of which each unit is active; False: at the recorded values.
+        at_random_points: certify at random points; each unit is active at one of them. False: at the recorded values.
 
     Returns:
         The certificate, or why there is none, with the path and the step.

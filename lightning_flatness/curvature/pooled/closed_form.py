@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -68,7 +68,7 @@ def is_ill_conditioned(derivatives: PooledDerivatives, quantities: SampleQuantit
     return float(quantities.relative_flatness.abs().mean()) < 1e-3 * float(own)
 
 
-def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str, Tensor]:
+def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str, Any]:
     if isinstance(derivatives.loss, Differentiated) or derivatives.head_curvature is not None:
         return {}
     return {
@@ -79,7 +79,7 @@ def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str
 
 def _of_a_linear_head(
     derivatives: PooledDerivatives, flatness: _Flatness, diagonal: Tensor, uncertainty: Tensor
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     if not derivatives.is_linear:
         return {}
     return {
@@ -91,7 +91,7 @@ def _of_a_linear_head(
     }
 
 
-def _margins(derivatives: PooledDerivatives) -> dict[str, Tensor]:
+def _margins(derivatives: PooledDerivatives) -> dict[str, Any]:
     loss, logits, target = derivatives.loss, derivatives.logits, derivatives.target
     if target is None or isinstance(loss, Differentiated):
         return {}

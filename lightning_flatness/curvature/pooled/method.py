@@ -21,7 +21,7 @@ from lightning_flatness.curvature.pooled.certificate import (
 from lightning_flatness.curvature.pooled.closed_form import is_ill_conditioned, sample_quantities
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import NonFiniteError, Refusal
+from lightning_flatness.errors import NonFiniteError, Refusal, require_counts
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.precision import allclose_for_dtype, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
@@ -40,6 +40,9 @@ class PooledMethod:
     Args:
         chunk_bytes: how much memory the contraction over filters may take at once.
 
+    Raises:
+        ValueError: if `chunk_bytes` is not a whole number, at least 1.
+
     Example:
         >>> method = PooledMethod()
         >>> method.quantities(recorder.take_pass(loss)).hessian_trace  # doctest: +SKIP
@@ -49,6 +52,7 @@ class PooledMethod:
 
     def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
         """Start with no certificate."""
+        require_counts(chunk_bytes=chunk_bytes)
         self._chunk_bytes = chunk_bytes
         self._certificate: Certificate | None = None
         self._kernel_gram = _KernelGram()
@@ -166,8 +170,8 @@ def _require_finite(recorded: RecordedPass) -> None:
     shape = tuple(recorded.graph.shape(first.node))
     what = f"the output of `{recorded.layer}`" if first.node == recorded.calls[0].node else f"a tensor of shape {shape}"
     raise NonFiniteError(
-        f"A measurement needs numbers; the loss is NaN, and {what} is the first that is. Look for an overflow in the network, "
-        "and for a batch without a labelled sample."
+        f"A measurement needs numbers; the loss is NaN, and {what} is the first that is. Look for an overflow in "
+        "the network, and for a batch without a labelled sample."
     )
 
 
@@ -186,7 +190,8 @@ def _require_same(recorded: RecordedPass, pooled: Cut, features: Tensor) -> None
 
 def _geometry(recorded: RecordedPass, call: ConvolutionCall) -> ConvGeometry:
     """Return how the operation's output positions see its input: what the module pads itself is padded already."""
-    kernel = tuple(recorded.convolution.kernel_size)
+    module: Any = recorded.convolution
+    kernel = tuple(module.kernel_size)
     dims, given = len(kernel), call.geometry
 
     def each(name: str) -> tuple[int, ...]:
