@@ -294,7 +294,7 @@ UNSUPPORTED_TAILS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "attention pooling": ("mixes", lambda: Net(pool=attention)),
     "average and max pooling": ("cat", lambda: Net(pool=average_and_max, head=nn.Linear(8, 3))),
     "log-sum-exp pooling": ("positions", lambda: Net(pool=lambda a: a.logsumexp((2, 3)))),
-    "layer norm before pooling": ("native_layer_norm", lambda: Net(act=channel_norm)),
+    "layer norm before pooling": ("permute|native_layer_norm", lambda: Net(act=channel_norm)),
     # The convolution itself.
     "called twice": ("convolution", lambda: Net(conv2d(inputs=4), tail=applied_twice)),
     "shared weight": (

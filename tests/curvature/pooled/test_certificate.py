@@ -99,7 +99,7 @@ STEPS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         "`mean`, mixes|positions",
         lambda: Net(act=lambda z: z * (1 + 1e-3 * z.mean((1, 2, 3), True).tanh())),
     ),
-    "layer norm": ("`native_layer_norm`, mixes", lambda: Net(act=channel_norm)),
+    "layer norm": ("`permute`, mixes|`native_layer_norm`, mixes", lambda: Net(act=channel_norm)),
     "neighbouring channels": ("`add`, mixes", lambda: Net(act=lambda z: F.relu(z + z.roll(1, 1)))),
     "residual of the map": (
         "`mixes|mixes",
