@@ -89,3 +89,32 @@ def required(verdict: Any) -> Any:
     if isinstance(verdict, Refusal):
         raise verdict.error()
     return verdict
+
+
+class Step(nn.Module):
+    """A network and what a step computes with it, as one function of all weights."""
+
+    def __init__(self, model: nn.Module, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.step(self.model, *args)
+
+
+def brute_force(model: nn.Module, layer: str, step: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    """Hessian trace and relative flatness of a layer for the number that a step computes of a whole batch.
+
+    Autograd differentiates the step itself twice, one weight after the other: nothing of the package is used.
+    """
+    whole, name = Step(model, step), f"model.{layer}.weight" if layer else "model.weight"
+    weight = whole.get_parameter(name).detach()
+
+    def value(free: Tensor) -> Tensor:
+        return torch.func.functional_call(whole, {name: free}, args)
+
+    with torch.random.fork_rng(), torch.enable_grad():
+        hessian = torch.autograd.functional.hessian(value, weight)
+    rows = weight.flatten(1)
+    hessian = hessian.reshape(*rows.shape, *rows.shape)
+    return torch.einsum("kiki->", hessian), torch.einsum("kd,ld,kili->", rows, rows, hessian)

@@ -115,6 +115,7 @@ FAITHFUL: dict[str, Callable[[Tensor], Tensor]] = {
     "complex": lambda z: torch.fft.rfft2(z.float()).abs(),
     "autograd function": Swish.apply,
     "scripted": scripted,
+    "through dlpack": lambda z: torch.from_dlpack(z.detach()) * 2,
     "vmap": torch.vmap(F.silu),
 }
 # `detach` and `no_grad` end autograd, but not the loss as a function: the same functions without them.
@@ -124,6 +125,7 @@ WITH_GRAPH: dict[str, Callable[[Tensor], Tensor]] = {
     "data in place": lambda z: (2 * z).exp(),
     "no_grad inside": lambda z: z / z.abs().amax((2, 3), keepdim=True),
     "autograd function": F.silu,
+    "through dlpack": lambda z: z * 2,
 }
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
@@ -208,7 +210,6 @@ UNFOLLOWED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "number read out": ("item", lambda z: z / z.abs().max().item()),
     "slice of a buffer": ("memory of the tail", aliased),
     "old view": ("memory of the tail", written_through_an_old_view),
-    "through dlpack": ("memory of the tail", lambda z: torch.from_dlpack(z.detach()) * 2),
     "no storage": ("SparseTensorImpl", lambda z: z * torch.mm(torch.eye(3).to_sparse(), torch.ones(3, 3))),
 }
 UNREPEATABLE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -317,10 +318,78 @@ def test_several_inputs() -> None:
     torch.testing.assert_close(again, F.relu(fresh()) * (fresh() + 1) + fresh(), rtol=0, atol=0)
 
 
-def test_descendants_are_what_came_of_a_tensor() -> None:
+def test_a_wrapper_of_a_tensor_is_the_same_node() -> None:
+    class Wrapped(Tensor):
+        pass
+
     with recording(z := fresh()) as graph:
-        first, second = z.exp(), z.relu()
+        output = torch.relu(z.as_subclass(Wrapped))
+        again = output.as_subclass(Tensor)
+        assert graph.node(again) == graph.node(output) is not None
+        result = again.exp()
+    torch.testing.assert_close(replayed(graph, result), fresh().relu().exp())
+
+
+def test_detach_is_a_constant_for_gradients_if_that_is_wanted() -> None:
+    with recording(z := fresh(torch.float64)) as graph:
+        output = (z * z.detach()).sum()
+    for detach, factor in ((False, 2), (True, 1)):
+        point = fresh(torch.float64).requires_grad_()
+        again = graph.replay({0: point}, len(graph.operations), detach=detach)[graph.node(output)]
+        (gradient,) = torch.autograd.grad(again, point)
+        torch.testing.assert_close(gradient, factor * fresh(torch.float64))
+
+
+def test_a_part_may_be_repeated_in_another_dtype() -> None:
+    """From a later node on, and without what does not lead to the result."""
+    with recording(z := fresh()) as graph:
+        middle = z.relu()
         start = len(graph.operations)
-        _ = second.neg(), first.abs().add(second), first.sqrt_()
-    names = [operation.name for operation in graph.descendants(graph.node(first), start)]
-    assert names == ["abs", "add", "sqrt_"]
+        _ = middle.exp()
+        output = middle * OTHER.float() + 1
+    only = set(graph.ancestry(graph.node(output)))
+    point = fresh(torch.float64)
+    nodes = graph.replay(
+        {graph.node(middle): point}, len(graph.operations), start=start, only=only, dtype=torch.float64
+    )
+    torch.testing.assert_close(nodes[graph.node(output)], point * OTHER.double() + 1)
+    assert len(nodes) == 3  # the exponential is not among them
+
+
+# (function, names of the operations that end in a cut)
+CUTS: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
+    "chain": (lambda z: z.relu().mean((2, 3)).exp().sum(), ["relu", "mean", "exp", "sum"]),
+    "skip": (lambda z: (z.relu() + z).exp().sum(), ["add", "exp", "sum"]),
+    "two branches": (lambda z: (z.relu().mean() * z.exp().mean()).sum(), ["mul", "sum"]),
+    "a step": (lambda z: (z.exp() * (z > 0)).sum(), ["exp", "mul", "sum"]),
+    "an index": (lambda z: z.flatten(1).exp()[:, int(z[0].argmax())].sum(), ["flatten", "exp", "select", "sum"]),
+    "in place": (lambda z: then(torch.relu_, torch.exp)(z * 2).sum(), ["mul", "exp", "sum"]),  # one node before and after
+    "unused": (lambda z: (z.exp(), z.sin())[0].sum(), ["exp", "sum"]),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_cuts_are_where_all_influence_passes(name: str) -> None:
+    function, expected = CUTS[name]
+    with torch.no_grad(), recording(z := fresh()) as graph:
+        output = function(z)
+    cuts = graph.cuts([0], graph.node(output))
+    assert cuts[0].node == 0
+    assert cuts[-1].node == graph.node(output)
+    names = [graph.operations[cut.end - 1].name for cut in cuts[1:]]
+    assert [name for name in names if "view" not in name and "slice" not in name] == [
+        name for name in expected if name != "flatten"
+    ]
+
+
+def test_several_inputs_have_a_cut_where_they_meet() -> None:
+    with torch.no_grad(), recording(first := fresh(), second := OTHER.clone()) as graph:
+        output = (first.exp() + second.relu()).mean((2, 3)).sum()
+    cuts = graph.cuts([0, 1], graph.node(output))
+    assert [graph.operations[cut.end - 1].name for cut in cuts] == ["add", "mean", "sum"]
+
+
+def test_what_moves_in_steps_alone_is_not_moved() -> None:
+    with torch.no_grad(), recording(z := fresh()) as graph:
+        accuracy, smooth, other = (z > 0).double().mean(), z.mean(), z.argmax()
+    assert [graph.is_moved(graph.node(tensor)) for tensor in (z, accuracy, smooth, other)] == [True, False, True, False]
