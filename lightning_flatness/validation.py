@@ -44,11 +44,15 @@ class LoggedValues:
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module
+        self._before: Any = None  # a `log` of the module's own
+        self._listening: Any = None
         self.values: list[tuple[str, Tensor]] = []
 
     def start(self) -> None:
         """Listen from now on: the module's own `log` is called all the same."""
+        self.stop()
         self.values = []
+        self._before = self._module.__dict__.get("log")
         log = self._module.log
 
         def listening(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -56,11 +60,16 @@ class LoggedValues:
                 self.values.append((name, value))
             log(name, value, *args, **kwargs)
 
-        self._module.__dict__["log"] = listening
+        self._module.__dict__["log"] = self._listening = listening
 
     def stop(self) -> None:
         """Listen no more."""
-        self._module.__dict__.pop("log", None)
+        if self._listening is not None:
+            if self._before is None:
+                self._module.__dict__.pop("log", None)
+            else:
+                self._module.__dict__["log"] = self._before
+            self._listening = None
 
 
 class MeasuredValidation:
@@ -103,6 +112,7 @@ class MeasuredValidation:
         self._recorder: ForwardRecorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
         self.measured: str | None = None
+        self._assumed = ""
         self._evaluations: list[Evaluation] = []
         with failures.contained(self.close):
             self._evaluations = [Evaluation(pl_module.device, PooledMethod.name) for _ in range(self._count)]
@@ -223,7 +233,10 @@ class MeasuredValidation:
             return None
         recorder.require_recorded()
         value = computed_loss(self._loss or CrossEntropy(), recorder.output, targets)
-        return value, () if self._loss is not None else (ASSUMED,)
+        if self._loss is not None:
+            return value, ()
+        self._assumed = f"; {ASSUMED}, since the step hands over no loss that depends on it"
+        return value, (ASSUMED,)
 
     def _measure_own_batches(self) -> None:
         recorder, method = self._tools()
@@ -236,7 +249,7 @@ class MeasuredValidation:
 
     def _note_success(self, recorder: ForwardRecorder, loader: int) -> None:
         self._failures.measured.add(loader)
-        self.measured = self.measured or f"`{recorder.layer}` up to `{recorder.classifier or 'the logits'}`"
+        self.measured = self.measured or f"`{recorder.layer}` up to the loss{self._assumed}"
 
     def _samples_left(self, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""

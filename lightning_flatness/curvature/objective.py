@@ -52,13 +52,11 @@ class _Recorded:
 
     @property
     def is_sum(self) -> bool:
-        """Whether the loss is a plain sum over samples: nothing in it divides, averages or scales."""
+        """Whether the loss is a plain sum over samples: it averages nothing and is not scaled by a number."""
         operations = [self._graph.operations[number] for number in sorted(self._only) if number >= self._source.end]
-        averages = any(
-            operation.name.rstrip("_") in ("mean", "div", "mul") or (_reduction(operation) == 1)
-            for operation in operations
+        return not any(_averages(operation) for operation in operations) and any(
+            operation.name == "sum" or _reduction(operation) == 2 for operation in operations
         )
-        return not averages and any(operation.name == "sum" or _reduction(operation) == 2 for operation in operations)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the target for values of the source of shape (n, j), as (n, c) or a scalar."""
@@ -73,6 +71,14 @@ class _Recorded:
             detach=True,
         )[self._target.node]
         return value.reshape(len(rows), -1) if value.numel() > 1 or value.dim() else value.reshape(())
+
+
+def _averages(operation: Operation) -> bool:
+    """Return whether an operation takes a mean or scales by a number, as the division by a count does."""
+    if operation.name.startswith("mean") or _reduction(operation) == 1:
+        return True
+    scales = operation.name.rstrip("_") in ("mul", "div") and len(operation.args) > 1
+    return scales and isinstance(operation.args[1], (int, float))
 
 
 def _reduction(operation: Operation) -> int | None:
@@ -96,14 +102,31 @@ def objective(recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objectiv
     candidates = [cut for cut in recorded.cuts if cut.end >= pooled.end and _is_by_sample(recorded, cut, len(features))]
     found: Objective | Refusal | None = None
     for cut in candidates[::-1]:
-        tail = _Recorded(recorded, cut, loss)
-        if (form := _cross_entropy(tail, len(features)) or _sigmoid(tail, len(features))) is None:
+        if (form := _proved_form(_Recorded(recorded, cut, loss), len(features))) is None:
             continue
         goal = _with_head(recorded, pooled, cut, features, form)
         if isinstance(goal, Objective) and goal.head_curvature is None:
             return goal
         found = found or goal  # an earlier tensor may be the logits as well, behind a straight head
     return found or _differentiated(recorded, pooled, candidates, features)
+
+
+def _refusal(recorded: RecordedPass, reason: str) -> Refusal:
+    return Refusal(
+        f"The loss must be a sum over samples, each with features of its own; got one where {reason}. Such a loss has "
+        f"no curvature of each sample: measure another one with `loss=lambda output, targets: ...`.\n"
+        f"  path: {recorded.path}"
+    )
+
+
+def _proved_form(tail: _Recorded, samples: int) -> tuple[CrossEntropy | BinaryCrossEntropy, Tensor] | None:
+    """Return the form of the loss with its labels; None if it is another one, or takes probabilities, not logits."""
+    try:
+        return _cross_entropy(tail, samples) or _sigmoid(tail, samples)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # at a random point, where probabilities must lie in [0, 1]
+        return None
 
 
 def _is_by_sample(recorded: RecordedPass, cut: Cut, samples: int) -> bool:
@@ -216,7 +239,7 @@ def _with_head(
     point = features.requires_grad_()
     logits = _Recorded(recorded, pooled, cut)(point)
     if (reason := _couples(logits, point)) is not None:
-        return Refusal(reason)
+        return _refusal(recorded, reason)
     jacobian, is_curved = _jacobian(recorded, logits, point)
     curvature = None
     if is_curved:
@@ -298,7 +321,7 @@ def _differentiated(
         curvature = phi.new_zeros(*phi.shape, phi.shape[1])
     else:
         if _couples(gradient, phi) is not None:
-            return Refusal("the loss couples the samples of a batch: it is no sum over samples")
+            return _refusal(recorded, "the loss couples the samples of a batch: it is no sum over samples")
         curvature = torch.stack([_row(gradient, phi, c) for c in range(phi.shape[1])], 1)
     counted = gradient.detach().abs().sum(-1) > 0
     count = _count_factor(tail, counted)

@@ -72,6 +72,7 @@ class PassBuilder:
         if self._watch is not None:
             dispatcher().detach(self._watch)
             self._watch = None
+        dispatcher().settle()
         if self.tracer is not None:
             self.tracer.is_convolving = False
 
@@ -104,6 +105,7 @@ class PassBuilder:
             self._watch = None
         if self.tracer is not None:
             self.tracer.stop()
+        dispatcher().settle()
 
     def refusal(self, modules: dict[str, nn.Module]) -> Refusal | None:
         """Return why there is nothing to measure; None if there is.

@@ -171,6 +171,10 @@ class Dispatcher(TorchDispatchMode):
             self.tracers.remove(tracer)
         self._leave_if_unused()
 
+    def settle(self) -> None:
+        """Leave the stack if nobody listens; within an operation that cannot be done, so it is made up for here."""
+        self._leave_if_unused()
+
     def retain(self) -> None:
         """Stay on the stack until `release`: a mode entered within a compiled module's call ends with that call."""
         self._retained += 1
