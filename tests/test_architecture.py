@@ -27,7 +27,8 @@ OURS = {"lightning_flatness"}
 ALONE = {"rules": OURS, "keys": OURS, "oracle": {"torch"}}
 HELPERS = {"conftest.py", "metrics/checks.py"} | {
     f"{name}.py"
-    for name in "cases fuzz_inputs fuzz_tails lightning_runs networks recorded shape_checker wandb_files".split()
+    for f"{name}.py"
+ lightning_runs networks recorded shape_checker wandb_files".split()
 }
 WHOLES = """
     architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes old_checkpoints optuna precisions

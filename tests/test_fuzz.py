@@ -1,4 +1,4 @@
-"""Random tails and malformed input: the right number or a clear error, never anything else.
+"""Random tails, heads, losses and malformed input: the right number or a clear error, never anything else.
 
 The examples are the same every day; `make fuzz` draws 20,000 others.
 """
@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz_heads import SUMS, tasks
 from fuzz_inputs import AROUND, GOOD, Batches, batches
 from fuzz_tails import positions, tails
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from recorded import brute_force
 from torch import Tensor, nn
 
 from lightning_flatness import UnsupportedTailError, measure, oracle
@@ -87,6 +89,43 @@ def test_random_tails(dims: int, data: st.DataObject) -> None:
     else:
         event("measured")
         assert_right(report.samples, model, report.layer, x, y, tail.criterion(torch.float64))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@fuzz
+@given(data=st.data())
+def test_random_heads_and_losses(dims: int, data: st.DataObject) -> None:
+    """Two batches are the mean of each, by the samples that count; each is the Hessian of what the step computes."""
+    task = data.draw(tasks(dims))
+    model, batches = task.model(), task.batches()
+
+    def measured(*chosen: tuple[Tensor, Tensor]) -> Any:
+        return measure(copy.deepcopy(model), chosen, layer="conv", loss=task.criterion, per_sample=True)
+
+    try:
+        reports = [measured(batch) for batch in batches]
+        both = measured(*batches)
+    except UnsupportedTailError as error:
+        if task.plain:
+            raise
+        event(f"refused: {str(error).splitlines()[0][:40]}")
+        return
+    event("measured")
+    counts = [task.counted(y) for _, y in batches]
+    assert [report.n_samples for report in reports] == counts
+    assert both.n_samples == sum(counts)
+    for name in ("hessian_trace", "relative_flatness"):
+        means = [getattr(report, name) for report in reports]
+        terms = [count * mean for count, mean in zip(counts, means, strict=True)]
+        scale = float(both.samples[name].abs().mean())
+        assert getattr(both, name) == pytest.approx(sum(terms) / sum(counts), rel=1e-12, abs=1e-12 * scale)
+    model.eval()
+    for (x, y), report, count in zip(batches, reports, counts, strict=True):
+        expected = brute_force(model, "conv", lambda m, x, y: task.criterion(m(x), y), x, y)
+        for name, value in zip(("hessian_trace", "relative_flatness"), expected, strict=True):
+            scale = float(report.samples[name].abs().mean()) + 1e-12
+            total = float(value) / count if task.loss in SUMS else float(value)
+            assert getattr(report, name) == pytest.approx(total, rel=1e-8, abs=1e-8 * scale), name
 
 
 def fails_by_itself(model: nn.Module, batch: Any) -> bool:
