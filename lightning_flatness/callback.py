@@ -131,6 +131,7 @@ class FlatnessMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch; say what this training will not do."""
+        self._runner.resume(trainer)
         _tools(self, pl_module)
         for sentence in notices(trainer, self._runner.rules, self.every_n_validations):
             self._failures.warn_once(f"{self._failures.label} {sentence}")

@@ -242,6 +242,8 @@ class MeasuredValidation:
         recorder, method = self._tools()
         with preserved_state(self._module):
             batches, limit = batches_for_rank(self._data, self._trainer, self._max_samples)
+            if description := getattr(batches, "description", ""):
+                self._assumed = f", on {description}"
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
             for quantities in measured_batches(recorder, method, model, prepared, limit, self._target, self._loss):
                 self._evaluations[0].update(quantities)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_flatness.errors import Refusal
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form
-from lightning_flatness.recording.graph import Cut
-from lightning_flatness.recording.operation import Operation
+from lightning_flatness.recording.graph import Cut, OperationGraph
+from lightning_flatness.recording.operation import Captured, Operation
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
 _EXACT = 1e-8  # relative error of a derivative in float64 that is still taken for rounding
@@ -54,7 +54,7 @@ class _Recorded:
     def is_sum(self) -> bool:
         """Whether the loss is a plain sum over samples: it averages nothing and is not scaled by a number."""
         operations = [self._graph.operations[number] for number in sorted(self._only) if number >= self._source.end]
-        return not any(_averages(operation) for operation in operations) and any(
+        return not any(_averages(self._graph, operation) for operation in operations) and any(
             operation.name == "sum" or _reduction(operation) == 2 for operation in operations
         )
 
@@ -73,12 +73,16 @@ class _Recorded:
         return value.reshape(len(rows), -1) if value.numel() > 1 or value.dim() else value.reshape(())
 
 
-def _averages(operation: Operation) -> bool:
+def _averages(graph: OperationGraph, operation: Operation) -> bool:
     """Return whether an operation takes a mean or scales by a number, as the division by a count does."""
     if operation.name.startswith("mean") or _reduction(operation) == 1:
         return True
-    scales = operation.name.rstrip("_") in ("mul", "div") and len(operation.args) > 1
-    return scales and isinstance(operation.args[1], (int, float))
+    if operation.name.rstrip("_") not in ("mul", "div") or len(operation.args) < 2:
+        return False
+    factor = operation.args[1]
+    return isinstance(factor, (int, float)) or (
+        isinstance(factor, Captured) and graph.captures.peek(factor.index).numel() == 1
+    )
 
 
 def _reduction(operation: Operation) -> int | None:

@@ -46,7 +46,8 @@ def output_logits(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(
             "The network must return its logits: a tensor, a mapping or an object with `logits`, or a tuple that "
-            f"begins with them; got {type(output).__name__}. Say how the loss is computed: `loss=lambda output, targets: ...`."
+            f"begins with them; got {type(output).__name__}. Say how the loss is computed: "
+            "`loss=lambda output, targets: ...`."
         )
     return output
 
