@@ -235,7 +235,10 @@ class MeasuredValidation:
         value = computed_loss(self._loss or CrossEntropy(), recorder.output, targets)
         if self._loss is not None:
             return value, ()
-        self._assumed = f"; {ASSUMED}, since the step hands over no loss that depends on it"
+        self._failures.warn_once(
+            f"{self._failures.label} has to assume the loss: {ASSUMED}, since the step neither returns nor logs one. "
+            "Return the loss from `validation_step`, or say how it is computed: `loss=...`."
+        )
         return value, (ASSUMED,)
 
     def _measure_own_batches(self) -> None:

@@ -24,6 +24,7 @@ from lightning_runs import (
     trainer,
     values_of,
 )
+from recorded import brute_force
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -167,16 +168,16 @@ BAD: dict[str, tuple[str, Callable[[], Classifier], Callable[[TensorDataset], An
     "no targets": ("got list of length 1", lambda: Classifier(silent), lambda d: TensorDataset(d.tensors[0])),
     "targets out of range": (
         r"Targets must lie in \[0, 3\) .* got values from 0 to 7",
-        lambda: Classifier(lambda m, b: m(b[0]).sum()),
+        lambda: Classifier(called),
         lambda d: TensorDataset(d.tensors[0], d.tensors[1].index_fill(0, torch.tensor(1), 7).clamp_min(0)),
     ),
     "float targets": (
         "got torch.float64 of shape",
-        lambda: Classifier(lambda m, b: m(b[0]).sum()),
+        lambda: Classifier(called),
         lambda d: TensorDataset(d.tensors[0], d.tensors[1].double()),
     ),
     "NaN in the images": (
-        "is NaN in 1 of 4",
+        "the loss is NaN, and the output of `net.conv2` is the first",
         Classifier,
         lambda d: TensorDataset(with_nan(d.tensors[0]), d.tensors[1]),
     ),
@@ -185,17 +186,30 @@ BAD: dict[str, tuple[str, Callable[[], Classifier], Callable[[TensorDataset], An
         lambda: Classifier(silent),
         lambda d: d,
     ),
-    "classifier never called": (
-        "A linear classifier must run after|must use the logits",
-        lambda: Classifier(lambda m, b: nn.Sequential(*list(m.net)[:-3])(b[0]).mean()),
+    "samples that see each other": (
+        "couples the samples|one sample depend",
+        lambda: Classifier(lambda m, b: F.cross_entropy((z := F.normalize(m(b[0]))) @ z.mT, torch.arange(len(z)))),
         lambda d: d,
     ),
-    "temperature in the loss": (
-        "after `net.head` they are changed",
-        lambda: Classifier(lambda m, b: F.cross_entropy(m(b[0]) / 2, b[1])),
+    "several losses": (
+        r"one loss; it logged \['first', 'second', 'val_loss'\]",
+        lambda: Classifier(several),
         lambda d: d,
     ),
 }
+
+
+def called(module: Classifier, batch: Any) -> Tensor:
+    """Computes no loss, so that one is assumed."""
+    module(batch[0])
+    return torch.zeros(())
+
+
+def several(module: Classifier, batch: Any) -> Tensor:
+    logits = module(batch[0])
+    module.log("first", F.cross_entropy(logits, batch[1]))
+    module.log("second", logits.square().mean())
+    return F.cross_entropy(logits / 2, batch[1])
 
 
 def with_nan(x: Tensor) -> Tensor:
@@ -277,6 +291,71 @@ def test_target_says_where_the_classes_are(tmp_path: Any) -> None:
     module, run = Triples(), trainer(tmp_path, FlatnessMonitor(target=lambda batch: batch[-1], strict=True))
     run.fit(module)
     assert_same(values_of(run), report_of(module, Classifier.val_dataloader(module)))
+
+
+def per_sample_mean(step: Callable[..., Tensor], module: Classifier) -> dict[str, float]:
+    """Trace and flatness of the step's loss over the validation set, by autograd."""
+    totals, count = torch.zeros(2, dtype=torch.float64), 0
+    for batch in module.val_dataloader():
+        values = brute_force(module.eval(), "net.conv2", lambda m, *batch: step(m, batch), *batch)
+        totals += len(batch[0]) * torch.stack(values)
+        count += len(batch[0])
+    return dict(zip(("flatness/trace", "flatness/relative"), (totals / count).tolist(), strict=True))
+
+
+def focal(module: Classifier, batch: Any) -> Tensor:
+    each = F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+    return ((1 - (-each).exp()).square() * each).mean()
+
+
+def with_accuracy(module: Classifier, batch: Any) -> Tensor:
+    logits = module(batch[0])
+    module.log("accuracy", (logits.argmax(1) == batch[1]).double().mean())
+    module.log_dict({"examples": float(len(logits)), "spread": logits.detach().argmax(1).double().std()})
+    return F.cross_entropy(logits, batch[1])
+
+
+STEPS: dict[str, Callable[[Classifier, Any], Tensor]] = {
+    "temperature in the loss": lambda m, b: F.cross_entropy(m(b[0]) / 2, b[1]),
+    "label smoothing": lambda m, b: F.cross_entropy(m(b[0]), b[1], label_smoothing=0.1),
+    "soft labels": lambda m, b: F.cross_entropy(m(b[0]), F.one_hot(b[1], 3) * 0.7 + 0.1),
+    "remapped labels": lambda m, b: F.cross_entropy(m(b[0]), (b[1] + 1) % 3),
+    "multi-label": lambda m, b: F.binary_cross_entropy_with_logits(m(b[0]), F.one_hot(b[1], 3).double()),
+    "squared error": lambda m, b: F.mse_loss(m(b[0]), F.one_hot(b[1], 3).double()),
+    "focal": focal,
+    "of the features": lambda m, b: nn.Sequential(*list(m.net)[:-1])(b[0]).square().mean(),
+    "accuracy besides": with_accuracy,
+}
+
+
+@pytest.mark.parametrize("returned", [True, False])
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_the_loss_that_the_step_computes_is_measured(
+    tmp_path: Any, step: Callable[[Classifier, Any], Tensor], returned: bool
+) -> None:
+    """Returned, or given to the logging, which Lightning multiplies by the batch size afterwards."""
+
+    class Returning(Classifier):
+        def validation_step(self, batch: Any, index: int) -> Any:
+            loss = self.step(self, batch)
+            if returned:
+                return {"loss": loss}
+            self.log("val_loss", loss)
+            return None
+
+    module, run = Returning(step), trainer(tmp_path, FlatnessMonitor(strict=True))
+    run.validate(module, verbose=False)
+    module.log = module.log_dict = lambda *_, **__: None
+    for key, value in per_sample_mean(step, module).items():
+        assert float(run.callback_metrics[key]) == pytest.approx(value, rel=1e-8)
+
+
+@pytest.mark.parametrize("loss", [None, F.cross_entropy, "cross_entropy"], ids=["assumed", "given", "named"])
+def test_a_step_without_a_loss(tmp_path: Any, loss: Any) -> None:
+    """Its logits are taken for those of cross-entropy, unless the loss is said."""
+    module, run = Classifier(called), trainer(tmp_path, FlatnessMonitor(strict=True, loss=loss))
+    run.validate(module, verbose=False)
+    assert_same(values_of(run), report_of(module, module.val_dataloader()))
 
 
 def test_works_under_the_other_namespace(tmp_path: Any) -> None:

@@ -28,7 +28,7 @@ class Measures(Callback):
             return ForwardRecorder(module), PooledMethod()
 
         self.failures = Failures(strict=True)
-        self.validation = MeasuredValidation(self.failures, tools, run, module, self.data, self.max_samples, None)
+        self.validation = MeasuredValidation(self.failures, tools, run, module, self.data, self.max_samples, None, None)
 
     def on_validation_batch_start(self, run: Any, module: Any, batch: Any, index: int, loader: int = 0) -> None:
         self.validation.before_batch(loader, index == loader == 0)
@@ -36,7 +36,7 @@ class Measures(Callback):
     def on_validation_batch_end(
         self, run: Any, module: Any, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
-        self.validation.after_batch(batch, loader)
+        self.validation.after_batch(outputs, batch, loader)
 
     def on_validation_epoch_end(self, run: Any, module: Any) -> None:
         self.validation.close()
