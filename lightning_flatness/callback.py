@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.alerting import RuleRunner
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.data.batches import require_batches
 from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import keys_of
 from lightning_flatness.losses import Loss, as_loss
@@ -75,9 +77,12 @@ class FlatnessMonitor(Callback):
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Check the arguments; the model is looked at when the run starts."""
+        _join_other_namespace()
         if isinstance(data, str) and data not in ("val", "train"):
             raise ValueError(f'`data` must be "val", "train" or an iterable of batches; got {data!r}.')
-        if not isinstance(data, Iterable) or isinstance(data, Iterator):
+        if not isinstance(data, str):
+            require_batches(data, "data")
+        if isinstance(data, Iterator):
             raise ValueError(
                 f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}."
             )
@@ -95,6 +100,7 @@ class FlatnessMonitor(Callback):
         self.strict = strict
         self.chunk_bytes = chunk_bytes
         self._suffix = f"/{self.name}" if self.name else ""
+        _require_called(rules)
         self._runner = RuleRunner(rules, self._suffix)
         self._failures = Failures(strict, self.name)
         self._schedule = Schedule(every_n_validations)
@@ -248,6 +254,29 @@ class FlatnessMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         _close(self)
+
+
+def _join_other_namespace() -> None:
+    """Make the monitor a callback of `pytorch_lightning` too, if that is in use.
+
+    It is the same library under another name, whose Trainer asks for its own `Callback` (up to version 2.5.6).
+    """
+    other = getattr(sys.modules.get("pytorch_lightning"), "Callback", Callback)
+    if not issubclass(FlatnessMonitor, other):
+        FlatnessMonitor.__bases__ += (other,)
+
+
+# Lightning takes a callback with `__wrapped__` for one without a state of its own, and does not compare it with others.
+# Of two equal monitors it would complain in its own words before `setup` can say what to do. The state is saved anyway.
+FlatnessMonitor.state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
+
+
+def _require_called(rules: Any) -> None:
+    """Refuse a function or class that makes a rule in the place of the rule."""
+    for rule in rules if isinstance(rules, (list, tuple)) else [rules]:
+        if callable(rule):
+            name = getattr(rule, "__name__", repr(rule))
+            raise ValueError(f"`rules` must hold rules; got the function `{name}`. Call it: `rules={name}(...)`.")
 
 
 def _tools(monitor: FlatnessMonitor, pl_module: LightningModule) -> tuple[ForwardRecorder, PooledMethod]:
