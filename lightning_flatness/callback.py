@@ -33,7 +33,12 @@ class FlatnessMonitor(Callback):
 
     It logs `flatness/relative`, `flatness/trace`, `margin/mean` and the other keys of `docs/keys.md`; with several
     validation loaders they end like Lightning's, `/dataloader_idx_1`. They are in `trainer.callback_metrics`, for
-    `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`.
+    `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`. A key that the module logs itself stays the module's.
+
+    What cannot be measured has no value: one batch or loader costs the values of its loader in this validation, and
+    `trainer.callback_metrics` then has NaN in the place of earlier ones.
+
+    Several monitors in one Trainer need names of their own, `name=...`.
 
     Args:
         layer: name of the monitored convolution; None: the last one that runs on a map larger than 1 x 1.
@@ -42,7 +47,8 @@ class FlatnessMonitor(Callback):
             monitor's own; or an iterable of (inputs, targets) batches, in passes of its own.
         max_samples: at most so many samples per evaluation and loader; None: all for `"val"` and for given
             batches, 1024 for `"train"`.
-        every_n_validations: measure in the first validation and then in every n-th.
+        every_n_validations: of a training, measure the first validation after its start (or resumption) and every
+            n-th. Validations outside of `fit` are always measured, and not counted.
         rules: what to watch for and what to do about it; `"default"`: the built-in rules, which report and never act.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
@@ -53,7 +59,8 @@ class FlatnessMonitor(Callback):
             one by one.
 
     Attributes:
-        alerts: all alerts so far, oldest first.
+        alerts: all alerts so far, oldest first, of earlier trainings too. In processes that `ddp_fork` or `ddp_spawn`
+            starts they stay in these processes; checkpoints and loggers have them.
 
     Raises:
         ValueError: if an argument is not what it must be; at the start of the run if a named module is not there.
@@ -115,7 +122,7 @@ class FlatnessMonitor(Callback):
         """All alerts so far, oldest first: those of earlier trainings, and those of the last one.
 
         In processes that the Trainer forks or spawns (`ddp_fork`, `ddp_spawn`, notebooks) the alerts stay in these
-        processes: afterwards this list is empty. Checkpoints and loggers have them, and `Notify` can write them down.
+        processes, and this list is empty afterwards.
         """
         return [*self._earlier, *self._runner.alerts]
 
