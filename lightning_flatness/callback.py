@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.alerting import RuleRunner
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.data.batches import require_batches
 from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import keys_of
 from lightning_flatness.losses import as_loss
@@ -31,7 +33,12 @@ class FlatnessMonitor(Callback):
 
     It logs `flatness/relative`, `flatness/trace`, `margin/mean` and the other keys of `docs/keys.md`; with several
     validation loaders they end like Lightning's, `/dataloader_idx_1`. They are in `trainer.callback_metrics`, for
-    `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`.
+    `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`. A key that the module logs itself stays the module's.
+
+    What cannot be measured has no value: one batch or loader costs the values of its loader in this validation, and
+    `trainer.callback_metrics` then has NaN in the place of earlier ones.
+
+    Several monitors in one Trainer need names of their own, `name=...`.
 
     Args:
         layer: name of the monitored convolution; None: the last one that runs on a map larger than 1 x 1.
@@ -40,7 +47,8 @@ class FlatnessMonitor(Callback):
             monitor's own; or an iterable of (inputs, targets) batches, in passes of its own.
         max_samples: at most so many samples per evaluation and loader; None: all for `"val"` and for given
             batches, 1024 for `"train"`.
-        every_n_validations: measure in the first validation and then in every n-th.
+        every_n_validations: of a training, measure the first validation after its start (or resumption) and every
+            n-th. Validations outside of `fit` are always measured, and not counted.
         rules: what to watch for and what to do about it; `"default"`: the built-in rules, which report and never act.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
@@ -51,7 +59,8 @@ class FlatnessMonitor(Callback):
             one by one.
 
     Attributes:
-        alerts: all alerts so far, oldest first.
+        alerts: all alerts so far, oldest first, of earlier trainings too. In processes that `ddp_fork` or `ddp_spawn`
+            starts they stay in these processes; checkpoints and loggers have them.
 
     Raises:
         ValueError: if an argument is not what it must be; at the start of the run if a named module is not there.
@@ -75,9 +84,12 @@ class FlatnessMonitor(Callback):
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Check the arguments; the model is looked at when the run starts."""
+        _join_other_namespace()
         if isinstance(data, str) and data not in ("val", "train"):
             raise ValueError(f'`data` must be "val", "train" or an iterable of batches; got {data!r}.')
-        if not isinstance(data, Iterable) or isinstance(data, Iterator):
+        if not isinstance(data, str):
+            require_batches(data, "data")
+        if isinstance(data, Iterator):
             raise ValueError(
                 f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}."
             )
@@ -95,6 +107,7 @@ class FlatnessMonitor(Callback):
         self.strict = strict
         self.chunk_bytes = chunk_bytes
         self._suffix = f"/{self.name}" if self.name else ""
+        _require_called(rules)
         self._runner = RuleRunner(rules, self._suffix)
         self._failures = Failures(strict, self.name)
         self._schedule = Schedule(every_n_validations)
@@ -109,7 +122,7 @@ class FlatnessMonitor(Callback):
         """All alerts so far, oldest first: those of earlier trainings, and those of the last one.
 
         In processes that the Trainer forks or spawns (`ddp_fork`, `ddp_spawn`, notebooks) the alerts stay in these
-        processes: afterwards this list is empty. Checkpoints and loggers have them, and `Notify` can write them down.
+        processes, and this list is empty afterwards.
         """
         return [*self._earlier, *self._runner.alerts]
 
@@ -250,6 +263,29 @@ class FlatnessMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         _close(self)
+
+
+def _join_other_namespace() -> None:
+    """Make the monitor a callback of `pytorch_lightning` too, if that is in use.
+
+    It is the same library under another name, whose Trainer asks for its own `Callback` (up to version 2.5.6).
+    """
+    other = getattr(sys.modules.get("pytorch_lightning"), "Callback", Callback)
+    if not issubclass(FlatnessMonitor, other):
+        FlatnessMonitor.__bases__ += (other,)
+
+
+# Lightning takes a callback with `__wrapped__` for one without a state of its own, and does not compare it with others.
+# Of two equal monitors it would complain in its own words before `setup` can say what to do. The state is saved anyway.
+FlatnessMonitor.state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
+
+
+def _require_called(rules: Any) -> None:
+    """Refuse a function or class that makes a rule in the place of the rule."""
+    for rule in rules if isinstance(rules, (list, tuple)) else [rules]:
+        if callable(rule):
+            name = getattr(rule, "__name__", repr(rule))
+            raise ValueError(f"`rules` must hold rules; got the function `{name}`. Call it: `rules={name}(...)`.")
 
 
 def _tools(monitor: FlatnessMonitor, pl_module: LightningModule) -> tuple[ForwardRecorder, PooledMethod]:

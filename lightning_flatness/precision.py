@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,27 +27,49 @@ def upcast(tensor: Tensor) -> Tensor:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Run matrix products in the precision of their operands: no autocast, no TF32, no autograd graph."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _exact_products():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _EXACT_PRODUCTS:
         yield
 
 
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    # The older switch of all backends raises where a user has set one of the newer ones, which are by backend.
-    parts: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    before = [(part, part.fp32_precision) for part in parts if hasattr(part, "fp32_precision")]
-    precision = None if before else torch.get_float32_matmul_precision()
-    try:
-        for part, _ in before:
-            part.fp32_precision = "ieee"
-        if precision:
-            torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        for part, chosen in before:
-            part.fp32_precision = chosen
-        if precision:
-            torch.set_float32_matmul_precision(precision)
+class _ExactProducts:
+    """Switches TF32 and the like off while somebody needs exact products.
+
+    The switch belongs to the whole process, and several threads may need it at a time: the first one to come switches,
+    and the last one to go restores what the first one found.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._restore = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._switch()
+            self._users += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._restore.close()
+
+    def _switch(self) -> None:
+        # The older switch of all backends raises where a user has set one of the newer ones, which are by backend.
+        parts: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+        newer = [part for part in parts if hasattr(part, "fp32_precision")]
+        with ExitStack() as undo:  # an error on the way undoes what has been done
+            for part in newer:
+                undo.callback(setattr, part, "fp32_precision", part.fp32_precision)
+                part.fp32_precision = "ieee"
+            if not newer:
+                undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+                torch.set_float32_matmul_precision("highest")
+            self._restore = undo.pop_all()
+
+
+_EXACT_PRODUCTS = _ExactProducts()
 
 
 def allclose_for_dtype(computed: Tensor, observed: Tensor) -> bool:

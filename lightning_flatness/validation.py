@@ -183,7 +183,7 @@ class MeasuredValidation:
 
         Lightning leaves batches out where it goes on from a checkpoint that was saved amid a validation.
         """
-        expected = _batch_counts(self._trainer)
+        expected = _batch_counts(self._trainer) if _rides(self._data) else ()
         return any(isfinite(n) and seen < n for seen, n in zip(self._batches, expected, strict=False))
 
     def close(self) -> None:

@@ -226,9 +226,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "prior added to the logits": lambda: Net(output=lambda phi, p: phi + torch.tensor([1.0, 0, -1])),
     "around the classifier": lambda: Net(conv2d(3), output=lambda phi, p: phi + p),
     "sum of two classifiers": lambda: Net(head=Sum([nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))])),
-    "mean of two classifiers": lambda: Net(
-        head=Sum([nn.Linear(4, 3), nn.Linear(4, 3)]), output=lambda phi, p: phi / 2
-    ),
+    "mean of two classifiers": lambda: Net(head=Sum([nn.Linear(4, 3), nn.Linear(4, 3)]), output=lambda phi, p: phi / 2),
     "negative distances": lambda: Net(output=lambda phi, p: -(phi[:, None] - torch.eye(3)).square().sum(2)),
     "output changed by a hook": lambda: hooked(Net()),
 }

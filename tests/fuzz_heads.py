@@ -139,9 +139,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "binary, weighted": lambda phi, y: F.binary_cross_entropy_with_logits(
         phi, multi_hot(y, phi), weights(phi), pos_weight=weights(phi).flip(0)
     ),
-    "binary, of rows": lambda phi, y: F.binary_cross_entropy_with_logits(
-        phi, multi_hot(y, phi), reduction="none"
-    ).sum(1).mean(),
+    "binary, of rows": lambda phi, y: (
+        F.binary_cross_entropy_with_logits(phi, multi_hot(y, phi), reduction="none").sum(1).mean()
+    ),
     "focal": focal,
     "poly": poly,
     "squared error": lambda phi, y: F.mse_loss(phi, one_hot(y, phi)),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,14 @@ from lightning_runs import (
     trainer,
     values_of,
 )
+from lightning_utilities.core import rank_zero
 from recorded import brute_force
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_flatness import FlatnessMonitor
+from lightning_flatness import FlatnessMonitor, ReduceLR, Rule, StopTraining
+from lightning_flatness.rules import divergence, label_noise
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
@@ -238,6 +242,11 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "every_n_validations": ({"every_n_validations": -1}, "got -1"),
     "every_n_validations left open": ({"every_n_validations": None}, "got None"),
     "chunk_bytes": ({"chunk_bytes": 0.5}, "got 0.5"),
+    "data set": ({"data": images(6, 9)}, r"`data` .* got a data set of samples, TensorDataset. Wrap it"),
+    "batch": ({"data": images(6, 9).tensors}, "`data` .* got one batch alone"),
+    "iterator": ({"data": iter(given_batches())}, "iterable in every validation anew"),
+    "rule without a call": ({"rules": label_noise}, r"got the function `label_noise`. Call it: `rules=label_noise\("),
+    "rules without a call": ({"rules": [Rule(above=0.0), divergence]}, "got the function `divergence`"),
     "layer": ({"layer": "net.conv9"}, r"net.conv1', 'net.conv2'\]; got 'net.conv9'"),
     "classifier": ({"classifier": "net"}, "got 'net'"),
 }
@@ -249,6 +258,32 @@ def test_bad_arguments_stop_before_the_first_batch(tmp_path: Any, arguments: dic
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, FlatnessMonitor(**arguments), FlatnessMonitor(name="twin")).fit(module)
     assert not module.losses
+
+
+def test_equal_monitors_are_told_to_take_names(tmp_path: Any) -> None:
+    run = trainer(tmp_path, FlatnessMonitor(), FlatnessMonitor(), enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"names of their own; got \['', ''\]. Set `name="):
+        run.fit(Classifier())
+
+
+@pytest.fixture
+def log(tmp_path: Any) -> Iterator[Path]:
+    """What Lightning and its callbacks log."""
+    handler = logging.FileHandler(tmp_path / "log.txt")
+    rank_zero.log.addHandler(handler)
+    yield tmp_path / "log.txt"
+    rank_zero.log.removeHandler(handler)
+    handler.close()
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("data", ["val", "train", given_batches()], ids=["val", "train", "given"])
+def test_each_monitor_says_what_it_measures(tmp_path: Any, log: Any, data: Any, sanity: int) -> None:
+    monitors = [FlatnessMonitor(data=data, name="one", strict=True), FlatnessMonitor(name="two", strict=True)]
+    trainer(tmp_path, *monitors, num_sanity_val_steps=sanity).fit(Classifier())
+    what = "measures `net.conv2` up to `net.head`."
+    lines = [line for line in log.read_text().splitlines() if "FlatnessMonitor" in line]
+    assert sorted(lines) == [f"FlatnessMonitor `one` {what}", f"FlatnessMonitor `two` {what}"]
 
 
 @pytest.mark.parametrize("data", ["train", given_batches()], ids=["train", "given"])
@@ -361,6 +396,8 @@ def test_a_step_without_a_loss(tmp_path: Any, loss: Any) -> None:
 def test_works_under_the_other_namespace(tmp_path: Any) -> None:
     other = pytest.importorskip("pytorch_lightning")
 
+
+def in_the_other_namespace(other: Any) -> Any:
     class Module(other.LightningModule):
         loss, forward = Classifier.loss, Classifier.forward
         training_step, validation_step = Classifier.training_step, Classifier.validation_step
@@ -372,12 +409,32 @@ def test_works_under_the_other_namespace(tmp_path: Any) -> None:
             super().__init__()
             self.net, self.losses = Network().double(), []
 
-    run = other.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        callbacks=[FlatnessMonitor(strict=True)],
-    )
-    run.fit(Module())
-    assert set(run.callback_metrics) >= KEYS
+    return Module()
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_works_under_the_other_namespace(tmp_path: Any, data: Any) -> None:
+    """With actions and a resumption; Trainers before 2.6 ask for a callback of their own namespace.
+
+    By hand with such a one: `pip install --no-deps pytorch_lightning==2.5.3` into an environment of its own.
+    """
+    other = pytest.importorskip("pytorch_lightning")
+    suffix = "/train" if data == "train" else ""
+
+    def fit(epochs: int, checkpoint: str | None = None) -> tuple[FlatnessMonitor, Any]:
+        rule = Rule(f"flatness/trace{suffix}", above=0.0, action=[ReduceLR(0.5), StopTraining()])
+        monitor = FlatnessMonitor(data=data, rules=[rule], every_n_validations=2, strict=True)
+        assert isinstance(monitor, other.Callback)
+        saving = other.callbacks.ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+        stopping = other.callbacks.EarlyStopping(f"flatness/trace{suffix}", patience=9)
+        flags = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        run = other.Trainer(max_epochs=epochs, callbacks=[stopping, monitor, saving], **flags)
+        run.fit(in_the_other_namespace(other), ckpt_path=checkpoint)
+        return monitor, run
+
+    monitor, run = fit(2)
+    assert set(run.callback_metrics) >= {f"{key}{suffix}" for key in KEYS}
+    assert [alert.epoch for alert in monitor.alerts] == [0]
+    monitor, run = fit(6, str(tmp_path / "last.ckpt"))
+    assert [alert.epoch for alert in monitor.alerts] == [0, 2]
+    assert run.current_epoch == 3

@@ -15,10 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.logger_connector import result
 from lightning_runs import Classifier, given_batches, images, trainer
 from lightning_utilities.core import rank_zero
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 from wandb_files import records
 
@@ -256,3 +259,101 @@ def test_spawned_processes_start_with_a_copy(tmp_path: Any) -> None:
     step, values, _ = notes(2)
     assert step == 6
     assert set(values) == set(KEYS)
+
+
+class Unplaced(TorchFunctionMode):
+    """Marks tensors that were made without a device, or taken to the CPU, until they are moved to a device."""
+
+    FACTORIES = (
+        *(torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.arange),
+        *(torch.scalar_tensor, torch.rand, torch.randperm, torch.from_numpy, torch.linspace),
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            if func in self.FACTORIES:
+                result.is_unplaced = (kwargs or {}).get("device") is None
+            elif func in (torch.Tensor.cpu, torch.Tensor.to):
+                result.is_unplaced = func is torch.Tensor.cpu or "cpu" in args[1:]
+        return result
+
+
+def refusing(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, which takes tensors of the network's device only, as those of NCCL."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        flat = [part for arg in [*args, *kwargs.values()] for part in (arg if isinstance(arg, list) else [arg])]
+        if any(getattr(part, "is_unplaced", False) for part in flat):
+            raise RuntimeError("No backend type associated with device type cpu")
+        return collective(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def nccl_alike(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "gather", "scatter"):
+        monkeypatch.setattr(dist, name, refusing(getattr(dist, name)))
+    with Unplaced():
+        yield
+
+
+@pytest.mark.usefixtures("nccl_alike")
+def test_the_guard_refuses_what_is_on_no_device() -> None:
+    for refused in (torch.tensor(1.0), torch.ones(2).to(torch.float64), torch.ones(2, device="cpu").cpu()):
+        with pytest.raises((RuntimeError, ValueError), match=r"No backend type|process group"):
+            dist.all_reduce(refused)
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        dist.all_reduce(torch.ones(2, device="cpu"))
+
+
+WITH: dict[str, dict[str, Any]] = {
+    "validation batches": {"rules": "default"},
+    "training batches": {"data": "train"},
+    "given batches": {"data": given_batches(), "max_samples": 4},
+    "some samples": {"max_samples": 3, "every_n_validations": 2},
+}
+
+
+@pytest.mark.usefixtures("nccl_alike")
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("options", WITH.values(), ids=WITH)
+def test_collectives_get_tensors_of_the_device(tmp_path: Any, options: dict[str, Any], count: int) -> None:
+    rules = options.get("rules") or [Rule("margin/mean/mine", above=-1e9)]
+    monitor = FlatnessMonitor(**{**options, "rules": rules, "name": "" if rules == "default" else "mine"}, strict=True)
+    flags = processes(2) | {"devices": count}
+    trainer(tmp_path, monitor, Note(), **flags).fit(Classifier(loaders=2))
+    _, logged, _ = notes(count)
+    assert {key.removesuffix("/dataloader_idx_0").removesuffix("/mine") for key in logged} >= set(KEYS)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_lightning_has_no_advice_about_our_keys(tmp_path: Any, count: int) -> None:
+    """It advises `sync_dist=True` for each key that is logged without, once in a process."""
+
+    class Tell(Callback):
+        def on_fit_end(self, run: Trainer, module: LightningModule) -> None:
+            Path(f"said{run.global_rank}.txt").write_text("\n".join(str(warning.message) for warning in caught))
+
+    stopping = EarlyStopping("flatness/trace/dataloader_idx_0", patience=9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result.warning_cache.clear()
+        flags = processes(2) | {"devices": count}
+        trainer(tmp_path, stopping, FlatnessMonitor(strict=True), Note(), Tell(), **flags).fit(Classifier(loaders=2))
+    assert {f"{key}/dataloader_idx_1" for key in KEYS} <= set(notes(count)[1])
+    advice = re.findall(r"self\.log\('([^']*)'", Path("said0.txt").read_text())
+    assert set(advice) == {"val_loss"}  # the module's own
+
+
+def test_alerts_of_forked_processes_are_in_their_checkpoints(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(rules=[Rule("flatness/trace", above=0.0, action=StopTraining())], strict=True)
+    checkpoint = ModelCheckpoint(".", filename="last")
+    run = trainer(tmp_path, monitor, checkpoint, max_epochs=9, enable_checkpointing=True, **processes(2))
+    run.fit(Classifier())
+    assert monitor.alerts == []
+    saved = torch.load("last.ckpt", weights_only=True)["callbacks"][monitor.state_key]
+    assert [alert["epoch"] for alert in saved["alerts"]] == [0]
+    monitor.load_state_dict(saved)
+    assert [alert.epoch for alert in monitor.alerts] == [0]

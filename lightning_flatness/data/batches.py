@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_flatness.recording.operation import tensors
 
 _INPUT_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs")
 _TARGET_KEYS = ("label", "labels", "target", "targets", "y", "class")
+
+
+def require_batches(batches: Any, argument: str) -> None:
+    """Refuse what is not an iterable of batches: one batch alone, or a data set, which has samples.
+
+    Args:
+        batches: the batches.
+        argument: the name of the argument.
+
+    Raises:
+        ValueError: says what to give instead.
+
+    Example:
+        >>> require_batches([({"x": 1}, 0)], "batches")
+    """
+    kind = type(batches).__name__
+    if isinstance(batches, Dataset) and not isinstance(batches, Iterable):
+        raise ValueError(
+            f"`{argument}` must be an iterable of batches; got a data set of samples, {kind}. Wrap it: "
+            "`DataLoader(dataset, batch_size=64)`."
+        )
+    parts = list(batches.values()) if isinstance(batches, Mapping) else batches
+    parts = parts if isinstance(parts, (list, tuple)) else ()
+    if isinstance(batches, Tensor) or (parts and all(isinstance(part, Tensor) for part in parts)):
+        raise ValueError(
+            f"`{argument}` must be an iterable of batches; got one batch alone, of type {kind}. Put it into a list: "
+            "`[(inputs, targets)]`."
+        )
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            f"`{argument}` must be an iterable of (inputs, targets); got {kind}. Pass a `DataLoader` or a list of "
+            "batches."
+        )
 
 
 def batch_inputs(batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from itertools import chain, islice
@@ -181,14 +182,20 @@ def _drawn(loader: DataLoader[Any], batches: int | None) -> _Drawn:
             if _is(sampler, BatchSampler):
                 sampler = sampler.sampler
             else:  # its items are lists of keys
-                known[batches] = _Drawn(list(chain.from_iterable(_epoch(sampler, loader, batches))), _is_share(sampler))
+                keys = list(chain.from_iterable(_epoch(sampler, loader, batches)))
+                known[batches] = _Drawn(_compact(keys), _is_share(sampler))
                 return known[batches]
         count = batches * size if batches is not None and size else None
-        known[batches] = _Drawn(_pool(sampler, loader, count), _is_share(sampler))
+        known[batches] = _Drawn(_compact(_pool(sampler, loader, count)), _is_share(sampler))
     return known[batches]
 
 
 _DRAWN: WeakKeyDictionary[DataLoader[Any], dict[int | None, _Drawn]] = WeakKeyDictionary()
+
+
+def _compact(keys: Sequence[Any]) -> Sequence[Any]:
+    """Return a list of whole numbers in 8 bytes each: it is kept as long as the training loader."""
+    return array("q", keys) if isinstance(keys, list) and all(type(key) is int for key in keys) else keys
 
 
 def _pool(sampler: Any, loader: DataLoader[Any], count: int | None) -> Sequence[Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,18 @@ def test_an_exception_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError, match="fault"):
         fitted(Stop(), fail, min_epochs=5)
     assert not any(isinstance(callback, HeldStop) for callback in fail.trainer.callbacks)
+
+
+class Write(Callback):
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        held = any(isinstance(callback, HeldStop) for callback in trainer.callbacks)
+        Path(f"rank{trainer.global_rank}.txt").write_text(f"{trainer.global_step} {trainer.current_epoch} {held}")
+
+
+@pytest.mark.timeout(60)
+def test_two_processes_stop_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads
+        fitted(Stop(), Write(), min_epochs=2, min_steps=5, strategy="ddp_fork", devices=2)
+    assert Path("rank0.txt").read_text() == Path("rank1.txt").read_text() == "5 3 False"

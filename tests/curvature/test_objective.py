@@ -198,9 +198,9 @@ OTHER_LOSSES: dict[str, Loss] = {
     "detached weight": lambda phi, y: (
         (1 - phi.softmax(1).gather(1, y[:, None])[:, 0]).detach() * F.cross_entropy(phi, y, reduction="none") ** 2
     ).mean(),
-    "asymmetric": lambda phi, y: -(
-        LABELS * F.logsigmoid(phi) + (1 - LABELS) * phi.sigmoid().pow(4) * F.logsigmoid(-phi)
-    ).mean(),
+    "asymmetric": lambda phi, y: (
+        -(LABELS * F.logsigmoid(phi) + (1 - LABELS) * phi.sigmoid().pow(4) * F.logsigmoid(-phi)).mean()
+    ),
     "two heads": lambda phi, y: F.cross_entropy(phi, y) + F.cross_entropy(phi[:, :2], y.clamp(max=1)),
     "gaussian": lambda phi, y: (phi[:, 1] + (phi[:, 0] - y).square() * (-phi[:, 1]).exp()).mean(),
 }
@@ -211,11 +211,13 @@ COUPLED: dict[str, Loss] = {
     "statistics of the batch": lambda phi, y: F.cross_entropy((phi - phi.mean(0)) / phi.std(0), y),
     "squared mean": lambda phi, y: F.cross_entropy(phi, y).square(),
     "variance of the losses": lambda phi, y: F.cross_entropy(phi, y, reduction="none").var(),
-    "dice of the batch": lambda phi, y: 1
-    - (phi.softmax(1) * ONE_HOT).sum() / (phi.softmax(1).square() + ONE_HOT).sum(),
+    "dice of the batch": lambda phi, y: (
+        1 - (phi.softmax(1) * ONE_HOT).sum() / (phi.softmax(1).square() + ONE_HOT).sum()
+    ),
     "entropy of the mean": lambda phi, y: F.cross_entropy(phi, y) - (q := phi.softmax(1).mean(0)) @ q.log(),
-    "pairs of one hot": lambda phi, y: F.margin_ranking_loss(phi[:2, 0], phi[2:4, 0].exp(), torch.ones(2), 5.0)
-    + (phi[0] * phi[1]).sum(),
+    "pairs of one hot": lambda phi, y: (
+        F.margin_ranking_loss(phi[:2, 0], phi[2:4, 0].exp(), torch.ones(2), 5.0) + (phi[0] * phi[1]).sum()
+    ),
 }
 
 

@@ -363,7 +363,10 @@ CUTS: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     "two branches": (lambda z: (z.relu().mean() * z.exp().mean()).sum(), ["mul", "sum"]),
     "a step": (lambda z: (z.exp() * (z > 0)).sum(), ["exp", "mul", "sum"]),
     "an index": (lambda z: z.flatten(1).exp()[:, int(z[0].argmax())].sum(), ["flatten", "exp", "select", "sum"]),
-    "in place": (lambda z: then(torch.relu_, torch.exp)(z * 2).sum(), ["mul", "exp", "sum"]),  # one node before and after
+    "in place": (
+        lambda z: then(torch.relu_, torch.exp)(z * 2).sum(),
+        ["mul", "exp", "sum"],
+    ),  # one node before and after
     "unused": (lambda z: (z.exp(), z.sin())[0].sum(), ["exp", "sum"]),
 }
 

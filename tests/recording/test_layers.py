@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]] =
     "several numbers": (Net, lambda m, x, y: F.cross_entropy(m(x), y, reduction="none"), r"has shape \(5,\)"),
     "of another network": (
         lambda: nn.ModuleDict({"net": Net(), "other": nn.Linear(2, 3)}),
-        lambda m, x, y: F.cross_entropy(m["other"](x.mean((2, 3))), y) + 0 * int(len(m["net"](x))),
+        lambda m, x, y: F.cross_entropy(m["other"](x.mean((2, 3))), y) + 0 * len(m["net"](x)),
         "it does not depend on it",
     ),
 }

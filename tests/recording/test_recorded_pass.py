@@ -21,7 +21,11 @@ def test_it_is_the_network_as_a_function_of_the_map(name: str) -> None:
     case = CASES[name]
     model, (x, y) = case.model().eval(), case.data()
     one_pass = recorded(model, x, y)
-    assert (one_pass.layer, len(one_pass), one_pass.convolution) == (case.layer, len(x), model.get_submodule(case.layer))
+    assert (one_pass.layer, len(one_pass), one_pass.convolution) == (
+        case.layer,
+        len(x),
+        model.get_submodule(case.layer),
+    )
     points, cut = one_pass.points(), pooled(one_pass)
     features = features_at(one_pass, cut, points)
     with torch.no_grad():

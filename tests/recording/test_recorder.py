@@ -59,9 +59,7 @@ def assert_same(value: Tensor, reference: Tensor, rtol: float = 1e-9) -> None:
     torch.testing.assert_close(value.double(), reference.double(), rtol=rtol, atol=1e-12)
 
 
-def run(
-    model: nn.Module, x: Tensor, mode: Any = torch.no_grad, recorder: Measured | None = None, y: Any = None
-) -> Any:
+def run(model: nn.Module, x: Tensor, mode: Any = torch.no_grad, recorder: Measured | None = None, y: Any = None) -> Any:
     """A pass of the network, and the loss of a recorder in the same mode."""
     with mode():
         output = model(x.clone())
