@@ -130,10 +130,18 @@ def test_combined_loaders(tmp_path: Any, combine: Callable[[list[DataLoader]], A
         assert_same(values_of(run, f"/dataloader_idx_{index}"), report_of(module, loader))
 
 
-def test_batches_side_by_side_are_one_warning(tmp_path: Any) -> None:
-    """A batch of two batches has no inputs and targets of its own."""
+def test_batches_side_by_side(tmp_path: Any) -> None:
+    """A batch of two batches has no inputs and targets of its own; the loss of the step has all that is needed."""
     loaders = CombinedLoader([DataLoader(images(5, i), batch_size=4) for i in range(2)], "max_size_cycle")
     module = Classifier(lambda m, batch: m.loss(batch[0]))
+    run = trainer(tmp_path, FlatnessMonitor(strict=True), max_epochs=3, num_sanity_val_steps=0)
+    run.fit(module, val_dataloaders=loaders)
+    assert_same(values_of(run), report_of(module, DataLoader(images(5, 0), batch_size=4)))
+
+
+def test_batches_side_by_side_without_a_loss_are_one_warning(tmp_path: Any) -> None:
+    loaders = CombinedLoader([DataLoader(images(5, i), batch_size=4) for i in range(2)], "max_size_cycle")
+    module = Classifier(lambda m, batch: m(batch[0][0]).detach().argmax().double())
     run = trainer(tmp_path, FlatnessMonitor(), max_epochs=3, num_sanity_val_steps=0)
     with pytest.warns(UserWarning, match="Targets must be .* got list") as caught:
         run.fit(module, val_dataloaders=loaders)

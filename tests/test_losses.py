@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_flatness.functional import HadamardGram
-from lightning_flatness.losses import Loss, as_loss, checked_targets
+from lightning_flatness.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Differentiated,
+    Loss,
+    as_loss,
+    checked_targets,
+)
 
 CLASSES, SAMPLES = 4, 6
 
@@ -145,8 +152,6 @@ class FocalLoss(nn.CrossEntropyLoss):
     ("given", "message"),
     [
         ("mse", r"cross_entropy.*bce_with_logits.*'mse'"),
-        (nn.MSELoss(), "MSELoss"),
-        (FocalLoss(), "FocalLoss"),
         (nn.CrossEntropyLoss(ignore_index=2), "ignore_index=2"),
         (nn.CrossEntropyLoss(weight=torch.tensor([1.0, -1.0])), "weight.* from -1 to 1"),
         (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3, 4)), r"pos_weight.*\(3, 4\)"),
@@ -166,6 +171,72 @@ def test_missing_targets_are_named(given: str | nn.Module) -> None:
         loss.trace_bound(torch.zeros(SAMPLES, CLASSES), None)
 
 
+@pytest.mark.parametrize("given", [nn.MSELoss(), FocalLoss(), F.cross_entropy], ids=str)
+def test_any_other_callable_is_itself(given: Any) -> None:
+    """A subclass of torch's cross-entropy may compute something else."""
+    assert as_loss(given) is given
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_its_value_is_the_mean_over_samples(case: Case) -> None:
+    loss, target = as_loss(case.given), case.target()
+    logits = torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
+    each = torch.stack([case.reference(phi[None], y[None]) for phi, y in zip(logits, target, strict=True)])
+    torch.testing.assert_close(loss.value(logits, target), each.mean())
+
+
+def test_ignored_samples_do_not_count() -> None:
+    logits, target = torch.randn(SAMPLES, CLASSES), classes().index_fill(0, torch.tensor([0, 3]), -100)
+    torch.testing.assert_close(as_loss("cross_entropy").value(logits, target), F.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_differentiated_loss_gives_the_same(case: Case) -> None:
+    loss, target = as_loss(case.given), case.target()
+    logits, head = torch.randn(SAMPLES, CLASSES, dtype=torch.float64), torch.randn(CLASSES, 3, dtype=torch.float64)
+    square = torch.randn(SAMPLES, 3, 3, dtype=torch.float64)
+    gram = HadamardGram(torch.ones(3, 3).double(), square, square)
+    other = Differentiated(*derivatives(case, logits, target))
+    for name, args in {
+        "curvature_trace": (logits,),
+        "curvature_diagonal": (logits, head),
+        "logit_gradient_product": (logits[..., None], logits.flip(0)),
+        "relative_flatness": (logits[..., None], head, gram),
+    }.items():
+        values = [getattr(each, name)(*args, target) for each in (other, loss)]
+        torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
+    part = other.select(slice(1, 3))
+    assert torch.equal(part.gradient, other.gradient[1:3])
+    assert torch.equal(part.curvature, other.curvature[1:3])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_heads_of_each_sample(case: Case) -> None:
+    """One head for all, or the same one for each."""
+    loss, target = as_loss(case.given), case.target()
+    logits, head = torch.randn(SAMPLES, CLASSES, dtype=torch.float64), torch.randn(CLASSES, 3, dtype=torch.float64)
+    square = torch.randn(SAMPLES, 3, 3, dtype=torch.float64)
+    gram = HadamardGram(torch.ones(3, 3).double(), square, square)
+    each = head.expand(SAMPLES, -1, -1)
+    torch.testing.assert_close(
+        loss.curvature_diagonal(logits, each, target), loss.curvature_diagonal(logits, head, target)
+    )
+    torch.testing.assert_close(
+        loss.relative_flatness(logits[..., None], each, gram, target),
+        loss.relative_flatness(logits[..., None], head, gram, target),
+    )
+
+
+def test_weights_of_each_sample_are_selected() -> None:
+    weights = torch.rand(SAMPLES, CLASSES)
+    part = BinaryCrossEntropy(weights).select(slice(2))
+    assert torch.equal(part.weight, weights[:2])
+    shared = BinaryCrossEntropy(weights[0])
+    assert shared.select(slice(2)) is shared
+    loss = CrossEntropy()
+    assert loss.select(slice(2)) is loss
+
+
 SOFT = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
 INDICES = torch.tensor([1, 0])
 # Loss, targets, number of logits, expected result.
@@ -180,6 +251,8 @@ GOOD: dict[str, tuple[Any, Any, int, Any]] = {
     "one logit": ("bce_with_logits", INDICES, 1, INDICES.float()[:, None]),
     "one pos_weight for all": (nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)), SOFT, 2, SOFT),
     "no sample": ("cross_entropy", INDICES[:0], 2, INDICES[:0]),
+    "ignored": ("cross_entropy", torch.tensor([1, -100]), 2, torch.tensor([1, -100])),
+    "all ignored": ("cross_entropy", torch.tensor([-100, -100]), 2, torch.tensor([-100, -100])),
 }
 BAD: dict[str, tuple[Any, Any, int, str]] = {
     "no tensor": ("cross_entropy", [1, 0], 2, "must be a dense tensor; got list"),
@@ -192,7 +265,8 @@ BAD: dict[str, tuple[Any, Any, int, str]] = {
         r"probabilities.* \(2, 2\); got torch.float32 of .*\(2,\)",
     ),
     "too large": ("cross_entropy", INDICES + 5, 2, r"\[0, 2\) for 2 logits; got values from 5 to 6"),
-    "ignored": ("cross_entropy", INDICES - 100, 2, r"got values from -100 to -99"),
+    "negative": ("cross_entropy", INDICES - 99, 2, r"got values from -99 to -98"),
+    "negative beside ignored": ("cross_entropy", INDICES - 100, 2, r"got values from -99 to -99"),
     "no probabilities": ("cross_entropy", SOFT * 3, 2, r"\[0, 1\]; got values from 0.0 to 3.0"),
     "not a number": ("cross_entropy", SOFT * torch.nan, 2, r"\[0, 1\]; got values from nan"),
     "one logit": ("cross_entropy", INDICES, 1, "two logits or more; got one.*bce_with_logits"),

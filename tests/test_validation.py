@@ -54,7 +54,7 @@ def validated(tmp_path: Any, measures: Measures, loaders: int = 1) -> Classifier
 def test_each_loader_has_values_over_its_own_samples(tmp_path: Any, max_samples: int | None) -> None:
     measures = Measures(max_samples=max_samples)
     module = validated(tmp_path, measures, loaders=2)
-    assert measures.validation.measured == "`net.conv2` up to `net.head`"
+    assert measures.validation.measured == "`net.conv2` up to the loss"
     values = measures.values
     for index, loader in enumerate(module.val_dataloader()):
         expected = report_of(module, loader, max_samples=max_samples)
@@ -90,10 +90,8 @@ class Kinds(Classifier):
             self.log("spread", self(batch[0]).std())
         elif self.kind == "no network":
             self.log("mean", batch[0].mean())
-        elif self.kind == "features":
-            self.log("mean", nn.Sequential(*list(self.net)[:-1])(batch[0]).mean())
         else:
-            self.log("error", (self.other(batch[0])[:, 0] - batch[1]).square().mean())
+            self.log("error", (self.other(batch[0])[:, 0] - batch[1]).mean().square())
 
     def val_dataloader(self) -> Any:
         labelled, (x, y) = images(10, 2), images(9, 3).tensors
@@ -103,7 +101,7 @@ class Kinds(Classifier):
 
 
 @pytest.mark.parametrize("odd", [1, 0], ids=["the second", "the first"])
-@pytest.mark.parametrize("kind", ["no labels", "no network", "features", "another network"])
+@pytest.mark.parametrize("kind", ["no labels", "no network", "another network"])
 def test_a_loader_that_cannot_be_measured_takes_nothing_from_the_others(tmp_path: Any, kind: str, odd: int) -> None:
     module, labelled = Kinds(kind, odd), DataLoader(images(10, 2), batch_size=4)
     monitor = FlatnessMonitor(rules=[Rule(f"flatness/trace/dataloader_idx_{1 - odd}", above=0.0)])
@@ -158,7 +156,7 @@ def test_a_network_that_cannot_be_measured_is_given_up(tmp_path: Any, monkeypatc
         "_opened",
         lambda self, loader, original=MeasuredValidation._opened: (opened.append(loader), original(self, loader))[1],
     )
-    module = Classifier(lambda m, batch: F.cross_entropy(m(batch[0]) / 2, batch[1]))
+    module = Classifier(lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]).square())
     with pytest.warns(UserWarning, match="FlatnessMonitor did not measure"):
         trainer(tmp_path, FlatnessMonitor(), max_epochs=3, num_sanity_val_steps=0).fit(module)
     assert len(opened) == 2  # before and after the first batch of the first validation
