@@ -27,8 +27,9 @@ OURS = {"lightning_flatness"}
 ALONE = {"rules": OURS, "keys": OURS, "oracle": {"torch"}}
 HELPERS = {"conftest.py", "metrics/checks.py"} | {
     f"{name}.py"
-    for f"{name}.py"
- lightning_runs networks recorded shape_checker wandb_files".split()
+    for name in """
+        cases fuzz_heads fuzz_inputs fuzz_tails lightning_runs networks recorded shape_checker wandb_files
+    """.split()
 }
 WHOLES = """
     architecture cli compilers cuda faults fuzz interplay loop multiply_adds nodes old_checkpoints optuna precisions

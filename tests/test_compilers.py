@@ -291,11 +291,11 @@ TEACHER = Blocks().double().eval()
 STEPS: dict[str, tuple[Callable[[Classifier, Any], Tensor], str | None]] = {
     "again without a loss": (first_pass_counts, None),
     "with a teacher": (second_network, None),
-    "mean of two views": (two_views, "after `net.head` they are changed"),
-    "half a batch at a time": (halves, "after `net.head` they are changed"),
+    "mean of two views": (two_views, "2 calls of `net.tail.conv2`|one tensor with a row per sample"),
+    "half a batch at a time": (halves, "2 calls of `net.tail.conv2`|one tensor with a row per sample"),
     "in every other batch": (every_other, "none did"),
     "never": (lambda module, batch: torch.zeros(()), "none did"),
-    "one block twice": (shared_twice, "once more|2 calls"),
+    "one block twice": (shared_twice, "once more|2 calls|`convolution`, mixes the filters"),
 }
 
 

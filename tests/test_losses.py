@@ -171,7 +171,9 @@ def test_missing_targets_are_named(given: str | nn.Module) -> None:
         loss.trace_bound(torch.zeros(SAMPLES, CLASSES), None)
 
 
-@pytest.mark.parametrize("given", [nn.MSELoss(), FocalLoss(), F.cross_entropy], ids=str)
+@pytest.mark.parametrize(
+    "given", [nn.MSELoss(), FocalLoss(), F.cross_entropy], ids=["a module", "one's own module", "a function"]
+)
 def test_any_other_callable_is_itself(given: Any) -> None:
     """A subclass of torch's cross-entropy may compute something else."""
     assert as_loss(given) is given

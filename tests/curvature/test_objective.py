@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.curvature.objective import Objective, objective
 from lightning_flatness.curvature.pooled.certificate import features_at
-from lightning_flatness.errors import Refusal, UnsupportedTailError
+from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated
 
 CASES = {case.name: case for case in SUPPORTED}
@@ -297,7 +297,7 @@ def test_every_other_loss_is_told_apart_and_differentiated(name: str) -> None:
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_a_loss_that_couples_samples_is_refused(name: str) -> None:
-    with pytest.raises(UnsupportedTailError, match="one sample depend|couples the samples"):
+    with pytest.raises(UnsupportedTailError, match=r"one sample depend|couples the samples"):
         goal_of(COUPLED[name])
 
 
@@ -375,5 +375,4 @@ def test_no_second_derivative_is_refused() -> None:
         return F.multi_margin_loss(phi, y, p=2)
 
     with pytest.raises((UnsupportedTailError, RuntimeError), match="derivative"):
-        verdict = goal_of(loss)
-        assert not isinstance(verdict, Refusal)
+        goal_of(loss)

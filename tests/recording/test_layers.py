@@ -228,5 +228,5 @@ def test_programs_are_refused(program: Callable[[nn.Module], nn.Module]) -> None
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).eval()
     assert program_kind(model.modules()) is None
     refuse_programs(model)
-    with pytest.raises(UnsupportedTailError, match="run step by step; it is a.* graph|it is a .* program"):
+    with pytest.raises(UnsupportedTailError, match=r"run step by step; it is a.* graph|it is a .* program"):
         refuse_programs(program(model))

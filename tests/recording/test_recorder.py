@@ -369,9 +369,10 @@ def test_a_network_that_returns_nothing() -> None:
             with torch.no_grad():
                 model(SimpleNamespace(x=x))
             assert_same(recorder.quantities(y).hessian_trace, expected(CALLED))
-    with Measured(model) as recorder, pytest.raises(ValueError, match="got NoneType.*`loss=lambda output"):
+    with Measured(model) as recorder:
         model(SimpleNamespace(x=x))
-        recorder.quantities(y)
+        with pytest.raises(ValueError, match=r"got NoneType.*`loss=lambda output"):
+            recorder.quantities(y)
 
 
 def test_a_weight_that_is_computed() -> None:
