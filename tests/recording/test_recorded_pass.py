@@ -94,7 +94,7 @@ def test_what_is_no_row_per_sample_is_refused() -> None:
     one_pass = recorded(FOLDED.model().eval(), x, torch.zeros(10, dtype=torch.long))
     with pytest.raises(UnsupportedTailError, match="one tensor with a row per sample"):
         pooled(one_pass)
-    folded = next(cut for cut in one_pass.cuts if len(one_pass.graph.shape(cut.node)) == 2)
+    folded = next(cut for cut in one_pass.cuts if len(one_pass.graph.tensor_of(cut.node).shape) == 2)
     with pytest.raises(GraphError, match="folded"):
         features_at(one_pass, folded, one_pass.points())
 
@@ -103,4 +103,4 @@ def test_a_flattened_map_has_its_logits_for_pooled_features() -> None:
     """They mix the filters, which the certificate finds."""
     model, (x, y) = FLATTENED.model().eval(), CASES["relu"].data()
     one_pass = recorded(model, x, y, lambda phi, y: F.cross_entropy(phi.flatten(1), y))
-    assert tuple(one_pass.graph.shape(pooled(one_pass).node)) == (5, 3, 1, 1)
+    assert tuple(one_pass.graph.tensor_of(pooled(one_pass).node).shape) == (5, 3, 1, 1)

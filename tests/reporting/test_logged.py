@@ -133,7 +133,7 @@ class Fails(Callback):
 
 
 def test_a_value_that_is_missing_is_nan_for_callbacks_and_nothing_for_loggers(tmp_path: Any) -> None:
-    monitor, trace, rows = FlatnessMonitor(), Trace("flatness/trace"), Rows()
+    monitor, trace, rows = FlatnessMonitor(loss="cross_entropy"), Trace("flatness/trace"), Rows()
     with pytest.warns(UserWarning, match="Targets must be"):
         trainer(tmp_path, trace, Fails(monitor), monitor, logger=rows, max_epochs=3).fit(Classifier())
     assert [math.isnan(value or 0.0) for value in trace.values] == [False, True, False]
@@ -142,7 +142,7 @@ def test_a_value_that_is_missing_is_nan_for_callbacks_and_nothing_for_loggers(tm
 
 @pytest.mark.parametrize("check_finite", [True, False])
 def test_what_lightning_does_about_a_missing_value(tmp_path: Any, check_finite: bool) -> None:
-    monitor = FlatnessMonitor()
+    monitor = FlatnessMonitor(loss="cross_entropy")
     stopping = EarlyStopping("flatness/trace", patience=9, check_finite=check_finite)
     best = ModelCheckpoint(tmp_path, "{epoch}", monitor="flatness/trace", mode="max")
     run = trainer(tmp_path, stopping, Fails(monitor), monitor, best, max_epochs=4, enable_checkpointing=True)
@@ -154,7 +154,9 @@ def test_what_lightning_does_about_a_missing_value(tmp_path: Any, check_finite: 
 
 
 def test_nothing_is_marked_that_was_never_there(tmp_path: Any) -> None:
-    run = trainer(tmp_path, FlatnessMonitor(target=lambda batch: batch[0]), num_sanity_val_steps=0)
+    run = trainer(
+        tmp_path, FlatnessMonitor(loss="cross_entropy", target=lambda batch: batch[0]), num_sanity_val_steps=0
+    )
     with pytest.warns(UserWarning, match="Targets must be"):
         run.fit(Classifier())
     assert not KEYS & set(run.callback_metrics)
