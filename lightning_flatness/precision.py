@@ -107,4 +107,4 @@ def allclose_at_scale(computed: Tensor, expected: Tensor, scale: Tensor) -> bool
     bound = expected.abs()
     largest = torch.maximum(bound.max(), scale)
     bound.mul_(1e4 * eps).add_(1e2 * eps * largest)
-    return bool(((computed - expected).abs_() <= bound).all())
+    return bool(((computed - expected).abs() <= bound).all())

@@ -118,9 +118,7 @@ def test_random_heads_and_losses(dims: int, data: st.DataObject) -> None:
         means = [getattr(report, name) for report in reports]
         terms = [count * mean for count, mean in zip(counts, means, strict=True)]
         scale = float(both.samples[name].abs().mean())
-        assert getattr(both, name) == pytest.approx(
-                sum(terms) / sum(counts), rel=1e-9, abs=1e-9 * scale + 1e-14
-            )
+        assert getattr(both, name) == pytest.approx(sum(terms) / sum(counts), rel=1e-9, abs=1e-9 * scale + 1e-14)
     model.eval()
     for (x, y), report, count in zip(batches, reports, counts, strict=True):
         expected = brute_force(model, "conv", lambda m, x, y: task.criterion(m(x), y), x, y)

@@ -48,7 +48,7 @@ class _Recorded:
     def __init__(self, recorded: RecordedPass, source: Cut, target: Cut) -> None:
         self._graph, self._source, self._target = recorded.graph, source, target
         self._only = set(recorded.graph.ancestry(recorded.loss))
-        self.shape = recorded.graph.shape(source.node)
+        self.shape = recorded.graph.tensor_of(source.node).shape
 
     @property
     def is_sum(self) -> bool:
@@ -134,7 +134,7 @@ def _proved_form(tail: _Recorded, samples: int) -> tuple[CrossEntropy | BinaryCr
 
 
 def _is_by_sample(recorded: RecordedPass, cut: Cut, samples: int) -> bool:
-    shape = recorded.graph.shape(cut.node)
+    shape = recorded.graph.tensor_of(cut.node).shape
     return len(shape) > 0 and shape[0] == samples and sum(size > 1 for size in shape[1:]) <= 1
 
 

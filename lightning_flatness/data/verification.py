@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import GraphError, UnsupportedTailError
+from lightning_flatness.precision import LOW_PRECISION
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
-_STEP = 0.05  # of the largest weight: large enough to stand out of rounding
-_TOLERANCE = 0.05  # of the change
+_STEP = 0.5  # of the largest weight: large enough to stand out of rounding
 
 
 def verify(recorded: RecordedPass, repeat: Callable[[], Tensor]) -> str | None:
@@ -39,15 +39,17 @@ def verify(recorded: RecordedPass, repeat: Callable[[], Tensor]) -> str | None:
     generator = torch.Generator().manual_seed(0)
     step = torch.randn(before.shape, generator=generator, dtype=torch.float64).to(before) * before.abs().max() * _STEP
     same = float(repeat())
-    predicted = _predicted(recorded, call.weight.view_as(before) + step.to(call.weight), detach=False)
+    predicted = _predicted(recorded, call.weight.view_as(before) + step.to(call.weight))
     try:
         weight.data.add_(step)
         moved = float(repeat())
     finally:
         weight.data.copy_(before)
-    rounding = 100 * torch.finfo(before.dtype).eps * max(abs(same), abs(moved), abs(predicted))
+    dtype = recorded.graph.tensor_of(call.node).dtype
+    eps = torch.finfo(dtype).eps
+    rounding = (4 if dtype in LOW_PRECISION else 100) * eps * max(abs(same), abs(moved), abs(predicted))
     change, missed = abs(moved - same), abs(predicted - moved)
-    if missed > _TOLERANCE * max(change, abs(predicted - same)) + rounding:
+    if missed > eps**0.5 * max(change, abs(predicted - same)) + rounding:
         raise UnsupportedTailError(
             f"The recorded steps after `{recorded.layer}` must predict the loss at other filters; it moved from "
             f"{same:.6g} to {moved:.6g}, and {predicted:.6g} was predicted. Something reaches the loss that is no "
@@ -57,7 +59,7 @@ def verify(recorded: RecordedPass, repeat: Callable[[], Tensor]) -> str | None:
     return None
 
 
-def _predicted(recorded: RecordedPass, weight: Tensor, detach: bool) -> float:
+def _predicted(recorded: RecordedPass, weight: Tensor) -> float:
     """Return the loss that the record gives for another weight of the convolution."""
     call, graph = recorded.calls[-1], recorded.graph
     given = call.geometry
@@ -69,9 +71,8 @@ def _predicted(recorded: RecordedPass, weight: Tensor, detach: bool) -> float:
             inputs, weight, call.bias.to(weight), given["stride"], given["padding"], given["dilation"], given["groups"]
         )
     try:
-        values = graph.replay(
-            {call.node: z}, len(graph.operations), only=set(graph.ancestry(recorded.loss)), detach=detach
-        )
+        needed = set(graph.ancestry(recorded.loss, in_steps=True))
+        values = graph.replay({call.node: z}, len(graph.operations), only=needed)
     except GraphError:
         return float("nan")
     return float(values[recorded.loss])

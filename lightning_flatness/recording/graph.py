@@ -161,10 +161,6 @@ class OperationGraph:
         """Return whether the tensor lies in memory of a node."""
         return storage_of(tensor) in self._storages
 
-    def shape(self, node: int) -> torch.Size:
-        """Return the shape of a node."""
-        return self._alive[node].shape
-
     def tensor_of(self, node: int) -> Tensor:
         """Return the live tensor of a node, which the network may have changed since."""
         return self._alive[node]
@@ -177,17 +173,19 @@ class OperationGraph:
         """Return why the first `end` operations are not all that the network did with the inputs; None if they are."""
         return next((reason for start, reason in self._gaps if start < end), None)
 
-    def ancestry(self, output: int) -> list[int]:
+    def ancestry(self, output: int, *, in_steps: bool = False) -> list[int]:
         """Return the numbers of the operations that a node depends on through floating numbers, in order.
 
-        What passes through whole numbers and truth values alone has no derivative.
+        What passes through whole numbers and truth values alone moves in steps: it has no derivative. With `in_steps`
+        it counts all the same.
         """
         needed, found = {output}, []
         for number in range(len(self.operations) - 1, -1, -1):
             operation = self.operations[number]
             if needed.intersection(operation.results) or self._writes_into(operation, needed):
                 found.append(number)
-                needed.update(argument.index for argument in operation.nodes if self._is_floating(argument.index))
+                read = (argument.index for argument in operation.nodes)
+                needed.update(read if in_steps else filter(self._is_floating, read))
         return found[::-1]
 
     def is_moved(self, node: int) -> bool:

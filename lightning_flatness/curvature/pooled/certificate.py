@@ -111,8 +111,8 @@ def signature_of(recorded: RecordedPass, pooled: Cut) -> tuple[Any, ...]:
         (operation.function, map_tree(operation.args, encode), str(map_tree(operation.kwargs, encode)))
         for operation in recorded.graph.operations[: pooled.end]
     )
-    maps = tuple(tuple(recorded.graph.shape(call.node)[1:]) for call in recorded.calls)
-    return steps, maps, tuple(recorded.graph.shape(pooled.node)[1:]), samples > 1
+    maps = tuple(tuple(recorded.graph.tensor_of(call.node).shape[1:]) for call in recorded.calls)
+    return steps, maps, tuple(recorded.graph.tensor_of(pooled.node).shape[1:]), samples > 1
 
 
 def connections_of(recorded: RecordedPass, pooled: Cut) -> tuple[int, ...]:
@@ -126,7 +126,7 @@ def connections_of(recorded: RecordedPass, pooled: Cut) -> tuple[int, ...]:
 
 
 def _width(recorded: RecordedPass, pooled: Cut) -> int:
-    return recorded.graph.shape(pooled.node)[1:].numel()
+    return recorded.graph.tensor_of(pooled.node).shape[1:].numel()
 
 
 def _refusal(recorded: RecordedPass, reason: str, cause: Exception | None = None) -> Refusal:

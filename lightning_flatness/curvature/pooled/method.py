@@ -111,11 +111,7 @@ class PooledMethod:
         if newly_active or not certificate.is_value_independent:  # what holds for these very values
             certificate = _require(certify(recorded, pooled, at_random_points=False))
         goal = _require(objective(recorded, pooled, features))
-        if broken := int(goal.logits.isnan().any(1).sum()):
-            raise NonFiniteError(
-                f"A measurement needs numbers; got logits that are NaN in {broken} of {len(goal.logits)} samples. "
-                "Look for an overflow in the network."
-            )
+        _require_numbers(goal.logits)
         chosen = torch.zeros_like(goal.counted)
         chosen[samples] = True
         dtype = jacobian.dtype
@@ -152,7 +148,7 @@ class PooledMethod:
 def _pooled_features(recorded: RecordedPass) -> Cut | Refusal:
     """Return the first tensor with one row per sample through which all influence on the loss passes."""
     for cut in recorded.cuts[:-1]:
-        shape = recorded.graph.shape(cut.node)
+        shape = recorded.graph.tensor_of(cut.node).shape
         if len(shape) >= 2 and shape[0] == len(recorded) and shape[2:].numel() == 1:
             return cut
     return Refusal(
@@ -161,13 +157,21 @@ def _pooled_features(recorded: RecordedPass) -> Cut | Refusal:
     )
 
 
+def _require_numbers(logits: Tensor) -> None:
+    if broken := int(logits.isnan().any(1).sum()):
+        raise NonFiniteError(
+            f"A measurement needs numbers; got logits that are NaN in {broken} of {len(logits)} samples. "
+            "Look for an overflow in the network."
+        )
+
+
 def _require_finite(recorded: RecordedPass) -> None:
     """Refuse a pass whose numbers are none; on an accelerator that would make the host wait."""
     loss = recorded.graph.tensor_of(recorded.loss)
     if loss.is_cuda or not bool(loss.isnan().any()):
         return
     first = next(cut for cut in recorded.cuts if bool(recorded.graph.tensor_of(cut.node).isnan().any()))
-    shape = tuple(recorded.graph.shape(first.node))
+    shape = tuple(recorded.graph.tensor_of(first.node).shape)
     what = f"the output of `{recorded.layer}`" if first.node == recorded.calls[0].node else f"a tensor of shape {shape}"
     raise NonFiniteError(
         f"A measurement needs numbers; the loss is NaN, and {what} is the first that is. Look for an overflow in "
