@@ -51,12 +51,14 @@ class FlatnessMonitor(Callback):
             n-th. Validations outside of `fit` are always measured, and not counted.
         rules: what to watch for and what to do about it; `"default"`: the built-in rules, which report and never act.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
-        loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, or the `nn.CrossEntropyLoss` or
-            `nn.BCEWithLogitsLoss` that is used.
+        loss: None: the loss that `validation_step` returns or logs, else cross-entropy, with a warning; or
+            `"cross_entropy"`, `"bce_with_logits"`, a loss of torch, or a function `(output, targets)` that returns one
+            number.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
-        chunk_bytes: how much memory temporary tensors may take at once: samples are computed in groups that fit, or
-            one by one.
+        chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted
+            in groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
+            take, which grows with the batch.
 
     Attributes:
         alerts: all alerts so far, oldest first, of earlier trainings too. In processes that `ddp_fork` or `ddp_spawn`
@@ -199,7 +201,7 @@ class FlatnessMonitor(Callback):
         if validation is None:
             return
         validation.close()
-        # Every process decides alike, or the others would wait for ever in the exchange of the sums.
+        # Every process decides alike, or the others would wait forever in the exchange of the sums.
         loaders = validation.agree()
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")

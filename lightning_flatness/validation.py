@@ -203,7 +203,7 @@ class MeasuredValidation:
 
     def _measure(self, outputs: Any, batch: Any, loader: int, left: int | None) -> None:
         recorder = self._opened(loader)
-        has_run = _has_run(recorder)
+        has_run = recorder.has_run
         try:
             found = self._loss_of(recorder, outputs, batch)
             if found is None:
@@ -269,8 +269,3 @@ def _rides(data: Any) -> bool:
 
 def _batch_counts(trainer: Trainer) -> Sequence[float]:
     return trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-
-
-def _has_run(recorder: ForwardRecorder) -> bool:
-    """Return whether the batch has run a convolution that is recorded, or tried to."""
-    return recorder._builder.tracer is not None or recorder._builder.failure is not None

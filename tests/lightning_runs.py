@@ -148,6 +148,3 @@ class Values(Callback):
     def on_validation_end(self, run: Trainer, module: LightningModule) -> None:
         value = run.callback_metrics.get("flatness/trace")
         self.seen.append((run.global_step, run.sanity_checking, None if value is None else float(value)))
-
-
-Watch = Values  # the name by which some tests import it

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning_runs import KEYS, Classifier, Watch, images, trainer
+from lightning_runs import KEYS, Classifier, Values, images, trainer
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_flatness import Action, AllOf, AnyOf, FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
@@ -33,7 +33,7 @@ def test_each_alert_is_recorded_and_escalates(tmp_path: Any) -> None:
 
 
 def test_a_cut_learning_rate_stays_cut(tmp_path: Any) -> None:
-    class Rates(Watch):
+    class Rates(Values):
         def on_train_epoch_end(self, run: Any, module: Any) -> None:
             self.seen.append(run.optimizers[0].param_groups[0]["lr"])
 

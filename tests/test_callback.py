@@ -16,7 +16,7 @@ from lightning_runs import (
     Broken,
     Classifier,
     Network,
-    Watch,
+    Values,
     assert_same,
     everything,
     given_batches,
@@ -115,7 +115,7 @@ def test_each_loader_has_its_keys(tmp_path: Any) -> None:
 
 
 def test_every_second_validation_and_always_the_first(tmp_path: Any) -> None:
-    watch, module = Watch(), Classifier()
+    watch, module = Values(), Classifier()
     trainer(tmp_path, FlatnessMonitor(every_n_validations=2), watch, max_epochs=4).fit(module)
     sanity, *values = [value for _, _, value in watch.seen]
     assert sanity is not None

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning_runs import (
     KEYS,
     Classifier,
-    Watch,
+    Values,
     assert_same,
     everything,
     hooks,
@@ -227,7 +227,7 @@ def test_averaged_weights_are_the_ones_that_count(tmp_path: Any, average: dict[s
 
 
 def test_each_validation_is_measured_once(tmp_path: Any) -> None:
-    watch = Watch()
+    watch = Values()
     flags = {"val_check_interval": 2, "max_epochs": 3, "num_sanity_val_steps": 1}
     trainer(tmp_path, FlatnessMonitor(strict=True), watch, **flags).fit(Classifier())
     steps = [step for step, sanity, _ in watch.seen if not sanity]

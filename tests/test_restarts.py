@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning_runs import Classifier, Watch, assert_same, report_of, trainer, values_of
+from lightning_runs import Classifier, Values, assert_same, report_of, trainer, values_of
 
 from lightning_flatness import FlatnessMonitor, ReduceLR, Rule, StopTraining
 
@@ -56,7 +56,7 @@ def test_a_resumed_run_goes_on_as_the_unbroken_one(tmp_path: Any, every: int, st
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_a_validation_that_is_asked_for_is_measured_and_not_counted(tmp_path: Any, epochs: int) -> None:
-    monitor, module, watch = FlatnessMonitor(every_n_validations=2, rules=rules(), strict=True), Classifier(), Watch()
+    monitor, module, watch = FlatnessMonitor(every_n_validations=2, rules=rules(), strict=True), Classifier(), Values()
     run = trainer(tmp_path, monitor, watch, max_epochs=epochs)
     for asks in (run, trainer(tmp_path, monitor)):
         asks.validate(module, verbose=False)

@@ -62,7 +62,7 @@ def measured_batches(
                 continue
             inputs, assumed = batch_inputs(batch), () if loss is not None else (ASSUMED,)
             step = partial(_loss_of, model, loss or CrossEntropy())
-            with torch.no_grad(), recorder.exclusive():
+            with torch.no_grad(), only_for(recorder):
                 value = step(recorder, inputs, targets)
             quantities = method.quantities(recorder.take_pass(value, assumed), slice(left))
             if not is_verified:
@@ -93,7 +93,7 @@ def _verify_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], input
     """Verify the record on a few samples where the batch can be cut, else on all of them."""
     if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) == len(targets):
         inputs, targets = inputs[:_FEW], targets[:_FEW]
-    with torch.no_grad(), recorder.exclusive():
+    with torch.no_grad(), only_for(recorder):
         value = step(recorder, inputs, targets)
     if not bool(value.isfinite()):
         recorder.clear()

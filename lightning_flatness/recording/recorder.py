@@ -99,12 +99,6 @@ class ForwardRecorder:
         self._builder.stop()
         self._builder = PassBuilder(self.layer, self._copies)
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hide the forward passes within from every other recorder of this thread."""
-        with only_for(self):
-            yield
-
     def ignore_passes(self) -> None:
         """Let forward passes go unrecorded until the next `clear`."""
         self.clear()
@@ -115,6 +109,11 @@ class ForwardRecorder:
         tracer = self._builder.tracer
         node = None if tracer is None else tracer.graph.node(tensor)
         return node is not None and tracer is not None and tracer.graph.is_moved(node)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a convolution that is recorded has run since the last pass, or tried to."""
+        return self._builder.tracer is not None or self._builder.failure is not None
 
     @property
     def output(self) -> Any:

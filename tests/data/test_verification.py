@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_flatness import UnsupportedTailError, measure
 from lightning_flatness.data.verification import verify
-from lightning_flatness.recording.recorder import ForwardRecorder
+from lightning_flatness.recording.recorder import ForwardRecorder, only_for
 
 
 class Unseen(Net):
@@ -70,7 +70,7 @@ def test_an_error_of_the_network_restores_the_weight() -> None:
         return nn.functional.cross_entropy(model(x), y)
 
     with recorder, torch.no_grad():
-        with recorder.exclusive():
+        with only_for(recorder):
             loss = nn.functional.cross_entropy(model(x), y)
         recorded = recorder.take_pass(loss)
         with pytest.raises(OSError, match="no data"):
