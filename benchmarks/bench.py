@@ -18,6 +18,7 @@ from pathlib import Path
 
 import networks
 import torch
+import torch.nn.functional as F
 from multiply_adds import multiply_adds
 from peers import installed, prepared
 from timing import THREADS, best_ratio, interleaved, printed, ratio
@@ -51,8 +52,7 @@ def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
 def derivatives_of(model: nn.Module, x: Tensor, y: Tensor) -> PooledDerivatives:
     """Return the derivatives of one pass."""
     with ForwardRecorder(model) as recorder, torch.no_grad():
-        model(x)
-        return PooledMethod().derivatives(recorder.take_pass(), y)
+        return PooledMethod().derivatives(recorder.take_pass(F.cross_entropy(model(x), y)))
 
 
 def validations(rounds: int) -> Rows:
@@ -117,8 +117,7 @@ def large_tail(rounds: int) -> Rows:
 
         def run(quantity: Callable[[PooledDerivatives], object]) -> None:
             with torch.no_grad():
-                model(x)
-            quantity(method.derivatives(recorder.take_pass(), y))
+                quantity(method.derivatives(recorder.take_pass(F.cross_entropy(model(x), y))))
 
         quantities = {"trace alone": (hessian_trace, 1.05), "relative flatness": (relative_flatness, 1.5)}
         runs: dict[str, Callable[[], object]] = {title: partial(run, of) for title, (of, _) in quantities.items()}
@@ -186,8 +185,7 @@ def on_cuda(rounds: int) -> Rows:
 
             def run(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> None:
                 with torch.no_grad():
-                    model(x)
-                method.quantities(recorder.take_pass(), y)  # noqa: B023
+                    method.quantities(recorder.take_pass(F.cross_entropy(model(x), y)))  # noqa: B023
 
             times = interleaved({"with": run, "fwd": forward(model, x)}, rounds)
         alone, both = (sorted(times[key])[rounds // 2] * 1e3 for key in ("fwd", "with"))

@@ -145,8 +145,8 @@ class Training:
         images, labels = self.validation
         evaluation = Evaluation(torch.device("cpu"))
         with ForwardRecorder(self.network) as recorder, torch.no_grad():
-            self.network(images)
-            evaluation.update(PooledMethod().quantities(recorder.take_pass(), labels))
+            loss = F.cross_entropy(self.network(images), labels)
+            evaluation.update(PooledMethod().quantities(recorder.take_pass(loss)))
         values: dict[str, Tensor] = evaluation.compute()
         return {key: float(values[key]) for key in KEYS}
 

@@ -39,7 +39,7 @@ class FlatnessReport:
 
     Attributes:
         layer: name of the convolution.
-        classifier: name of the classifier; the network's own name where the convolution is the classifier.
+        classifier: name of the last linear layer behind the convolution; empty if there is none.
         n_samples: number of samples.
         relative_flatness: mean over samples, see `functional.relative_flatness`; unit of the loss.
         hessian_trace: mean over samples, see `functional.hessian_trace`; loss per squared weight.
@@ -91,7 +91,7 @@ class FlatnessReport:
         scale_free = self.scale_free_flatness
         rows = [
             ("layer", self.layer),
-            ("classifier", self.classifier),
+            *([("classifier", self.classifier)] if self.classifier else []),
             ("samples", f"{self.n_samples}"),
             ("relative flatness", f"{self.relative_flatness:.6g}  (lower is flatter)"),
             ("Hessian trace", f"{self.hessian_trace:.6g}  (lower is flatter)"),
@@ -195,7 +195,7 @@ def _report(
         )
     return FlatnessReport(
         layer=str(recorder.layer),
-        classifier=str(recorder.classifier),
+        classifier=recorder.classifier or "",
         n_samples=evaluation.samples,
         relative_flatness=values[RELATIVE],
         hessian_trace=values[TRACE],
