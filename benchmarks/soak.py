@@ -82,6 +82,14 @@ class Count(Callback):
             self.rows.append(row(epoch, pl_module))
 
 
+def has_graph(tensor: Tensor) -> bool:
+    """Return whether a tensor keeps a graph alive."""
+    try:
+        return tensor.grad_fn is not None
+    except RuntimeError:  # a view that was made without gradients, of what has been changed with them: it has none
+        return False
+
+
 def row(validations: int, module: nn.Module) -> Row:
     """Count everything, after a garbage collection."""
     gc.collect()
@@ -93,7 +101,7 @@ def row(validations: int, module: nn.Module) -> Row:
         validations,
         resident_kib=pages * os.sysconf("SC_PAGE_SIZE") // 1024,
         tensors=len(tensors),
-        with_graph=sum(tensor.grad_fn is not None for tensor in tensors),
+        with_graph=sum(map(has_graph, tensors)),
         hooks=sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in module.modules()),
         modes=len(_get_current_dispatch_mode_stack()),
         files=len(os.listdir("/proc/self/fd")),

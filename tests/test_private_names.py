@@ -50,6 +50,7 @@ OWNERS: dict[str, list[Callable[[], Any]]] = {
     "_buffers": [lambda: nn.Linear(1, 1)],
     "_non_persistent_buffers_set": [lambda: nn.Linear(1, 1)],
     "_compiled_call_impl": [lambda: nn.Linear(1, 1)],
+    "_torchdynamo_orig_callable": [lambda: torch.compile(lambda x: x)],
     "_orig_mod": [compiled],
     "_checkpoint_wrapped_module": [checkpointed],
     "_fsdp_wrapped_module": [sharded],

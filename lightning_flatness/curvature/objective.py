@@ -285,16 +285,29 @@ def _row(logits: Tensor, point: Tensor, c: int) -> Tensor:
     return gradient
 
 
+def _has_gradient(tail: _Recorded, samples: int) -> Tensor:
+    """Return whether each sample has a gradient somewhere: a hinge may be satisfied at the recorded values."""
+    points = [drawn for pair in _random_points(tail, samples) for drawn in pair]
+    found = torch.zeros(samples, dtype=torch.bool, device=points[0].device)
+    for point in [*points, *(-point for point in points)]:
+        try:
+            found |= _derivatives(tail, point, point)[0].abs().sum(-1) > 0  # NaN is no gradient
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # where the loss takes no such values, as a probability of 2
+            pass
+    return found
+
+
 def _couples(values: Tensor, point: Tensor) -> str | None:
     """Return why the values of one sample depend on another; None if they do not."""
     samples = torch.arange(len(point), device=point.device)
     generator = torch.Generator().manual_seed(2)
     cotangent = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values)
-    for bit in range((len(point) - 1).bit_length()):
-        half = ((samples >> bit) & 1).bool()
-        (gradient,) = torch.autograd.grad(
-            values, point, cotangent * half.unsqueeze(1), retain_graph=True, materialize_grads=True
-        )
+    bits = [((samples >> bit) & 1).bool() for bit in range((len(point) - 1).bit_length())]
+    for half in (half for bit in bits for half in (bit, ~bit)):  # an influence may have one direction
+        rows = cotangent * half.unsqueeze(1)
+        (gradient,) = torch.autograd.grad(values, point, rows, retain_graph=True, materialize_grads=True)
         if gradient[~half].any() and gradient[~half].abs().max() > _EXACT * gradient.abs().max():
             return "the logits of one sample depend on the features of another"
     return None
@@ -327,7 +340,7 @@ def _differentiated(
         if _couples(gradient, phi) is not None:
             return _refusal(recorded, "the loss couples the samples of a batch: it is no sum over samples")
         curvature = torch.stack([_row(gradient, phi, c) for c in range(phi.shape[1])], 1)
-    counted = gradient.detach().abs().sum(-1) > 0
+    counted = (gradient.detach().abs().sum(-1) > 0) | _has_gradient(tail, len(phi))
     count = _count_factor(tail, counted)
     form = Differentiated(gradient.detach() * count, curvature.detach() * count)
     return Objective(counted, logits.detach(), jacobian, form)

@@ -126,12 +126,12 @@ class PassBuilder:
             )
         if self.tracer is not None:
             return None
-        wanted = f"the convolution `{self._wanted}`" if self._wanted else "a convolution on a map larger than 1 x 1"
         there = [name for name, module in modules.items() if isinstance(module, CONVOLUTIONS)]
         remedy = f"Name one that runs with `layer=...`: {there}." if there else "The model has no convolution."
         if (kind := program_kind(modules.values())) is not None:
             remedy = f"The network is {kind}; give the eager network that it was made from."
-        return Refusal(f"A forward pass must run {wanted}; none did. {remedy}")
+        # The same text for all batches of a run, so that it is one warning.
+        return Refusal(f"A forward pass must run a convolution on a map larger than 1 x 1; none did. {remedy}")
 
     def _begin(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor, arguments: dict[str, Any]) -> None:
         if self._watch is None or not _is_own_weight(module, arguments["weight"]):

@@ -68,9 +68,7 @@ class ForwardRecorder:
         self._settled = False  # whether the modules that matter are known
         self._linear: set[str] = set()  # linear modules on what the convolution computes
         self._weight_is_shared = False
-        self._compiled = any(
-            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
-        )
+        self._compiled = any(map(_is_compiled, model.modules()))
         self._undo = ExitStack()  # what entering did
         self._handles: list[Any] = []
         self._copies: WeightCopies | None = None  # of the modules that matter
@@ -123,13 +121,17 @@ class ForwardRecorder:
         return next((output for name, output in outputs if _depth(name) == outermost), None)
 
     def require_recorded(self) -> None:
-        """Refuse a pass in which nothing could be recorded.
+        """Refuse a pass of which nothing could be recorded, or not all until now.
 
         Raises:
             UnsupportedTailError: says why.
         """
-        if (refusal := self._builder.refusal(self._modules)) is not None:
+        builder = self._builder
+        if (refusal := builder.refusal(self._modules)) is not None:
             raise refusal.error()
+        graph = cast(GraphTracer, builder.tracer).graph
+        if (gap := graph.incomplete_because(len(graph.operations) + 1)) is not None:
+            raise Refusal(f"All that follows `{builder.layer}` must be recorded; {gap}.").error()
 
     def take_pass(self, loss: Tensor, assumed: tuple[str, ...] = ()) -> RecordedPass:
         """Return what has been recorded since the last call, up to the loss, and forget it.
@@ -146,8 +148,7 @@ class ForwardRecorder:
         self._builder.stop()
         try:
             with not_recorded(), torch.inference_mode(False):
-                self.require_recorded()
-                verdict = self._verdict(loss, assumed)
+                verdict = self._builder.refusal(self._modules) or self._verdict(loss, assumed)
             if isinstance(verdict, Refusal):
                 raise verdict.error()
             return verdict
@@ -236,3 +237,13 @@ class ForwardRecorder:
 
 def _depth(name: str) -> int:
     return len(name.split(".")) if name else 0
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return whether a module is compiled, or one of its methods: the dispatch mode ends with such a call."""
+    methods = (value for value in vars(module).values() if callable(value))
+    return (
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or any(hasattr(method, "_torchdynamo_orig_callable") for method in methods)
+    )

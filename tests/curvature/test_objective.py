@@ -290,9 +290,8 @@ def test_every_other_loss_is_told_apart_and_differentiated(name: str) -> None:
     goal, features = goal_of(loss)
     assert type(goal.loss) is Differentiated
     assert goal.target is None
-    gradient, _ = expected_at(features, loss, MODEL.head)
-    assert torch.equal(goal.counted, gradient.abs().sum(1) > 0)
-    assert_is_the_loss(goal, features, loss, int(goal.counted.sum()))
+    assert goal.counted.all()  # those without a gradient at these values as well
+    assert_is_the_loss(goal, features, loss, N)
 
 
 @pytest.mark.parametrize("name", COUPLED)

@@ -166,10 +166,10 @@ def _certificate(recorded: RecordedPass, pooled: Cut, at_random_points: bool) ->
         if isinstance(verdict, Refusal):
             return verdict
         certificates.append(verdict)
-    return _merged(recorded, certificates)
+    return _merged(recorded, pooled, certificates)
 
 
-def _merged(recorded: RecordedPass, certificates: list[Certificate]) -> Certificate | Refusal:
+def _merged(recorded: RecordedPass, pooled: Cut, certificates: list[Certificate]) -> Certificate | Refusal:
     """Return what holds at all points: which feature a filter feeds is known from where it is active."""
     first, *others = certificates
     index, inactive = first.feature_index, first.inactive
@@ -180,9 +180,16 @@ def _merged(recorded: RecordedPass, certificates: list[Certificate]) -> Certific
         inactive = inactive & other.inactive
     if not _is_injective(index, inactive):
         return _refusal(recorded, "several filters reach one feature, at different values")
-    if inactive.all():
+    if inactive.all() and _moves(recorded, pooled):
         return _refusal(recorded, "no derivative reaches the map; a step may round, or take a gradient of its own")
     return replace(first, feature_index=index, inactive=inactive, any_inactive=bool(inactive.any()))
+
+
+def _moves(recorded: RecordedPass, pooled: Cut) -> bool:
+    """Return whether the features move with the map, by whatever derivative: dead units do not, rounded ones do."""
+    generator = torch.Generator().manual_seed(0)
+    first, *others = [features_at(recorded, pooled, points) for points in _random_points(recorded, generator)]
+    return not all(torch.equal(first, other) for other in others)
 
 
 def _is_injective(index: Tensor, inactive: Tensor) -> bool:
