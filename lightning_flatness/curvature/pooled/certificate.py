@@ -181,6 +181,10 @@ def _merged(recorded: RecordedPass, pooled: Cut, certificates: list[Certificate]
     if not _is_injective(index, inactive):
         return _refusal(recorded, "several filters reach one feature, at different values")
     if inactive.all() and _moves(recorded, pooled):
+        # All random points may lie where a clamp cuts; the recorded ones need not.
+        verdict = _certified_at(recorded, pooled, recorded.points(), torch.Generator().manual_seed(0))
+        if isinstance(verdict, Refusal) or not verdict.inactive.all():
+            return verdict if isinstance(verdict, Refusal) else replace(verdict, is_value_independent=False)
         return _refusal(recorded, "no derivative reaches the map; a step may round, or take a gradient of its own")
     return replace(first, feature_index=index, inactive=inactive, any_inactive=bool(inactive.any()))
 
