@@ -84,6 +84,7 @@ def test_same_seed_same_numbers_in_a_new_folder(tmp_path: Path) -> None:
 
 def test_wandb_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr("wandb.run", None)  # what an earlier test of this process may have left
     run = run_demo(tmp_path, "--epochs", "1", "--logger", "csv,wandb", "--logger", "csv")
     assert list(run.folder.glob("wandb/offline-run-*/*.wandb"))
     assert f"wandb sync {run.folder}" in run.printed
