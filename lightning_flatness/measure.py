@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.passes import ASSUMED, device_of, measured_batches, preserved_state
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
 from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
@@ -153,11 +154,7 @@ def measure(
         >>> report.n_samples, report.samples["hessian_trace"].shape
         (6, torch.Size([6]))
     """
-    if not isinstance(batches, Iterable):
-        raise ValueError(
-            f"`batches` must be an iterable of (inputs, targets); got {type(batches).__name__}. Pass a `DataLoader` "
-            "or a list: `[(inputs, targets)]`."
-        )
+    require_batches(batches, "batches")
     require_counts(chunk_bytes=chunk_bytes)
     require_optional_counts(max_samples=max_samples)
     refuse_programs(model)

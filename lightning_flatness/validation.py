@@ -22,7 +22,7 @@ from lightning_flatness.data.passes import (
 )
 from lightning_flatness.data.sampling import batches_for_rank, sample_limit
 from lightning_flatness.errors import NotRunError, UnsupportedTailError
-from lightning_flatness.losses import CrossEntropy, Loss
+from lightning_flatness.losses import Loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.reporting.failures import Failures
@@ -205,21 +205,21 @@ class MeasuredValidation:
         recorder = self._opened(loader)
         has_run = recorder.has_run
         try:
-            found = self._loss_of(recorder, outputs, batch)
-            if found is None:
+            loss = self._loss_of(recorder, outputs, batch)
+            if loss is None:
                 return
-            recorded = recorder.take_pass(*found)
+            recorded = recorder.take_pass(loss)
         except UnsupportedTailError as error:
             raise error if has_run else NotRunError(str(error)) from error
         self._evaluations[loader].update(self._method.quantities(recorded, slice(left)))
         self._note_success(recorder, loader)
 
-    def _loss_of(self, recorder: ForwardRecorder, outputs: Any, batch: Any) -> tuple[Tensor, tuple[str, ...]] | None:
-        """Return the loss that the step computed, and what about it is assumed; None for an empty batch."""
+    def _loss_of(self, recorder: ForwardRecorder, outputs: Any, batch: Any) -> Tensor | None:
+        """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
         if self._loss is None:
             returned = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if isinstance(returned, Tensor) and recorder.depends(returned) and returned.numel() == 1:
-                return returned, ()
+                return returned
             logged = {n: v for n, v in self._logged.values if v.numel() == 1 and recorder.depends(v)}
             if len({id(value) for value in logged.values()}) > 1:
                 raise UnsupportedTailError(
@@ -227,19 +227,18 @@ class MeasuredValidation:
                     "`validation_step`, or say how it is computed: `loss=lambda output, targets: ...`."
                 )
             if logged:
-                return next(iter(logged.values())), ()
+                return next(iter(logged.values()))
         targets = (self._target or batch_targets)(batch)
         if is_empty(batch, targets):
             return None
         recorder.require_recorded()
-        value = computed_loss(self._loss or CrossEntropy(), recorder.output, targets)
-        if self._loss is not None:
-            return value, ()
-        self._failures.warn_once(
-            f"{self._failures.label} has to assume the loss: {ASSUMED}, since the step neither returns nor logs one. "
-            "Return the loss from `validation_step`, or say how it is computed: `loss=...`."
-        )
-        return value, (ASSUMED,)
+        value = computed_loss(self._loss, recorder.output, targets)
+        if self._loss is None:
+            self._failures.warn_once(
+                f"{self._failures.label} has to assume the loss: {ASSUMED}, since the step neither returns nor logs "
+                "one. Return the loss from `validation_step`, or say how it is computed: `loss=...`."
+            )
+        return value
 
     def _measure_own_batches(self) -> None:
         recorder, method = self._tools()

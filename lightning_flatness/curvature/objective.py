@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch import Tensor
 from lightning_flatness.errors import Refusal
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form
 from lightning_flatness.recording.graph import Cut, OperationGraph
-from lightning_flatness.recording.operation import Captured, Operation
+from lightning_flatness.recording.operation import Captured, Operation, named_arguments
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
+_Probe: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A random point and direction; the gradient at the point, and the Hessian times the direction."""
 _EXACT = 1e-8  # relative error of a derivative in float64 that is still taken for rounding
 
 
@@ -47,7 +50,7 @@ class _Recorded:
 
     def __init__(self, recorded: RecordedPass, source: Cut, target: Cut) -> None:
         self._graph, self._source, self._target = recorded.graph, source, target
-        self._only = set(recorded.graph.ancestry(recorded.loss))
+        self._only = recorded.ancestry
         self.shape = recorded.graph.tensor_of(source.node).shape
 
     @property
@@ -87,10 +90,7 @@ def _averages(graph: OperationGraph, operation: Operation) -> bool:
 
 def _reduction(operation: Operation) -> int | None:
     """Return how an operation reduces losses, in torch's numbers: 0 not at all, 1 to the mean, 2 to the sum."""
-    schema = operation.function._schema.arguments
-    named = {argument.name: value for argument, value in zip(schema, operation.args, strict=False)} | operation.kwargs
-    default = next((a.default_value for a in schema if a.name == "reduction" and a.has_default_value()), None)
-    return named.get("reduction", default)
+    return named_arguments(operation.function, operation.args, operation.kwargs).get("reduction")
 
 
 def objective(recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | Refusal:
@@ -126,7 +126,8 @@ def _refusal(recorded: RecordedPass, reason: str) -> Refusal:
 def _proved_form(tail: _Recorded, samples: int) -> tuple[CrossEntropy | BinaryCrossEntropy, Tensor] | None:
     """Return the form of the loss with its labels; None if it is another one, or takes probabilities, not logits."""
     try:
-        return _cross_entropy(tail, samples) or _sigmoid(tail, samples)
+        probes = [(*drawn, *_derivatives(tail, *drawn)) for drawn in _drawn(tail, samples)]
+        return _cross_entropy(tail, probes) or _sigmoid(tail, probes)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # at a random point, where probabilities must lie in [0, 1]
@@ -148,7 +149,7 @@ def _derivatives(function: Callable[[Tensor], Tensor], point: Tensor, direction:
     return gradient.detach(), product
 
 
-def _random_points(tail: _Recorded, samples: int) -> list[tuple[Tensor, Tensor]]:
+def _drawn(tail: _Recorded, samples: int) -> list[tuple[Tensor, Tensor]]:
     """Return two moderate points and directions: nothing depends on the recorded values."""
     generator = torch.Generator().manual_seed(0)
     size = tail.shape.numel() // samples
@@ -160,13 +161,12 @@ def _random_points(tail: _Recorded, samples: int) -> list[tuple[Tensor, Tensor]]
     return [(drawn(), drawn()) for _ in range(2)]
 
 
-def _cross_entropy(tail: _Recorded, samples: int) -> tuple[CrossEntropy, Tensor] | None:
+def _cross_entropy(tail: _Recorded, probes: list[_Probe]) -> tuple[CrossEntropy, Tensor] | None:
     """Return the form `sum_n w_n CE(q_n, phi_n) + const` with its labels and weights if the loss is one."""
     found: list[Tensor] = []
-    if tail.shape.numel() == samples:  # one logit
-        return None
-    for point, direction in _random_points(tail, samples):
-        gradient, product = _derivatives(tail, point, direction)
+    for point, direction, gradient, product in probes:
+        if point.shape[1] == 1:  # one logit
+            return None
         probabilities = point.softmax(-1)
         expected = probabilities * (direction - (probabilities * direction).sum(-1, keepdim=True))
         weight = (product * expected).sum(-1, keepdim=True) / expected.square().sum(-1, keepdim=True)
@@ -183,11 +183,10 @@ def _cross_entropy(tail: _Recorded, samples: int) -> tuple[CrossEntropy, Tensor]
     return CrossEntropy(), label * _count_factor(tail, label.sum(-1))
 
 
-def _sigmoid(tail: _Recorded, samples: int) -> tuple[BinaryCrossEntropy, Tensor] | None:
+def _sigmoid(tail: _Recorded, probes: list[_Probe]) -> tuple[BinaryCrossEntropy, Tensor] | None:
     """Return the form `-sum_nc [pos log s + neg log(1 - s)]`, `s` the sigmoid, if the loss is one."""
     found: list[Tensor] = []
-    for point, direction in _random_points(tail, samples):
-        gradient, product = _derivatives(tail, point, direction)
+    for point, direction, gradient, product in probes:
         sigmoid = point.sigmoid()
         weight = product / (sigmoid * (1 - sigmoid) * direction)
         negative = gradient + weight * (1 - sigmoid)
@@ -242,8 +241,8 @@ def _with_head(
         return Objective(counted, features, identity, loss, target)
     point = features.requires_grad_()
     logits = _Recorded(recorded, pooled, cut)(point)
-    if (reason := _couples(logits, point)) is not None:
-        return _refusal(recorded, reason)
+    if _couples(logits, point):
+        return _refusal(recorded, "the logits of one sample depend on the features of another")
     jacobian, is_curved = _jacobian(recorded, logits, point)
     curvature = None
     if is_curved:
@@ -287,11 +286,12 @@ def _row(logits: Tensor, point: Tensor, c: int) -> Tensor:
 
 def _has_gradient(tail: _Recorded, samples: int) -> Tensor:
     """Return whether each sample has a gradient somewhere: a hinge may be satisfied at the recorded values."""
-    points = [drawn for pair in _random_points(tail, samples) for drawn in pair]
+    points = [point for pair in _drawn(tail, samples) for point in pair]
     found = torch.zeros(samples, dtype=torch.bool, device=points[0].device)
     for point in [*points, *(-point for point in points)]:
         try:
-            found |= _derivatives(tail, point, point)[0].abs().sum(-1) > 0  # NaN is no gradient
+            (gradient,) = torch.autograd.grad(tail(point.requires_grad_()), point, materialize_grads=True)
+            found |= gradient.abs().sum(-1) > 0  # NaN is no gradient
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # where the loss takes no such values, as a probability of 2
@@ -299,8 +299,8 @@ def _has_gradient(tail: _Recorded, samples: int) -> Tensor:
     return found
 
 
-def _couples(values: Tensor, point: Tensor) -> str | None:
-    """Return why the values of one sample depend on another; None if they do not."""
+def _couples(values: Tensor, point: Tensor) -> bool:
+    """Return whether the values of one sample depend on the point of another."""
     samples = torch.arange(len(point), device=point.device)
     generator = torch.Generator().manual_seed(2)
     cotangent = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values)
@@ -309,8 +309,8 @@ def _couples(values: Tensor, point: Tensor) -> str | None:
         rows = cotangent * half.unsqueeze(1)
         (gradient,) = torch.autograd.grad(values, point, rows, retain_graph=True, materialize_grads=True)
         if gradient[~half].any() and gradient[~half].abs().max() > _EXACT * gradient.abs().max():
-            return "the logits of one sample depend on the features of another"
-    return None
+            return True
+    return False
 
 
 def _differentiated(
@@ -321,9 +321,7 @@ def _differentiated(
     point = features.requires_grad_()
     for cut in candidates[::-1]:
         logits = _Recorded(recorded, pooled, cut)(point)
-        if cut == pooled or not logits.requires_grad or logits.shape[1] > features.shape[1]:
-            continue
-        if _couples(logits, point) is not None:
+        if cut == pooled or not logits.requires_grad or logits.shape[1] > features.shape[1] or _couples(logits, point):
             continue
         jacobian, is_curved = _jacobian(recorded, logits, point)
         if not is_curved:
@@ -337,7 +335,7 @@ def _differentiated(
     if not gradient.requires_grad:
         curvature = phi.new_zeros(*phi.shape, phi.shape[1])
     else:
-        if _couples(gradient, phi) is not None:
+        if _couples(gradient, phi):
             return _refusal(recorded, "the loss couples the samples of a batch: it is no sum over samples")
         curvature = torch.stack([_row(gradient, phi, c) for c in range(phi.shape[1])], 1)
     counted = (gradient.detach().abs().sum(-1) > 0) | _has_gradient(tail, len(phi))

@@ -60,11 +60,10 @@ def measured_batches(
             targets = (target or batch_targets)(batch)
             if is_empty(batch, targets):
                 continue
-            inputs, assumed = batch_inputs(batch), () if loss is not None else (ASSUMED,)
-            step = partial(_loss_of, model, loss or CrossEntropy())
+            inputs, step = batch_inputs(batch), partial(_loss_of, model, loss)
             with torch.no_grad(), only_for(recorder):
                 value = step(recorder, inputs, targets)
-            quantities = method.quantities(recorder.take_pass(value, assumed), slice(left))
+            quantities = method.quantities(recorder.take_pass(value), slice(left))
             if not is_verified:
                 _verify_on_few(recorder, step, inputs, targets)
                 is_verified = True
@@ -107,12 +106,13 @@ def _verify_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], input
     verify(recorded, repeat)
 
 
-def computed_loss(loss: Loss | Callable[[Any, Any], Tensor], output: Any, targets: Any) -> Tensor:
-    """Return the loss of what the network returned, a single number.
+def computed_loss(loss: Loss | Callable[[Any, Any], Tensor] | None, output: Any, targets: Any) -> Tensor:
+    """Return the loss of what the network returned, a single number; cross-entropy is assumed for None.
 
     Raises:
         ValueError: if the output, the targets or the loss are not what they must be.
     """
+    loss = loss or CrossEntropy()
     if not isinstance(loss, (CrossEntropy, BinaryCrossEntropy)):
         value = loss(output, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:

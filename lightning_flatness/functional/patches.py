@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -44,21 +45,34 @@ class ConvGeometry(NamedTuple):
     def of(cls, convolution: nn.Module) -> ConvGeometry:
         """Return the geometry of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
         conv: Any = convolution
-        span = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        if conv.padding == "same":
-            padding = [(total // 2, total - total // 2) for total in span]
-        elif conv.padding == "valid":
-            padding = [(0, 0) for _ in span]
-        else:
-            padding = [(p, p) for p in conv.padding]
-        return cls(
-            tuple(conv.kernel_size),
-            tuple(conv.stride),
-            tuple(padding),
-            tuple(conv.dilation),
-            conv.groups,
-            conv.padding_mode,
+        return cls.of_call(
+            conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, padding_mode=conv.padding_mode
         )
+
+    @classmethod
+    def of_call(
+        cls,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int] | str,
+        dilation: Sequence[int],
+        groups: int,
+        padding_mode: str = "zeros",
+    ) -> ConvGeometry:
+        """Return the geometry for arguments as torch's convolutions take them; one number counts for all dimensions."""
+        dims = len(kernel)
+
+        def each(values: Sequence[int]) -> tuple[int, ...]:
+            return tuple(values) if len(values) == dims else tuple(values) * dims
+
+        spans = [d * (k - 1) for d, k in zip(each(dilation), kernel, strict=True)]
+        if padding == "same":
+            pairs = tuple((span // 2, span - span // 2) for span in spans)
+        elif isinstance(padding, str):  # "valid"
+            pairs = ((0, 0),) * dims
+        else:
+            pairs = tuple((side, side) for side in each(padding))
+        return cls(tuple(kernel), each(stride), pairs, each(dilation), groups, padding_mode)
 
     @property
     def unpadded(self) -> ConvGeometry:

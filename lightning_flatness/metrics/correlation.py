@@ -14,6 +14,8 @@ from lightning_flatness.errors import missing_package
 from lightning_flatness.metrics.flatness import SampleMetric
 
 _QUANTITIES = ("aceht", "margin_bound", "output_margin")
+_FIELDS = {"trace": "hessian_trace", "aceht": "affine_hessian_trace"} | {name: name for name in _QUANTITIES[1:]}
+"""The attribute of `SampleQuantities` that holds a quantity, by its name here."""
 
 
 class FlatnessMarginCorrelation(SampleMetric):
@@ -56,21 +58,15 @@ class FlatnessMarginCorrelation(SampleMetric):
         if remove_outliers:
             _local_outlier_factor()
         self.quantities = tuple(quantities)
-        fields = {"aceht": "affine_hessian_trace"}
-        self.requires = ("output_margin", *(fields.get(name, name) for name in quantities))
         self.remove_outliers = remove_outliers
-        for name in dict.fromkeys(("trace", "output_margin", *quantities)):
+        self._kept = {name: _FIELDS[name] for name in ("trace", "output_margin", *quantities)}
+        self.requires = tuple(self._kept.values())
+        for name in self._kept:
             self._add_values(name)
 
     def _add(self, quantities: SampleQuantities) -> None:
-        values = {
-            "trace": quantities.hessian_trace,
-            "aceht": quantities.affine_hessian_trace,
-            "margin_bound": quantities.margin_bound,
-            "output_margin": quantities.output_margin,
-        }
-        for name in dict.fromkeys(("trace", "output_margin", *self.quantities)):
-            getattr(self, name).append(given(values[name], name).double())
+        for name, field in self._kept.items():
+            getattr(self, name).append(given(getattr(quantities, field), field).double())
 
     def _value(self) -> dict[str, Tensor]:
         """Return r by `quantity/group`, over all samples so far."""

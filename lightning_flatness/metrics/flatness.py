@@ -81,7 +81,7 @@ class SampleMetric(Metric):
 
 
 class SampleMean(SampleMetric):
-    r"""Mean over samples of one quantity, \(\frac{1}{N} \sum_n v_n\)."""
+    r"""Mean over samples of the one quantity that it requires, \(\frac{1}{N} \sum_n v_n\)."""
 
     higher_is_better: bool | None = False
 
@@ -93,14 +93,12 @@ class SampleMean(SampleMetric):
         self._add_sum("total")
 
     def _add(self, quantities: SampleQuantities) -> None:
-        self.total += self._quantity(quantities).sum(dtype=self.total.dtype)
+        (name,) = self.requires
+        self.total += given(getattr(quantities, name), name).sum(dtype=self.total.dtype)
 
     def _value(self) -> Tensor:
         """Return the mean over all samples so far; NaN if there were none."""
         return self.total / self.samples
-
-    def _quantity(self, quantities: SampleQuantities) -> Tensor:
-        raise NotImplementedError
 
 
 class HessianTrace(SampleMean):
@@ -122,8 +120,7 @@ class HessianTrace(SampleMean):
         tensor(2., dtype=torch.float64)
     """
 
-    def _quantity(self, quantities: SampleQuantities) -> Tensor:
-        return quantities.hessian_trace
+    requires = ("hessian_trace",)
 
 
 class RelativeFlatness(SampleMean):
@@ -145,15 +142,13 @@ class RelativeFlatness(SampleMean):
         tensor(4., dtype=torch.float64)
     """
 
-    def _quantity(self, quantities: SampleQuantities) -> Tensor:
-        return quantities.relative_flatness
+    requires = ("relative_flatness",)
 
 
 class Uncertainty(SampleMean):
     """Mean trace of the loss's curvature in the logits, see `functional.confidence`; lower is more confident."""
 
-    def _quantity(self, quantities: SampleQuantities) -> Tensor:
-        return quantities.confidence
+    requires = ("confidence",)
 
 
 class AffineHessianTrace(SampleMean):
@@ -176,9 +171,6 @@ class AffineHessianTrace(SampleMean):
     """
 
     requires = ("affine_hessian_trace",)
-
-    def _quantity(self, quantities: SampleQuantities) -> Tensor:
-        return given(quantities.affine_hessian_trace, "affine_hessian_trace")
 
 
 class ScaleFreeFlatness(SampleMetric):

@@ -70,9 +70,6 @@ class SoftmaxMargin(SampleMean):
 
     higher_is_better = True
 
-    def _quantity(self, quantities: SampleQuantities) -> Tensor:
-        return given(quantities.softmax_margin, "softmax_margin")
-
 
 class MarginBound(SampleMean):
     r"""Mean upper bound of the classifier's Hessian trace by the softmax margin, over \(N\) samples.
@@ -95,6 +92,3 @@ class MarginBound(SampleMean):
     """
 
     requires = ("margin_bound",)
-
-    def _quantity(self, quantities: SampleQuantities) -> Tensor:
-        return given(quantities.margin_bound, "margin_bound")

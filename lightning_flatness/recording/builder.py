@@ -69,10 +69,7 @@ class PassBuilder:
 
     def after_convolution(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the wait when the module's call has ended."""
-        if self._watch is not None:
-            dispatcher().detach(self._watch)
-            self._watch = None
-        dispatcher().settle()
+        self._end_watch()
         if self.tracer is not None:
             self.tracer.is_convolving = False
 
@@ -100,12 +97,15 @@ class PassBuilder:
 
     def stop(self) -> None:
         """Record no more."""
+        if self.tracer is not None:
+            self.tracer.stop()
+        self._end_watch()
+
+    def _end_watch(self) -> None:
         if self._watch is not None:
             dispatcher().detach(self._watch)
             self._watch = None
-        if self.tracer is not None:
-            self.tracer.stop()
-        dispatcher().settle()
+        dispatcher().settle()  # what ended within an operation could not leave the stack of modes
 
     def refusal(self, modules: dict[str, nn.Module]) -> Refusal | None:
         """Return why there is nothing to measure; None if there is.

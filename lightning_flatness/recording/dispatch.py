@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lightning_flatness.errors import GraphError
 from lightning_flatness.recording.graph import OperationGraph, storage_of
-from lightning_flatness.recording.operation import Captured, Node, Operation, leaves, map_tree, tensors
+from lightning_flatness.recording.operation import Captured, Node, Operation, leaves, map_tree, named_arguments, tensors
 from lightning_flatness.recording.operators import Trait, traits
 
 
@@ -135,9 +135,7 @@ class ConvolutionWatch:
     def after(self, func: Any, encoded: tuple[Any, Any] | None, result: Any) -> None:
         """Hand a convolution on."""
         if encoded is not None:
-            schema = func._schema.arguments
-            named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-            named.update({a.name: value for a, value in zip(schema, encoded[0], strict=False)} | encoded[1])
+            named = named_arguments(func, *encoded)
             if not named.get("transposed"):
                 self._on_convolution(named.pop("input"), result, named)
 
@@ -159,7 +157,7 @@ class Dispatcher(TorchDispatchMode):
 
     def attach(self, tracer: GraphTracer | ConvolutionWatch) -> None:
         """Let a tracer listen."""
-        self._leave_if_unused()
+        self.settle()
         if (other := _get_current_dispatch_mode()) not in (None, self):
             raise GraphError(f"another dispatch mode is active: {type(other).__name__}")
         self.tracers.append(tracer)
@@ -169,11 +167,7 @@ class Dispatcher(TorchDispatchMode):
         """Let a tracer listen no more."""
         if tracer in self.tracers:
             self.tracers.remove(tracer)
-        self._leave_if_unused()
-
-    def settle(self) -> None:
-        """Leave the stack if nobody listens; within an operation that cannot be done, so it is made up for here."""
-        self._leave_if_unused()
+        self.settle()
 
     def retain(self) -> None:
         """Stay on the stack until `release`: a mode entered within a compiled module's call ends with that call."""
@@ -183,15 +177,18 @@ class Dispatcher(TorchDispatchMode):
     def release(self) -> None:
         """Undo one `retain`."""
         self._retained -= 1
-        self._leave_if_unused()
+        self.settle()
 
     def _enter(self) -> None:
         if not self._entered:
             self._entered = True
             self.__enter__()
 
-    def _leave_if_unused(self) -> None:
-        """Leave the stack once nobody listens; below a mode that the user entered since, wait for its end."""
+    def settle(self) -> None:
+        """Leave the stack once nobody listens; below a mode that the user entered since, wait for its end.
+
+        Within an operation that cannot be done: it is to be called again afterwards.
+        """
         if self._entered and not self.tracers and not self._retained and _get_current_dispatch_mode() is self:
             self._entered = False
             self.__exit__(None, None, None)

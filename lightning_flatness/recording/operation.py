@@ -78,9 +78,7 @@ class Operation(NamedTuple):
         Raises:
             GraphError: if it does.
         """
-        schema = self.function._schema.arguments
-        named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-        named.update({argument.name: value for argument, value in zip(schema, self.args, strict=False)} | self.kwargs)
+        named = named_arguments(self.function, self.args, self.kwargs)
         training = named.get("train", named.get("training"))
         drawn = training is not False and named.get("dropout_p") != 0
         if "batch_norm" in self.name and training:
@@ -109,6 +107,13 @@ class Operation(NamedTuple):
         if Trait.GLOBAL_MEAN in self.traits and set(args[1]) == {1}:
             return _averaged(args[0], tuple(range(-len(args[1]), 0)), True)
         return self.function(*args, **kwargs)
+
+
+def named_arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of an operator by their names, with its defaults."""
+    schema = function._schema.arguments
+    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return named | {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
 
 
 def _averaged(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -62,7 +63,6 @@ class RecordedPass:
         cuts: the nodes through which the influence of all calls on the loss passes, in order.
         linear_calls: of linear modules, in order.
         weight_is_shared: whether another module has the same weight.
-        assumed: what could not be proved, in words.
         passed_over: name of a later convolution that was not followed, as its output is a single position.
     """
 
@@ -74,17 +74,21 @@ class RecordedPass:
     cuts: tuple[Cut, ...]
     linear_calls: tuple[LinearCall, ...] = ()
     weight_is_shared: bool = False
-    assumed: tuple[str, ...] = ()
     passed_over: str | None = None
 
     def __len__(self) -> int:
         """Return the number of samples that the convolution saw."""
         return len(self.graph.captures.peek(self.calls[0].output))
 
+    @cached_property
+    def ancestry(self) -> frozenset[int]:
+        """The numbers of the operations that the loss depends on, see `OperationGraph.ancestry`."""
+        return frozenset(self.graph.ancestry(self.loss))
+
     @property
     def path(self) -> str:
         """The recorded steps from the convolution to the loss."""
-        steps = [self.graph.operations[number].name for number in self.graph.ancestry(self.loss)]
+        steps = [self.graph.operations[number].name for number in sorted(self.ancestry)]
         return " > ".join([self.layer, *steps])
 
     @property

@@ -133,14 +133,13 @@ class ForwardRecorder:
         if (gap := graph.incomplete_because(len(graph.operations) + 1)) is not None:
             raise Refusal(f"All that follows `{builder.layer}` must be recorded; {gap}.").error()
 
-    def take_pass(self, loss: Tensor, assumed: tuple[str, ...] = ()) -> RecordedPass:
+    def take_pass(self, loss: Tensor) -> RecordedPass:
         """Return what has been recorded since the last call, up to the loss, and forget it.
 
         From then on only the modules that turned out to matter are hooked.
 
         Args:
             loss: what the step computed, a single number.
-            assumed: what about it is assumed, in words.
 
         Raises:
             UnsupportedTailError: if no convolution ran, the loss does not depend on it, or recording failed.
@@ -148,14 +147,14 @@ class ForwardRecorder:
         self._builder.stop()
         try:
             with not_recorded(), torch.inference_mode(False):
-                verdict = self._builder.refusal(self._modules) or self._verdict(loss, assumed)
+                verdict = self._builder.refusal(self._modules) or self._verdict(loss)
             if isinstance(verdict, Refusal):
                 raise verdict.error()
             return verdict
         finally:
             self.clear()
 
-    def _verdict(self, loss: Tensor, assumed: tuple[str, ...]) -> RecordedPass | Refusal:
+    def _verdict(self, loss: Tensor) -> RecordedPass | Refusal:
         builder = self._builder
         tracer, layer, linear = cast(GraphTracer, builder.tracer), cast(str, builder.layer), builder.linear_calls
         tracer.finalize()
@@ -186,7 +185,6 @@ class ForwardRecorder:
             cuts=tuple(graph.cuts([call.node for call in builder.convolution_calls], node)),
             linear_calls=tuple(linear),
             weight_is_shared=self._weight_is_shared,
-            assumed=assumed,
             passed_over=builder.passed_over,
         )
 

@@ -38,16 +38,6 @@ class Failures:
         self.label = f"FlatnessMonitor `{name}`" if name else "FlatnessMonitor"
         self._reported: set[str] = set()
 
-    @property
-    def occurred(self) -> bool:
-        """Whether something failed in this validation."""
-        return bool(self.failed)
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether the network was found to be one that cannot be measured, whatever the loader."""
-        return None in self.refused
-
     def excludes(self, loader: int) -> bool:
         """Return whether a loader is not measured any more: in this validation, or at all."""
         return not {None, loader}.isdisjoint(self.failed | self.refused)

@@ -8,8 +8,8 @@ is a verdict: a `Certificate`, or a `Refusal` with the step that breaks the clai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,17 @@ class Certificate:
     is_value_independent: bool
 
 
+class _Finding(NamedTuple):
+    """What was found at one choice of values for the maps; attributes as in `Certificate`."""
+
+    call: int
+    feature_index: Tensor
+    inactive: Tensor
+    scales: tuple[Tensor, Tensor]
+    is_curved: bool
+    holds_elsewhere: bool = True
+
+
 def certify(recorded: RecordedPass, pooled: Cut, at_random_points: bool = True) -> Certificate | Refusal:
     """Certify that each pooled feature depends on the map of one filter alone, and position by position if curved.
 
@@ -75,12 +86,12 @@ def certify(recorded: RecordedPass, pooled: Cut, at_random_points: bool = True) 
         return _refusal(recorded, f"the weight of `{recorded.layer}` is shared with another module")
     try:
         with torch.device("cpu"):  # of the random numbers, whatever the default device is
-            verdict = _certificate(recorded, pooled, at_random_points)
+            verdict = _found(recorded, pooled, at_random_points)
+            return verdict if isinstance(verdict, Refusal) else _certificate(recorded, pooled, verdict)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # GraphError, or an operation without a derivative
         return _refusal(recorded, str(error), error)
-    return verdict if isinstance(verdict, Refusal) else _completed(verdict, _width(recorded, pooled))
 
 
 def features_at(recorded: RecordedPass, pooled: Cut, points: dict[int, Tensor]) -> Tensor:
@@ -139,39 +150,58 @@ def _refusal(recorded: RecordedPass, reason: str, cause: Exception | None = None
     )
 
 
-def _completed(certificate: Certificate, features: int) -> Certificate:
-    """Return the certificate with the features that no active filter feeds given to the inactive filters.
+def _certificate(recorded: RecordedPass, pooled: Cut, finding: _Finding) -> Certificate:
+    """Return the certificate, with what does not depend on the values."""
+    index, is_fed = _completed(finding.feature_index, finding.inactive, _width(recorded, pooled))
+    operations = recorded.graph.operations[: pooled.end]
+    return Certificate(
+        signature=signature_of(recorded, pooled),
+        captures=recorded.graph.captures,
+        connections=connections_of(recorded, pooled),
+        call=finding.call,
+        feature_index=index,
+        inactive=finding.inactive,
+        is_fed=is_fed,
+        any_inactive=bool(finding.inactive.any()),
+        scales=finding.scales,
+        has_second_derivative=finding.is_curved,
+        is_value_independent=finding.holds_elsewhere
+        and all(_is_value_independent(recorded, operation) for operation in operations),
+    )
+
+
+def _completed(index: Tensor, inactive: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """Return the index, with the features that no active filter feeds given to the inactive filters, and who is fed.
 
     That is known only where each feature belongs to one of the filters: none comes from a skip connection.
     """
-    index, inactive = certificate.feature_index.clone(), certificate.inactive.nonzero().flatten()
     if len(index) != features:
-        return replace(certificate, is_fed=~certificate.inactive)
+        return index, ~inactive
     is_free = torch.ones(features, dtype=torch.bool, device=index.device)
-    is_free[index[~certificate.inactive]] = False
-    index[inactive] = is_free.nonzero().flatten()
-    return replace(certificate, feature_index=index, is_fed=torch.ones_like(certificate.inactive))
+    is_free[index[~inactive]] = False
+    index = index.clone()
+    index[inactive.nonzero().flatten()] = is_free.nonzero().flatten()
+    return index, torch.ones_like(inactive)
 
 
-def _certificate(recorded: RecordedPass, pooled: Cut, at_random_points: bool) -> Certificate | Refusal:
+def _found(recorded: RecordedPass, pooled: Cut, at_random_points: bool) -> _Finding | Refusal:
     generator = torch.Generator().manual_seed(0)
     if not at_random_points:
-        return _certified_at(recorded, pooled, recorded.points(), generator)
-    certificates: list[Certificate] = []
+        return _found_at(recorded, pooled, recorded.points(), generator)
+    findings: list[_Finding] = []
     for points in _random_points(recorded, generator):
         # If every unit is inactive at a point, its derivatives are pure rounding error: they are judged against the
         # magnitudes found at the first point.
-        scales = certificates[0].scales if certificates else None
-        verdict = _certified_at(recorded, pooled, points, generator, scales)
+        verdict = _found_at(recorded, pooled, points, generator, findings[0].scales if findings else None)
         if isinstance(verdict, Refusal):
             return verdict
-        certificates.append(verdict)
-    return _merged(recorded, pooled, certificates)
+        findings.append(verdict)
+    return _merged(recorded, pooled, findings)
 
 
-def _merged(recorded: RecordedPass, pooled: Cut, certificates: list[Certificate]) -> Certificate | Refusal:
+def _merged(recorded: RecordedPass, pooled: Cut, findings: list[_Finding]) -> _Finding | Refusal:
     """Return what holds at all points: which feature a filter feeds is known from where it is active."""
-    first, *others = certificates
+    first, *others = findings
     index, inactive = first.feature_index, first.inactive
     for other in others:
         if (index != other.feature_index)[~(inactive | other.inactive)].any():
@@ -182,11 +212,13 @@ def _merged(recorded: RecordedPass, pooled: Cut, certificates: list[Certificate]
         return _refusal(recorded, "several filters reach one feature, at different values")
     if inactive.all() and _moves(recorded, pooled):
         # All random points may lie where a clamp cuts; the recorded ones need not.
-        verdict = _certified_at(recorded, pooled, recorded.points(), torch.Generator().manual_seed(0))
-        if isinstance(verdict, Refusal) or not verdict.inactive.all():
-            return verdict if isinstance(verdict, Refusal) else replace(verdict, is_value_independent=False)
+        verdict = _found(recorded, pooled, at_random_points=False)
+        if isinstance(verdict, Refusal):
+            return verdict
+        if not verdict.inactive.all():
+            return verdict._replace(holds_elsewhere=False)
         return _refusal(recorded, "no derivative reaches the map; a step may round, or take a gradient of its own")
-    return replace(first, feature_index=index, inactive=inactive, any_inactive=bool(inactive.any()))
+    return first._replace(feature_index=index, inactive=inactive)
 
 
 def _moves(recorded: RecordedPass, pooled: Cut) -> bool:
@@ -200,13 +232,13 @@ def _is_injective(index: Tensor, inactive: Tensor) -> bool:
     return index[~inactive].unique().numel() == int((~inactive).sum())
 
 
-def _certified_at(
+def _found_at(
     recorded: RecordedPass,
     pooled: Cut,
     points: dict[int, Tensor],
     generator: torch.Generator,
     scales: tuple[Tensor, Tensor] | None = None,
-) -> Certificate | Refusal:
+) -> _Finding | Refusal:
     features = features_at(recorded, pooled, points)
     used = [0]
     if len(points) > 1:
@@ -220,25 +252,12 @@ def _certified_at(
     index, inactive, first = _feature_index(features, point, generator, first)
     if index is None:
         return _refusal(recorded, _breaking_step(recorded, pooled, used[0]))
-    operations = recorded.graph.operations[: pooled.end]
-    is_curved = not all(operation.is_piecewise_linear for operation in operations)
+    is_curved = not all(operation.is_piecewise_linear for operation in recorded.graph.operations[: pooled.end])
     if is_curved:
         by_position, second = _acts_by_position(features, point, generator, second)
         if not by_position:
             return _refusal(recorded, "a curved activation acts on several positions of a map at once")
-    return Certificate(
-        signature=signature_of(recorded, pooled),
-        captures=recorded.graph.captures,
-        connections=connections_of(recorded, pooled),
-        call=used[0],
-        feature_index=index,
-        inactive=inactive,
-        is_fed=~inactive,
-        any_inactive=bool(inactive.any()),
-        scales=(first, second),
-        has_second_derivative=is_curved,
-        is_value_independent=all(_is_value_independent(recorded, operation) for operation in operations),
-    )
+    return _Finding(used[0], index, inactive, (first, second), is_curved)
 
 
 def _is_value_independent(recorded: RecordedPass, operation: Operation) -> bool:

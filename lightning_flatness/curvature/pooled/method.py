@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -194,21 +194,10 @@ def _require_same(recorded: RecordedPass, pooled: Cut, features: Tensor) -> None
 
 def _geometry(recorded: RecordedPass, call: ConvolutionCall) -> ConvGeometry:
     """Return how the operation's output positions see its input: what the module pads itself is padded already."""
-    module: Any = recorded.convolution
-    kernel = tuple(module.kernel_size)
-    dims, given = len(kernel), call.geometry
-
-    def each(name: str) -> tuple[int, ...]:
-        values = given[name]
-        return tuple(values) if len(values) == dims else tuple(values) * dims
-
-    stride, dilation, padding = each("stride"), each("dilation"), given["padding"]
-    if padding == "same":
-        spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pairs = tuple((span // 2, span - span // 2) for span in spans)
-    else:
-        pairs = ((0, 0),) * dims if padding == "valid" else tuple((side, side) for side in each("padding"))
-    return ConvGeometry(kernel, stride, pairs, dilation, given["groups"], "zeros")
+    module, given = cast(Any, recorded.convolution), call.geometry
+    return ConvGeometry.of_call(
+        module.kernel_size, *(given[name] for name in ("stride", "padding", "dilation", "groups"))
+    )
 
 
 class _KernelGram:
