@@ -119,7 +119,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "listening to the log": ("lightning_flatness.validation.LoggedValues.start", 2, AFTER_THE_FIRST, {}),
     "the loss": ("lightning_flatness.validation.MeasuredValidation._loss_of", 2, AFTER_THE_FIRST, {}),
     "the cuts": ("lightning_flatness.recording.graph.OperationGraph.cuts", 2, AFTER_THE_FIRST, {}),
-    "the objective": ("lightning_flatness.curvature.pooled.method.objective", 2, AFTER_THE_FIRST, {}),
+    "the objective": ("lightning_flatness.curvature.pooled.method.ObjectiveReader.read", 2, AFTER_THE_FIRST, {}),
     "targets": ("lightning_flatness.data.passes.batch_targets", 2, AFTER_THE_FIRST, OWN),
     "the other hooks": ("lightning_flatness.recording.recorder.ForwardRecorder._install", 2, AFTER_THE_FIRST, {}),
     "certificate": ("lightning_flatness.curvature.pooled.method.certify", 1, NONE, {}),

@@ -44,6 +44,14 @@ def test_results_agree_up_to_the_rounding_of_their_dtype(dtype: torch.dtype, err
     assert allclose_for_dtype(observed, torch.full_like(observed, torch.nan))
 
 
+def test_columns_are_compared_on_their_own() -> None:
+    """A change of a half in one is seen beside another that is 1e5 times as large."""
+    observed = torch.tensor([[1e5, 1.0], [2e5, -1.0]])
+    assert allclose_for_dtype(observed * torch.tensor([1.0, 1.0001]), observed)
+    assert not allclose_for_dtype(observed * torch.tensor([1.0, 1.5]), observed)
+    assert allclose_for_dtype(observed[:0], observed[:0])
+
+
 def test_rounding_is_that_of_the_largest_number_seen() -> None:
     expected = torch.tensor([1e-9, 1.0])
     computed = expected + torch.tensor([1e-5, 0.0])

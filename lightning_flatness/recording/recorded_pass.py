@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.precision import upcast
 from lightning_flatness.recording.graph import Cut, OperationGraph
+from lightning_flatness.recording.operation import Captured, Node, map_tree
 
 
 class LinearCall(NamedTuple):
@@ -104,3 +106,25 @@ class RecordedPass:
         """Return the recorded output of each call of the convolution by its node, ready to be differentiated by."""
         values = self.graph.captures
         return {call.node: upcast(values.value(call.output)).requires_grad_() for call in self.calls}
+
+    def encoded(self, numbers: Iterable[int]) -> tuple[Any, ...]:
+        """Return operations with their arguments and wiring as comparable values, whatever the batch's size.
+
+        Args:
+            numbers: of the operations. A captured value with a row per sample is known by the shape of its rows.
+        """
+        samples = len(self)
+
+        def encode(item: Any) -> Any:
+            if isinstance(item, Node):
+                return "node", item.index
+            if isinstance(item, Captured):
+                value = self.graph.captures.peek(item.index)
+                return "captured", value.dtype, tuple(value.shape[1:] if value.shape[:1] == (samples,) else value.shape)
+            return "samples" if item == samples and isinstance(item, int) and samples > 1 else item
+
+        operations = (self.graph.operations[number] for number in numbers)
+        return samples > 1, *(
+            (operation.function, map_tree(operation.args, encode), str(map_tree(operation.kwargs, encode)))
+            for operation in operations
+        )

@@ -204,11 +204,15 @@ class ForwardRecorder:
             self._handles.pop().remove()
 
     def _install(self) -> None:
-        convolutions = {name for name, module in self._modules.items() if isinstance(module, CONVOLUTIONS)}
+        convolutions = {
+            name
+            for name, module in self._modules.items()
+            if isinstance(module, CONVOLUTIONS) and self.layer in (None, name)
+        }
         paths = [name.split(".") for name in convolutions if name]
         holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
         for name, module in self._modules.items():
-            if name in convolutions and self.layer in (None, name):
+            if name in convolutions:
                 before, after = (self._guarded(hook, name) for hook in ("before_convolution", "after_convolution"))
                 self._handles.append(module.register_forward_pre_hook(before))
                 self._handles.append(module.register_forward_hook(after, always_call=True))

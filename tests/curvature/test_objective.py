@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from networks import Net
 from recorded import pooled, recorded, required
 from torch import Tensor, nn
 
-from lightning_flatness.curvature.objective import Objective, objective
+from lightning_flatness.curvature import objective as objectives
+from lightning_flatness.curvature.objective import Objective, ObjectiveReader, objective
 from lightning_flatness.curvature.pooled.certificate import features_at
 from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated
@@ -375,3 +377,46 @@ def test_no_second_derivative_is_refused() -> None:
 
     with pytest.raises((UnsupportedTailError, RuntimeError), match="derivative"):
         goal_of(loss)
+
+
+def changed(temperature: float = 1.0, masked: int = 9, first: int = 0, mixing: float = 0.0, rise: float = 0.0) -> Loss:
+    """A loss of logits that pass through the same operations with other values."""
+
+    def loss(phi: Tensor, y: Tensor) -> Tensor:
+        phi = (phi + torch.tensor(rise)) / torch.tensor(temperature)
+        phi = phi.masked_fill(torch.arange(C) == masked, -20.0)
+        phi = phi[:, (torch.arange(C) + first) % C]
+        phi = phi + phi * torch.tensor(mixing)
+        return F.cross_entropy(phi.clamp_max(60.0), y)
+
+    return loss
+
+
+# The loss of a second batch, its samples, and whether what was proved for the first batch holds for it.
+SECOND_BATCHES: dict[str, tuple[Loss, slice, bool]] = {
+    "the same": (changed(), slice(None), True),
+    "fewer samples": (changed(), slice(2), True),
+    "another temperature": (changed(temperature=3.0), slice(None), False),
+    "a masked class": (changed(masked=1), slice(None), False),
+    "another order": (changed(first=1), slice(None), False),
+    "a larger factor": (changed(mixing=1.0), slice(None), False),
+    "a limit that bites": (changed(rise=80.0), slice(None), False),
+    "another loss": (focal(2.0), slice(None), False),
+}
+
+
+@pytest.mark.parametrize("name", SECOND_BATCHES)
+def test_what_was_proved_of_a_head_is_used_only_while_it_holds(name: str) -> None:
+    second, samples, holds = SECOND_BATCHES[name]
+    reader = ObjectiveReader()
+    for loss, part in ((changed(), slice(None)), (second, samples)):
+        one_pass = recorded(MODEL, X[part], Y[part], loss)
+        cut = pooled(one_pass)
+        features = features_at(one_pass, cut, one_pass.points())
+        with mock.patch.object(objectives, "_couples", wraps=objectives._couples) as proof:
+            goal = required(reader.read(one_pass, cut, features))
+    assert (proof.call_count == 0) == holds
+    anew = required(objective(one_pass, cut, features))
+    for attribute in ("logits", "head", "counted"):
+        torch.testing.assert_close(getattr(goal, attribute), getattr(anew, attribute), rtol=1e-12, atol=1e-12)
+    assert holds is False or torch.equal(goal.target, anew.target)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_flatness.errors import GraphError, Refusal
 from lightning_flatness.precision import allclose_at_scale
 from lightning_flatness.recording.graph import Captures, Cut
-from lightning_flatness.recording.operation import Captured, Node, Operation, map_tree
+from lightning_flatness.recording.operation import Operation
 from lightning_flatness.recording.operators import Trait
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
@@ -108,22 +108,9 @@ def features_at(recorded: RecordedPass, pooled: Cut, points: dict[int, Tensor]) 
 
 def signature_of(recorded: RecordedPass, pooled: Cut) -> tuple[Any, ...]:
     """Return the operations up to the pooled features with their arguments and wiring, whatever the batch's size."""
-    samples = len(recorded)
-
-    def encode(item: Any) -> Any:
-        if isinstance(item, Node):
-            return "node", item.index
-        if isinstance(item, Captured):
-            value = recorded.graph.captures.peek(item.index)
-            return "captured", value.dtype, tuple(value.shape[1:] if value.shape[:1] == (samples,) else value.shape)
-        return "samples" if item == samples and isinstance(item, int) and samples > 1 else item
-
-    steps = tuple(
-        (operation.function, map_tree(operation.args, encode), str(map_tree(operation.kwargs, encode)))
-        for operation in recorded.graph.operations[: pooled.end]
-    )
+    steps = recorded.encoded(range(pooled.end))
     maps = tuple(tuple(recorded.graph.tensor_of(call.node).shape[1:]) for call in recorded.calls)
-    return steps, maps, tuple(recorded.graph.tensor_of(pooled.node).shape[1:]), samples > 1
+    return steps, maps, tuple(recorded.graph.tensor_of(pooled.node).shape[1:])
 
 
 def connections_of(recorded: RecordedPass, pooled: Cut) -> tuple[int, ...]:

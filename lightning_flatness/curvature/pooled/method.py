@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.curvature.objective import objective
+from lightning_flatness.curvature.objective import ObjectiveReader
 from lightning_flatness.curvature.pooled.certificate import (
     Certificate,
     certify,
@@ -55,6 +55,7 @@ class PooledMethod:
         require_counts(chunk_bytes=chunk_bytes)
         self._chunk_bytes = chunk_bytes
         self._certificate: Certificate | None = None
+        self._reader = ObjectiveReader()
         self._kernel_gram = _KernelGram()
 
     def quantities(self, recorded: RecordedPass, samples: slice = slice(None)) -> SampleQuantities:
@@ -110,7 +111,7 @@ class PooledMethod:
         newly_active = certificate.any_inactive and jacobian[:, certificate.inactive].any()
         if newly_active or not certificate.is_value_independent:  # what holds for these very values
             certificate = _require(certify(recorded, pooled, at_random_points=False))
-        goal = _require(objective(recorded, pooled, features))
+        goal = _require(self._reader.read(recorded, pooled, features))
         _require_numbers(goal.logits)
         chosen = torch.zeros_like(goal.counted)
         chosen[samples] = True

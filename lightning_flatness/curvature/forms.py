@@ -1,0 +1,157 @@
+"""The form of a recorded loss: proved to be cross-entropy of a softmax or a sigmoid, with its labels read from it.
+
+The loss as a function of the logits is repeated at random points, in float64. Its gradients there decide which form it
+has, and hold the labels and weights of every sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy
+from lightning_flatness.recording.graph import Cut, OperationGraph
+from lightning_flatness.recording.operation import Captured, Operation, named_arguments
+from lightning_flatness.recording.recorded_pass import RecordedPass
+
+EXACT = 1e-8
+"""Relative error of a derivative in float64 that is still taken for rounding."""
+
+
+class RecordedFunction:
+    """A part of the record as a function of one node, in float64 and with `detach` as a constant."""
+
+    def __init__(self, recorded: RecordedPass, source: Cut, target: Cut) -> None:
+        self._graph, self._source, self._target = recorded.graph, source, target
+        self._only = recorded.ancestry
+        value = recorded.graph.tensor_of(source.node)
+        self.shape, self.device = value.shape, value.device
+
+    def gradient(self, rows: Tensor) -> Tensor:
+        """Return the derivative of a scalar target, shape (n, j)."""
+        point = rows.detach().requires_grad_()
+        (found,) = torch.autograd.grad(self(point), point, materialize_grads=True)
+        return found
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the loss is a plain sum over samples: it averages nothing and is not scaled by a number."""
+        operations = [self._graph.operations[number] for number in sorted(self._only) if number >= self._source.end]
+        return not any(_averages(self._graph, operation) for operation in operations) and any(
+            operation.name == "sum" or _reduction(operation) == 2 for operation in operations
+        )
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the target for values of the source of shape (n, j), as (n, c) or a scalar."""
+        if self._source == self._target:
+            return rows
+        value = self._graph.replay(
+            {self._source.node: rows.reshape(self.shape)},
+            self._target.end,
+            start=self._source.end,
+            only=self._only,
+            dtype=torch.float64,
+            detach=True,
+        )[self._target.node]
+        return value.reshape(len(rows), -1) if value.numel() > 1 or value.dim() else value.reshape(())
+
+
+def _averages(graph: OperationGraph, operation: Operation) -> bool:
+    """Return whether an operation takes a mean or scales by a number, as the division by a count does."""
+    if operation.name.startswith("mean") or _reduction(operation) == 1:
+        return True
+    if operation.name.rstrip("_") not in ("mul", "div") or len(operation.args) < 2:
+        return False
+    factor = operation.args[1]
+    return isinstance(factor, (int, float)) or (
+        isinstance(factor, Captured) and graph.captures.peek(factor.index).numel() == 1
+    )
+
+
+def _reduction(operation: Operation) -> int | None:
+    """Return how an operation reduces losses, in torch's numbers: 0 not at all, 1 to the mean, 2 to the sum."""
+    return named_arguments(operation.function, operation.args, operation.kwargs).get("reduction")
+
+
+def proved_form(tail: RecordedFunction, samples: int) -> tuple[CrossEntropy | BinaryCrossEntropy, Tensor] | None:
+    """Return the form of the loss with its labels; None if it is another one, or takes probabilities, not logits.
+
+    The gradient of one sample is `w S - a` for cross-entropy, with the softmax `S` and the label `a`, whose entries add
+    up to `w`; for binary cross-entropy the same holds for each label, with the sigmoid. Two points, `phi` and `-phi`,
+    give `w` and `a`, and all three must agree on them. A loss in which samples compete fails: who is ahead at `phi` is
+    behind at `-phi`.
+
+    Args:
+        tail: the loss as a function of the logits.
+        samples: n.
+    """
+    first, other = drawn_points(tail, samples)
+    points = (first, -first, other)
+    try:
+        gradients = [tail.gradient(point) for point in points]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # at a random point, where probabilities must lie in [0, 1]
+        return None
+    return _cross_entropy(tail, points, gradients) or _sigmoid(tail, points, gradients)
+
+
+def drawn_points(tail: RecordedFunction, samples: int) -> tuple[Tensor, Tensor]:
+    """Return two random points of moderate size: nothing depends on the recorded values."""
+    generator = torch.Generator().manual_seed(0)
+    size = tail.shape.numel() // samples
+    drawn = torch.randn(2, samples, size, generator=generator, dtype=torch.float64, device="cpu").to(tail.device)
+    return drawn[0], drawn[1]
+
+
+def count_factor(tail: RecordedFunction, weight: Tensor) -> float:
+    """Return what makes the contribution of a sample to the step's loss the loss of the sample.
+
+    It is the number of samples that count; 1 for a loss that was summed, whose contributions are losses already.
+    """
+    return 1.0 if tail.is_sum else float((weight > 0).sum())
+
+
+def _cross_entropy(
+    tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor]
+) -> tuple[CrossEntropy, Tensor] | None:
+    """Return the form `sum_n w_n CE(q_n, phi_n) + const` with its labels and weights if the loss is one."""
+    if points[0].shape[1] == 1:  # one logit
+        return None
+    probabilities = [point.softmax(-1) for point in points]
+    change = probabilities[0] - probabilities[1]
+    weight = ((gradients[0] - gradients[1]) * change).sum(-1, keepdim=True) / change.square().sum(-1, keepdim=True)
+    label, *others = (weight * softmax - gradient for softmax, gradient in zip(probabilities, gradients, strict=True))
+    if not _hold([other - label for other in others] + [label.sum(-1, keepdim=True) - weight], [label], weight):
+        return None
+    label = _snapped(label)
+    return CrossEntropy(), label * count_factor(tail, label.sum(-1))
+
+
+def _sigmoid(
+    tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor]
+) -> tuple[BinaryCrossEntropy, Tensor] | None:
+    """Return the form `-sum_nc [pos log s + neg log(1 - s)]`, `s` the sigmoid, if the loss is one."""
+    sigmoids = [point.sigmoid() for point in points]
+    weight = (gradients[0] - gradients[1]) / (sigmoids[0] - sigmoids[1])
+    positive, *others = (weight * sigmoid - gradient for sigmoid, gradient in zip(sigmoids, gradients, strict=True))
+    if not _hold([other - positive for other in others], [positive, weight - positive], weight):
+        return None
+    positive = _snapped(torch.stack([positive, weight - positive], -1))[..., 0]
+    labels = torch.where(weight > 0, positive / weight, 0.0)
+    return BinaryCrossEntropy(weight * count_factor(tail, weight.sum(-1))), labels
+
+
+def _hold(zeros: list[Tensor], non_negative: list[Tensor], weight: Tensor) -> bool:
+    """Return whether all this is so up to the rounding of float64, and some weight is not zero. NaN is not."""
+    scale = weight.abs().max()
+    errors = torch.stack([zero.abs().max() for zero in zeros] + [-least.min() for least in non_negative])
+    return bool((errors <= EXACT * scale).all() & (scale > 0))
+
+
+def _snapped(values: Tensor) -> Tensor:
+    """Return the values without rounding where they are nothing, or all of their row."""
+    total = values.sum(-1, keepdim=True)
+    values = values.where(values.abs() > EXACT * values.abs().max(), 0.0)
+    is_all = values >= (1 - EXACT) * total
+    return values.where(~is_all, total)
