@@ -1,6 +1,6 @@
 """Exact flatness of convolutional networks, watched while they train."""
 
-from lightning_flatness.actions import Notify, ReduceLR, StopTraining
+from lightning_flatness.actions import FlattestCheckpoint, Notify, ReduceLR, StopTraining
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
@@ -23,6 +23,7 @@ __all__ = [  # noqa: RUF022  grouped by what they are for
     "StopTraining",
     "ReduceLR",
     "Notify",
+    "FlattestCheckpoint",
     # Measure a model once.
     "measure",
     "FlatnessReport",

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchmetrics.utilities.plot
 from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import SequentialSampler
@@ -76,6 +77,9 @@ OWNERS: dict[str, list[Callable[[], Any]]] = {
     "_current_fx_name": [L.LightningModule],
     "_results": [trainer, lambda: trainer().fit_loop.epoch_loop],
     "_batches_that_stepped": [lambda: trainer().fit_loop.epoch_loop],
+    "_save_checkpoint": [ModelCheckpoint],
+    "_should_remove_checkpoint": [ModelCheckpoint],
+    "_remove_checkpoint": [ModelCheckpoint],
     "_sampler": [lambda: _DatasetSamplerWrapper(SequentialSampler(range(2)))],
 }
 

@@ -1,6 +1,15 @@
-"""Actions: what an alert does to a training: stop it, cut the learning rate, call a function."""
+"""Actions: what an alert does to a training: stop it, cut the learning rate, call a function; keep the flattest checkpoint."""
 
+from lightning_flatness.actions.checkpoints import FlattestCheckpoint
 from lightning_flatness.actions.learning_rate import cut_learning_rate, learning_rates
 from lightning_flatness.actions.training import Notify, ReduceLR, StopTraining, escalation
 
-__all__ = ["Notify", "ReduceLR", "StopTraining", "cut_learning_rate", "escalation", "learning_rates"]
+__all__ = [
+    "FlattestCheckpoint",
+    "Notify",
+    "ReduceLR",
+    "StopTraining",
+    "cut_learning_rate",
+    "escalation",
+    "learning_rates",
+]
