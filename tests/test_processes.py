@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 from wandb_files import records
 
 from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
-from lightning_flatness.keys import KEYS
+from lightning_flatness.keys import CHURN, KEYS
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -110,7 +110,7 @@ def test_values_are_those_of_one_process(
         run = trainer(tmp_path, FlatnessMonitor(**options, strict=True), Note(), **processes(devices))
         run.validate(Classifier(), build(), verbose=False)
         _, logged, _ = notes(devices)
-        values.append({key: logged[key + suffix] for key in KEYS})
+        values.append({key: logged[key + suffix] for key in KEYS if key != CHURN})
     assert values[1] == pytest.approx(values[0], rel=1e-10)
 
 
@@ -123,6 +123,28 @@ class Still(Classifier):
     def on_train_start(self) -> None:
         for norm in (self.net.norm1, self.net.norm2):
             norm.momentum = 0.0
+
+
+class Jumps(Still):
+    """Has another classifier in each validation."""
+
+    def on_validation_epoch_start(self) -> None:
+        generator = torch.Generator().manual_seed(self.current_epoch)
+        self.net.head.weight.data = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+
+    def val_dataloader(self) -> Any:
+        return loader()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_samples": 7}, {"max_samples": 1}, {"data": given_batches()}], ids=str)
+def test_share_of_changed_predictions_is_that_of_one_process(tmp_path: Any, options: dict[str, Any]) -> None:
+    values = []
+    for devices in (1, 2):
+        run = trainer(tmp_path, FlatnessMonitor(**options, strict=True), Note(), max_epochs=4, **processes(devices))
+        run.fit(Jumps())
+        values.append(notes(devices)[0][1]["margin/churn"])
+    assert values[1] == pytest.approx(values[0], rel=1e-12)
+    assert values[0] > 0 or options
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -15,6 +15,7 @@ from lightning_flatness.functional.margin import (
     binary_margin,
     margin_bound,
     margin_gap,
+    margin_row,
     output_margin,
     softmax_margin,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "linear_relative_flatness",
     "margin_bound",
     "margin_gap",
+    "margin_row",
     "output_margin",
     "patch_gram",
     "patch_squared_norm",
