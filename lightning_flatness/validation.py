@@ -187,9 +187,7 @@ class MeasuredValidation:
         values = {index: self._evaluations[index].compute() for index in loaders}
         for index in self._churned:
             values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
-        return {
-            f"{key}{suffix}{name}": value for index, name in names.items() for key, value in values[index].items()
-        }
+        return {f"{key}{suffix}{name}": value for index, name in names.items() for key, value in values[index].items()}
 
     @property
     def is_part(self) -> bool:

@@ -99,8 +99,8 @@ class MarginShare(_TwoMeans):
 
     $$\frac{\sum_n \sum_k R_{n,kk}\, r_{nk}^2}{\sum_n \sum_k R_{n,kk}\, Q_{n,kk}}$$
 
-    with \(r\) of `functional.margin_row`, and \(R\) and \(Q\) of `functional.hessian_trace`: the denominator is the trace
-    of the Gauss-Newton part of the layer's Hessian, which is the Hessian where the network behind the layer is
+    with \(r\) of `functional.margin_row`, and \(R\) and \(Q\) of `functional.hessian_trace`. The denominator is the
+    trace of the Gauss-Newton part of the layer's Hessian, which is the Hessian where the network behind the layer is
     piecewise linear. The rest of it compares the other classes among themselves. The value is a scalar in [0, 1]; no
     unit; 0 where there is no curvature. It needs `margin_trace` and `gauss_newton_trace`, shape (n,).
 

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from lightning_flatness.functional import distribution
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy
-from lightning_flatness.metrics import HessianTrace, MarginBound, MarginShare, MarginStatistics, ScaleFreeMargin, SoftmaxMargin
+from lightning_flatness.metrics import (
+    HessianTrace,
+    MarginBound,
+    MarginShare,
+    MarginStatistics,
+    ScaleFreeMargin,
+    SoftmaxMargin,
+)
 
 
 @pytest.mark.parametrize(
