@@ -62,6 +62,7 @@ class FlatnessMonitor(Callback):
             take, which grows with the batch.
 
     Attributes:
+        measured: what the last validation measured, in words; None: nothing.
         alerts: all alerts so far, oldest first, of earlier trainings too. In processes that `ddp_fork` or `ddp_spawn`
             starts they stay in these processes; checkpoints and loggers have them.
 
@@ -117,6 +118,7 @@ class FlatnessMonitor(Callback):
         self._stage = "fit"  # what the Trainer does
         self._earlier: list[Alert] = []  # alerts of the trainings before
         self._validation: MeasuredValidation | None = None  # while it is measured
+        self.measured: str | None = None
         self._churn = PredictionChurn()
         self._values: dict[str, float] = {}  # of this validation, for the rules
         self._logged: set[str] = set()  # keys that this run has logged
@@ -206,6 +208,7 @@ class FlatnessMonitor(Callback):
         validation.close()
         # Every process decides alike, or the others would wait forever in the exchange of the sums.
         loaders = validation.agree()
+        self.measured = validation.measured
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
         values: dict[str, Tensor] = {}

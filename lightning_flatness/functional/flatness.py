@@ -101,8 +101,8 @@ def channelwise_relative_flatness(
     with the weights \(W_{ki}\) by which filter \(k\) reads input channel \(i\), the block \(H_{ki,k'i}\) of the Hessian
     between two of them, the part \(a_{ki}\) of the gradient \(a_k\) of `gram_factors` and the curvature \(Q\) of the
     loss with respect to the features. Rescaling an input channel and undoing it in the layer before changes
-    `relative_flatness` but not this value. Rescaling a filter and undoing it in the next layer changes neither. With one
-    input channel both are the same. A curved activation adds a label term, which is not included here.
+    `relative_flatness` but not this value. Rescaling a filter and undoing it in the next layer changes neither. With
+    one input channel both are the same. A curved activation adds a label term, which is not included here.
 
     Args:
         kernel: weight of the convolution as the module has it, shape (k, i, *kernel).
