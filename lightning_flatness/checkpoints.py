@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -30,7 +31,8 @@ class _Refused(Exception):
     """What was asked for cannot be done; the message is the sentence to print."""
 
 
-class Measurement(NamedTuple):
+@dataclass(frozen=True)
+class _Measurement:
     """The values of one checkpoint on one validation loader.
 
     Attributes:
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
-    measurements: list[Measurement] = []
+    measurements: list[_Measurement] = []
     try:
         load = _loader(arguments)
         for path in arguments.checkpoints:
@@ -197,7 +199,7 @@ def _misfit(path: Path, kind: type, error: Exception) -> _Refused:
 
 def _measured(
     path: Path, model: LightningModule, data: LightningDataModule | None, layer: str | None, max_samples: int | None
-) -> list[Measurement]:
+) -> list[_Measurement]:
     """Validate the model with a monitor; everything that is printed meanwhile goes to stderr."""
     owner = model if data is None else data
     for name, what, part in (("val_dataloader", "validation data", owner), ("validation_step", "a loss", model)):
@@ -228,7 +230,7 @@ def _measured(
         own = {_quantity(key): value for key, value in values.items() if key_suffix(key) == loader}
         negative = own.get("margin/negative")
         accuracy = None if negative is None else 1 - negative
-        found.append(Measurement(str(path), loader, monitor.measured or "", accuracy, own))
+        found.append(_Measurement(str(path), loader, monitor.measured or "", accuracy, own))
     return found
 
 
@@ -236,7 +238,7 @@ def _quantity(key: str) -> str:
     return key.removesuffix(key_suffix(key))
 
 
-def _table(measurements: Sequence[Measurement]) -> str:
+def _table(measurements: Sequence[_Measurement]) -> str:
     """Return the table of all, one row each."""
     columns = {"Checkpoint": [f"{each.checkpoint}{each.loader}" for each in measurements]}
     columns["Accuracy"] = ["-" if each.accuracy is None else f"{each.accuracy:.2%}" for each in measurements]
@@ -246,9 +248,9 @@ def _table(measurements: Sequence[Measurement]) -> str:
     return table(columns)
 
 
-def _write(path: Path, measurements: Sequence[Measurement]) -> None:
+def _write(path: Path, measurements: Sequence[_Measurement]) -> None:
     try:
-        path.write_text(json.dumps([each._asdict() for each in measurements], indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps([asdict(each) for each in measurements], indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise _Refused(f"`--json` must be a file that can be written; got {str(path)!r} ({error.strerror}).") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ class OnlyTraining(L.LightningDataModule):
 
 
 class Squared(Module):
-    """A loss without margins, and behind an attention that is no pooling."""
+    """A loss that is no sum over samples."""
 
     def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> Tensor:
         return self.loss(batch) ** 2
@@ -237,7 +238,11 @@ def test_as_a_program(tmp_path: Path) -> None:
     accuracy = float(run.validate(model, datamodule=DigitsDataModule(), verbose=False)[0]["val_accuracy"])
     command = [sys.executable, "-m", "lightning_flatness", "measure", "digits.ckpt"]
     done = subprocess.run(
-        [*command, "--model", "mine:Net", "--data", "mine:Data"], capture_output=True, text=True, timeout=120
+        [*command, "--model", "mine:Net", "--data", "mine:Data"],
+        env={**os.environ, "PYTHONPATH": str(Path(checkpoints.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert f"accuracy                      {accuracy:.2%}" in done.stdout

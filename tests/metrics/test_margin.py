@@ -69,7 +69,10 @@ def of_the_margin(case: Case) -> Tensor:
     return torch.stack(values)
 
 
-@pytest.mark.parametrize("name", ["relu", "silu", "dense block", "groups", "channel shuffle", "conv is classifier"])
+SOME = "relu, silu, dense block, groups, channel shuffle, conv is classifier, layer norm and gelu, cosine classifier"
+
+
+@pytest.mark.parametrize("name", SOME.split(", "))
 def test_margin_share_is_that_of_the_odds_times_the_squared_gradient(name: str) -> None:
     whole, of_each = derivatives(name), quantities(name)
     part = of_the_margin(CASES[name])
