@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 
 class _Predictions(NamedTuple):
-    """The predictions of one loader, in the order of its samples; without a source the order is not known."""
+    """The predictions of one loader, in the order of its samples.
 
-    source: Any
+    Attributes:
+        source: returns what yields the samples; None if the order is not known, or the source is gone.
+        parts: the predictions by batch.
+    """
+
+    source: Callable[[], Any]
     parts: list[Tensor]
 
 
@@ -53,7 +59,9 @@ class PredictionChurn:
         """
         if prediction is None:
             source, prediction = None, torch.empty(0)
-        self._now.setdefault(loader, _Predictions(source, [])).parts.append(prediction)
+        if loader not in self._now:
+            self._now[loader] = _Predictions(_reference(source), [])
+        self._now[loader].parts.append(prediction)
 
     def changed(self, loader: int) -> int | None:
         """Return how many predictions have changed; None if they cannot be compared.
@@ -63,7 +71,7 @@ class PredictionChurn:
         now, last = self._now.get(loader), self._last.get(loader)
         if now is None or last is None:
             return 0 if now is last else None
-        if now.source is None or now.source is not last.source:
+        if now.source() is None or now.source() is not last.source():
             return None
         after, before = torch.cat(now.parts), torch.cat(last.parts)
         return int((after != before).any(-1).sum()) if after.shape == before.shape else None
@@ -75,3 +83,11 @@ class PredictionChurn:
     def __reduce__(self) -> Any:
         """Leave the predictions and the loaders out of a copy."""
         return PredictionChurn, ()
+
+
+def _reference(source: Any) -> Callable[[], Any]:
+    """Return a function that returns the source, and does not keep a loader with its workers alive."""
+    try:
+        return ref(source)
+    except TypeError:  # a list
+        return lambda: source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -47,6 +48,16 @@ def test_same_samples_are_compared(earlier: Any, later: Any, source: Any, change
     assert validated(churn, *earlier) == (None if earlier else 0)
     assert validated(copy.deepcopy(churn), *later, source=source) == (None if later else 0)
     assert validated(churn, *later, source=source) == changed
+
+
+def test_a_loader_is_not_kept_alive() -> None:
+    churn = PredictionChurn()
+    loader = in_order()
+    validated(churn, FIRST, source=loader)
+    known = weakref.ref(loader)
+    del loader
+    assert known() is None
+    assert validated(churn, FIRST, source=in_order()) is None
 
 
 def test_without_an_order_nothing_is_compared() -> None:
