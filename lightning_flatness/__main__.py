@@ -1,6 +1,20 @@
-"""`python -m lightning_flatness` runs the demo."""
+"""`python -m lightning_flatness` runs the demo, `python -m lightning_flatness measure ...` measures checkpoints."""
 
-from lightning_flatness.demo import main
+from __future__ import annotations
+
+import sys
+
+from lightning_flatness import checkpoints, demo
+
+COMMANDS = {"demo": demo.main, "measure": checkpoints.main}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command that the first argument names, else the demo."""
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    return demo.main(argv)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_flatness.actions import escalation
+from lightning_flatness.keys import CHURN
 from lightning_flatness.reporting.loggers import LoggerAlerts, log_step
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
 from lightning_flatness.rules.alert import ActionError
@@ -79,7 +80,10 @@ class RuleRunner:
         # All processes decide on the values of the first one: theirs may differ by rounding.
         fresh = trainer.strategy.broadcast({**first, **values})
         errors: list[Exception] = [
-            _unknown(key, list(fresh)) for rule in self.rules for key in rule.keys if key not in fresh
+            _unknown(key, list(fresh))
+            for rule in self.rules
+            for key in rule.keys
+            if key not in fresh and not key.startswith(CHURN)  # which the first validation lacks
         ]
         for tracker in self._trackers:
             try:

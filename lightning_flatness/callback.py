@@ -14,8 +14,9 @@ from lightning_flatness.alerting import RuleRunner
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.data.batches import require_batches
+from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.errors import NonFiniteError, require_counts
-from lightning_flatness.keys import keys_of
+from lightning_flatness.keys import CHURN, keys_of
 from lightning_flatness.losses import as_loss
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.reporting.failures import Failures
@@ -61,6 +62,7 @@ class FlatnessMonitor(Callback):
             take, which grows with the batch.
 
     Attributes:
+        measured: what the last validation measured, in words; None: nothing.
         alerts: all alerts so far, oldest first, of earlier trainings too. In processes that `ddp_fork` or `ddp_spawn`
             starts they stay in these processes; checkpoints and loggers have them.
 
@@ -116,6 +118,8 @@ class FlatnessMonitor(Callback):
         self._stage = "fit"  # what the Trainer does
         self._earlier: list[Alert] = []  # alerts of the trainings before
         self._validation: MeasuredValidation | None = None  # while it is measured
+        self.measured: str | None = None
+        self._churn = PredictionChurn()
         self._values: dict[str, float] = {}  # of this validation, for the rules
         self._logged: set[str] = set()  # keys that this run has logged
 
@@ -131,7 +135,7 @@ class FlatnessMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor of the same keys; begin anew if a training starts."""
         self._failures.start_run()
-        self._stage, self._logged = stage, set()
+        self._stage, self._logged, self._churn = stage, set(), PredictionChurn()
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
             raise ValueError(
@@ -168,6 +172,7 @@ class FlatnessMonitor(Callback):
                 self.max_samples,
                 self.target,
                 self.loss,
+                self._churn,
             )
 
     def on_validation_batch_start(
@@ -203,6 +208,7 @@ class FlatnessMonitor(Callback):
         validation.close()
         # Every process decides alike, or the others would wait forever in the exchange of the sums.
         loaders = validation.agree()
+        self.measured = validation.measured
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
         values: dict[str, Tensor] = {}
@@ -214,7 +220,8 @@ class FlatnessMonitor(Callback):
         if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
             values = {}
         mark_missing(trainer, self._logged - set(values))
-        is_whole = self._logged <= set(values)  # rules must not take a loader for another one, which is missing
+        # Rules must not take a loader for another one, which is missing; changed predictions may be missing anywhere.
+        is_whole = {key for key in self._logged if not key.startswith(CHURN)} <= set(values)
         if self._schedule.is_resuming and validation.is_part:
             failures.warn_once(f"{failures.label} {PARTIAL}")
             is_whole = False

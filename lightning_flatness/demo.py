@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn, SupportsFloat
+from typing import SupportsFloat
 
 import lightning as L
 import torch
@@ -23,18 +21,12 @@ from lightning_flatness.errors import missing_package
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
 from lightning_flatness.keys import MARGIN, RELATIVE, TRACE
 from lightning_flatness.reporting.figures import Panel, flatness_curves
+from lightning_flatness.terminal import Parser, quiet, table, whole_number
 
 _LOGGERS = ("tensorboard", "csv", "wandb")
 
 # Key -> number format of its column.
 _COLUMNS = {"epoch": "d", "val_accuracy": ".2%", RELATIVE: "#.4g", TRACE: "#.4g", MARGIN: ".3f"}
-
-# Warnings of Lightning and torch that do not matter for this small run; all others are shown.
-_NOISE = (
-    ".*does not have many workers.*",
-    ".*isinstance\\(treespec, LeafSpec\\).*",
-    ".*logs directory .* exists and is not empty.*",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--output must be a folder that can be written; got {error.filename} ({error.strerror}). Name another one."
         )
 
-    with _quiet(), _one_thread():
+    with quiet(), _one_thread():
         history = _train(arguments.epochs, arguments.seed, [_logger(name, run) for name in names])
     flatness_curves(history).savefig(run / "curves.png")
 
@@ -115,13 +107,14 @@ def _train(epochs: int, seed: int, loggers: list[Logger]) -> dict[str, list[floa
 
 def _table(history: dict[str, list[float]]) -> str:
     """Return the table with aligned columns and one row per validation."""
-    columns = []
-    for key, number in _COLUMNS.items():
-        heading = Panel.of(key).title.capitalize()
-        cells = [format(int(v) if number == "d" else v, number).rstrip(".") for v in history[key]]
-        width = max(map(len, [heading, *cells]))
-        columns.append([heading.rjust(width), "-" * width, *(cell.rjust(width) for cell in cells)])
-    return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
+    return table(
+        {
+            Panel.of(key).title.capitalize(): [
+                format(int(v) if number == "d" else v, number).rstrip(".") for v in history[key]
+            ]
+            for key, number in _COLUMNS.items()
+        }
+    )
 
 
 def _logger(name: str, run: Path) -> Logger:
@@ -152,21 +145,6 @@ def _new_run(output: Path) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the tips of Lightning and the warnings in `_NOISE`, and nothing else."""
-    lightning = logging.getLogger("lightning.pytorch")
-    level = lightning.level
-    lightning.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message in _NOISE:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        lightning.setLevel(level)
-
-
-@contextmanager
 def _one_thread() -> Iterator[None]:
     """Compute on one thread: as fast for so small a network, and much faster where the cores are busy."""
     threads = torch.get_num_threads()
@@ -177,25 +155,22 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     """Return the parser of the command line."""
-    parser = _Parser(prog="python -m lightning_flatness", description=__doc__)
+    parser = Parser(
+        prog="python -m lightning_flatness",
+        description=__doc__,
+        epilog="`python -m lightning_flatness measure --help`: measure checkpoints of your own.",
+    )
     parser.add_argument(
         "--epochs",
-        type=partial(_whole_number, least=1),
+        type=partial(whole_number, least=1),
         default=20,
         help="training epochs (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
-        type=partial(_whole_number, least=0),
+        type=partial(whole_number, least=0),
         default=0,
         help="seed of the data split and the weights (default: %(default)s)",
     )
@@ -212,14 +187,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"any of {', '.join(_LOGGERS)} (offline), repeated or joined by commas (default: tensorboard,csv)",
     )
     return parser
-
-
-def _whole_number(text: str, least: int) -> int:
-    """Return a whole number of at most 32 bits, the range of a seed."""
-    most = 2**32 - 1
-    if not text.isdecimal() or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}; got {text!r}")
-    return int(text)
 
 
 def _logger_names(text: str) -> list[str]:

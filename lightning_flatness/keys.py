@@ -18,9 +18,12 @@ FEATURES = "flatness/features"
 ALIGNMENT = "flatness/alignment"
 ACEHT = "flatness/aceht"
 MARGIN_CORRELATION = "flatness/margin_correlation"
+MARGIN_SHARE = "flatness/margin_share"
 MARGIN = "margin/mean"
 SOFTMAX_MARGIN = "margin/softmax_mean"
 MARGIN_BOUND = "margin/bound"
+SCALE_FREE_MARGIN = "margin/scale_free"
+CHURN = "margin/churn"
 
 
 class Key(NamedTuple):
@@ -65,6 +68,7 @@ _TABLE = (
         "none; near 1 the margins predict the flatness",
         "[M]",
     ),
+    Key(MARGIN_SHARE, "Margin share of the trace", "none, 0 to 1", "none of its own", _OURS),
     Key(MARGIN, "Mean output margin", "logit", _SAFE, "[M], signed", "higher"),
     Key("margin/std", "Standard deviation of the margins", "logit", "none", "[M]"),
     Key("margin/skewness", "Skewness of the margins", "none", "lower (left) is better in [M]", "[M]", "lower"),
@@ -74,6 +78,8 @@ _TABLE = (
         for percent in (1, 5, 25, 50, 75, 95, 99)
     ),
     Key("margin/negative", "Share of negative margins", "none, 0 to 1", "lower is better", _OURS, "lower"),
+    Key(SCALE_FREE_MARGIN, "Scale-free margin", "none", _SAFE, "this package, after [G]", "higher"),
+    Key(CHURN, "Share of changed predictions", "none, 0 to 1", "none of its own", "[F]"),
     Key(SOFTMAX_MARGIN, "Mean softmax margin", "none, -1 to 1", _SAFE, "[M], signed", "higher"),
     Key(MARGIN_BOUND, "Margin bound of the trace", "loss per squared weight", _FLAT, "[M]", "lower"),
 )

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal, without_subnormals
@@ -118,6 +118,16 @@ class CrossEntropy:
         The likeliest class of a soft target counts as the true class.
         """
         return output_margin(logits, self._true_class(target))
+
+    def hard_label(self, target: Targets | None) -> Int[Tensor, " n"] | None:
+        """Return the true classes, shape (n,); None where a label has more than one class, or there are no labels."""
+        if target is None or self.label_smoothing or (target.dim() > 1 and bool((target.count_nonzero(-1) != 1).any())):
+            return None
+        return self._true_class(target)
+
+    def prediction(self, logits: Float[Tensor, "n c"]) -> Int[Tensor, "n 1"]:
+        """Return the predicted class, shape (n, 1)."""
+        return logits.argmax(-1, keepdim=True)
 
     def softmax_margin(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
         """Return the signed margin of the true class in the softmax, see `functional.softmax_margin`, shape (n,)."""
@@ -223,6 +233,10 @@ class BinaryCrossEntropy:
     def output_margin(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
         """Return the smallest signed margin of the labels, see `functional.binary_margin`, shape (n,)."""
         return binary_margin(logits, _required(target).to(logits))
+
+    def prediction(self, logits: Float[Tensor, "n c"]) -> Bool[Tensor, "n c"]:
+        """Return the labels that are predicted to hold, shape (n, c)."""
+        return logits > 0
 
     def softmax_margin(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
         r"""Return the same margin in probabilities, \(\min_c (2 y_c - 1)(2 s_c - 1)\), shape (n,)."""

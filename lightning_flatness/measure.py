@@ -47,8 +47,9 @@ class FlatnessReport:
         scale_free_flatness: relative flatness of the predictor with its logits divided by their spread; unit of the
             loss. None where the loss is neither cross-entropy nor binary cross-entropy, or the head is curved.
         confidence: mean of the uncertainty `1 - |S|^2`, see `functional.confidence`; no unit.
-        margins: statistics of the signed output margins by name, see `functional.distribution`; in the unit of the
-            logits, except for `skewness` and `negative`, which have none. Higher margins are better.
+        margins: statistics of the signed output margins by name, see `functional.distribution`, and `scale_free`, their
+            mean divided by the spread of the logits; in the unit of the logits, except for `skewness`, `negative` and
+            `scale_free`, which have none. Higher margins are better.
         samples: the values of each sample by name, shape (n,), if they were asked for: `relative_flatness`,
             `hessian_trace`, `confidence`, `affine_hessian_trace`, `head_relative_flatness`, `output_margin`,
             `softmax_margin` and `margin_bound`, as far as the loss and the head have them; `SampleQuantities`

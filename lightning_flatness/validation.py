@@ -11,7 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_targets, is_empty
+from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.passes import (
     ASSUMED,
     callable_module,
@@ -20,8 +22,9 @@ from lightning_flatness.data.passes import (
     preserved_state,
     transferred,
 )
-from lightning_flatness.data.sampling import batches_for_rank, sample_limit
+from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_limit
 from lightning_flatness.errors import NotRunError, UnsupportedTailError
+from lightning_flatness.keys import CHURN
 from lightning_flatness.losses import Loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.recording.recorder import ForwardRecorder
@@ -86,6 +89,8 @@ class MeasuredValidation:
         data: of the `FlatnessMonitor`.
         max_samples: of the `FlatnessMonitor`.
         target: of the `FlatnessMonitor`.
+        loss: of the `FlatnessMonitor`.
+        churn: has the predictions of the previous validation; None: there is none.
 
     Attributes:
         measured: what is measured, in words; None: nothing so far.
@@ -101,6 +106,7 @@ class MeasuredValidation:
         max_samples: int | None,
         target: Callable[[Any], Tensor] | None,
         loss: Loss | Callable[[Any, Any], Tensor] | None,
+        churn: PredictionChurn | None = None,
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools = failures, tools
@@ -113,6 +119,8 @@ class MeasuredValidation:
         self._loader = -1  # its index
         self.measured: str | None = None
         self._assumed = ""
+        self._churn, self._churned = churn or PredictionChurn(), dict[int, float]()
+        self._churn.start()
         self._evaluations: list[Evaluation] = []
         with failures.contained(self.close):
             self._evaluations = [Evaluation(pl_module.device, PooledMethod.name) for _ in range(self._count)]
@@ -155,13 +163,18 @@ class MeasuredValidation:
         samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
         failed = [not {None, index}.isdisjoint(failures.failed) for index in loaders]
         refused = [not {None, index}.isdisjoint(failures.refused) for index in loaders]
+        changed = [None if self._trainer.sanity_checking else self._churn.changed(index) for index in loaders]
+        rows = [samples, failed, refused, [count or 0 for count in changed], [count is None for count in changed]]
         # On the device of the network: NCCL exchanges no others.
-        table = torch.tensor([samples, failed, refused], dtype=torch.int64, device=self._module.device)
-        samples, failed, refused = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
+        table = torch.tensor(rows, dtype=torch.int64, device=self._module.device)
+        samples, failed, refused, counts, unknown = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
         failures.failed |= {index for index in loaders if failed[index]}
         failures.refused = {index for index in loaders if refused[index] and not samples[index]}
         failures.measured |= {index for index in loaders if samples[index]}
-        return [index for index in loaders if samples[index] and not failed[index] and index not in failures.refused]
+        valid = [index for index in loaders if samples[index] and not failed[index] and index not in failures.refused]
+        self._churned = {index: counts[index] / samples[index] for index in valid if not unknown[index]}
+        self._churn.finish([] if self._trainer.sanity_checking else valid)
+        return valid
 
     def values(self, loaders: Sequence[int], suffix: str) -> dict[str, Tensor]:
         """Return the values of these loaders by key, over the samples of all processes; every process has to call it.
@@ -171,11 +184,10 @@ class MeasuredValidation:
             suffix: of the keys, before that of the loader.
         """
         names = {index: f"/dataloader_idx_{index}" if self._count > 1 else "" for index in loaders}
-        return {
-            f"{key}{suffix}{name}": value
-            for index, name in names.items()
-            for key, value in self._evaluations[index].compute().items()
-        }
+        values = {index: self._evaluations[index].compute() for index in loaders}
+        for index in self._churned:
+            values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
+        return {f"{key}{suffix}{name}": value for index, name in names.items() for key, value in values[index].items()}
 
     @property
     def is_part(self) -> bool:
@@ -211,8 +223,12 @@ class MeasuredValidation:
             recorded = recorder.take_pass(loss)
         except UnsupportedTailError as error:
             raise error if has_run else NotRunError(str(error)) from error
-        self._evaluations[loader].update(self._method.quantities(recorded, slice(left)))
+        self._add(self._method.quantities(recorded, slice(left)), loader)
         self._note_success(recorder, loader)
+
+    def _add(self, quantities: SampleQuantities, loader: int) -> None:
+        self._evaluations[loader].update(quantities)
+        self._churn.add(loader, quantities.prediction, ordered_source(self._data, self._trainer, loader))
 
     def _loss_of(self, recorder: ForwardRecorder, outputs: Any, batch: Any) -> Tensor | None:
         """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
@@ -248,7 +264,7 @@ class MeasuredValidation:
                 self._assumed = f", on {description}"
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
             for quantities in measured_batches(recorder, method, model, prepared, limit, self._target, self._loss):
-                self._evaluations[0].update(quantities)
+                self._add(quantities, 0)
                 self._note_success(recorder, 0)
 
     def _note_success(self, recorder: ForwardRecorder, loader: int) -> None:

@@ -7,7 +7,6 @@ import logging
 import math
 import runpy
 import sys
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,16 +142,11 @@ def test_process_is_left_as_it_was(tmp_path: Path) -> None:
     assert logging.getLogger("lightning.pytorch").level == logging.INFO
 
 
-def test_only_known_warnings_are_hidden() -> None:
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("always")
-        with demo._quiet():
-            warnings.warn("flatness cannot be measured", stacklevel=1)
-            warnings.warn("The 'val_dataloader' does not have many workers", stacklevel=1)
-    assert [str(warning.message) for warning in shown] == ["flatness cannot be measured"]
-
-
-def test_python_m_runs_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning_flatness", "--epochs", "0"])
+@pytest.mark.parametrize("command", [[], ["demo"]], ids=str)
+def test_python_m_runs_the_demo(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning_flatness", *command, "--epochs", "0"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("lightning_flatness", run_name="__main__")
+    assert "--epochs: must be a whole number" in capsys.readouterr().err

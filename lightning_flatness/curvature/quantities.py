@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
@@ -34,6 +34,10 @@ class SampleQuantities:
         output_margin: signed margin of the logits, shape (n,); logit.
         softmax_margin: signed margin of the probabilities, shape (n,); no unit.
         margin_bound: bound of `affine_hessian_trace` by the margin, shape (n,); loss per squared weight.
+        gauss_newton_trace: trace of the Gauss-Newton part of the layer's Hessian, shape (n,); loss per squared weight.
+        margin_trace: its part of the true class against all others, see `functional.margin_row`, shape (n,); only for
+            labels of one class.
+        prediction: the predicted class, shape (n, 1), or the predicted labels, shape (n, c).
         curvature: whether trace and flatness are those of the Hessian or of its Gauss-Newton part.
 
     Example:
@@ -58,6 +62,9 @@ class SampleQuantities:
     output_margin: Float[Tensor, " n"] | None = None
     softmax_margin: Float[Tensor, " n"] | None = None
     margin_bound: Float[Tensor, " n"] | None = None
+    gauss_newton_trace: Float[Tensor, " n"] | None = None
+    margin_trace: Float[Tensor, " n"] | None = None
+    prediction: Shaped[Tensor, "n m"] | None = None
     curvature: Literal["hessian", "ggn"] = "hessian"
 
     def __len__(self) -> int:

@@ -254,6 +254,34 @@ def _is_share(sampler: Any) -> bool:
     return any(getattr(each, "num_replicas", 1) > 1 for each in (sampler, inner)) and not _shares_known_keys(sampler)
 
 
+def ordered_source(data: Any, trainer: Trainer, loader: int) -> Any:
+    """Return what the samples of a validation come from if each iteration yields them in the same order, else None.
+
+    Args:
+        data: of the `FlatnessMonitor`.
+        trainer: the Trainer that validates.
+        loader: index of the validation loader.
+    """
+    if isinstance(data, str) and data == "train":  # a fixed sample
+        return trainer.train_dataloader
+    if isinstance(data, str):
+        data = CombinedLoader(trainer.val_dataloaders, "sequential").flattened[loader]
+    return data if isinstance(data, (list, tuple)) or _reads_in_order(data) else None
+
+
+def _reads_in_order(loader: Any) -> bool:
+    if not _is(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    sampler: Any = loader.sampler
+    if not _yields_whole_batches(loader):
+        if not _is(loader.batch_sampler, BatchSampler):
+            return False
+        sampler = loader.batch_sampler.sampler
+    if _shares_known_keys(sampler) and not sampler.shuffle:
+        sampler = getattr(sampler.dataset, "_sampler", SequentialSampler(()))  # by Lightning, 2.6.6
+    return _is(sampler, SequentialSampler)
+
+
 def local_sample_count(trainer: Trainer, loader: int) -> int | None:
     """Return how many samples of a validation loader are this process's own; None: all that it gets.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_flatness.functional.curvature import confidence, curvature_diagonal, without_subnormals
 from lightning_flatness.functional.gram import HadamardGram
+from lightning_flatness.functional.patches import ConvGeometry, patches
 
 
 def hessian_trace(
@@ -83,6 +84,56 @@ def relative_flatness(
         return (distances @ probabilities).mul_(probabilities).sum(1) / 2
     squares = gram.quadratic_forms(torch.cat([rows, probabilities.mT @ rows], 1))
     return (probabilities * squares[:, :classes, None]).sum(1) - squares[:, classes:]
+
+
+def channelwise_relative_flatness(
+    kernel: Float[Tensor, "k i ..."],
+    inputs: Float[Tensor, "n channels ..."],
+    jacobian: Float[Tensor, "n k s"],
+    curvature: Float[Tensor, "n k k"],
+    geometry: ConvGeometry,
+) -> Float[Tensor, " n"]:
+    r"""Return the sum of the relative flatness of a convolution's input channels, each taken as a layer of its own.
+
+    $$\kappa_{\text{ch}} = \sum_i \sum_{k,k'} \langle W_{ki}, W_{k'i} \rangle \operatorname{Tr} H_{ki,k'i}
+    = \sum_i \sum_{k,k'} \langle W_{ki}, W_{k'i} \rangle \langle a_{ki}, a_{k'i} \rangle\, Q_{kk'}$$
+
+    with the weights \(W_{ki}\) by which filter \(k\) reads input channel \(i\), the block \(H_{ki,k'i}\) of the Hessian
+    between two of them, the part \(a_{ki}\) of the gradient \(a_k\) of `gram_factors` and the curvature \(Q\) of the
+    loss with respect to the features. Rescaling an input channel and undoing it in the layer before changes
+    `relative_flatness` but not this value. Rescaling a filter and undoing it in the next layer changes neither. With
+    one input channel both are the same. A curved activation adds a label term, which is not included here.
+
+    Args:
+        kernel: weight of the convolution as the module has it, shape (k, i, *kernel).
+        inputs: input of the convolution, shape (n, channels, *space).
+        jacobian: derivatives of the features in the convolution's output, shape (n, k, s), see `gram_factors`.
+        curvature: \(Q\) of the features that the filters feed, shape (n, k, k).
+        geometry: geometry of the convolution.
+
+    Returns:
+        Channel-wise relative flatness, shape (n,); unit of the loss; lower is flatter.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import ConvGeometry, channelwise_relative_flatness
+        >>> kernel = torch.tensor([[[1.0], [10.0]]])  # one filter, two input channels
+        >>> inputs, one = torch.tensor([[[1.0], [0.1]]]), torch.ones(1, 1, 1)
+        >>> geometry = ConvGeometry.of(torch.nn.Conv1d(2, 1, 1))
+        >>> channelwise_relative_flatness(kernel, inputs, one, curvature=one, geometry=geometry)
+        tensor([2.])
+    """
+    groups = geometry.groups
+    weights = kernel.flatten(2).unflatten(0, (groups, -1))
+    seen = patches(inputs, geometry).unflatten(-1, weights.shape[2:])
+    gradients = torch.einsum("ngks,ngsid->ngkid", jacobian.unflatten(1, (groups, -1)), seen)
+    total = curvature.new_zeros(len(curvature))
+    for group, filters in enumerate(torch.arange(len(kernel)).chunk(groups)):
+        within = curvature[:, filters[:, None], filters]
+        for channel in range(weights.shape[2]):
+            rows, parts = weights[group, :, channel], gradients[:, group, :, channel]
+            total += (rows @ rows.mT * (parts @ parts.mT) * within).sum((1, 2))
+    return total
 
 
 def pairs_pay(classes: int, filters: int, temperatures: int) -> bool:

@@ -9,7 +9,7 @@ from lightning_flatness.metrics.flatness import (
     ScaleFreeFlatness,
     Uncertainty,
 )
-from lightning_flatness.metrics.margin import MarginBound, MarginStatistics, SoftmaxMargin
+from lightning_flatness.metrics.margin import MarginBound, MarginShare, MarginStatistics, ScaleFreeMargin, SoftmaxMargin
 
 __all__ = [
     "AffineHessianTrace",
@@ -17,9 +17,11 @@ __all__ = [
     "FlatnessMarginCorrelation",
     "HessianTrace",
     "MarginBound",
+    "MarginShare",
     "MarginStatistics",
     "RelativeFlatness",
     "ScaleFreeFlatness",
+    "ScaleFreeMargin",
     "SoftmaxMargin",
     "Uncertainty",
 ]

@@ -11,8 +11,10 @@ from lightning_flatness.keys import (
     CONFIDENCE,
     MARGIN_BOUND,
     MARGIN_CORRELATION,
+    MARGIN_SHARE,
     RELATIVE,
     SCALE_FREE,
+    SCALE_FREE_MARGIN,
     SOFTMAX_MARGIN,
     TRACE,
     keys_of,
@@ -27,7 +29,7 @@ from lightning_flatness.metrics.flatness import (
     ScaleFreeFlatness,
     Uncertainty,
 )
-from lightning_flatness.metrics.margin import MarginBound, MarginStatistics, SoftmaxMargin
+from lightning_flatness.metrics.margin import MarginBound, MarginShare, MarginStatistics, ScaleFreeMargin, SoftmaxMargin
 
 _LOGGED_CORRELATION = f"{MARGIN_CORRELATION}/margin_bound/correct"
 
@@ -42,9 +44,11 @@ def _metrics() -> dict[str, SampleMetric]:
         "flatness": FlatnessFactors(),
         ACEHT: AffineHessianTrace(),
         MARGIN_CORRELATION: FlatnessMarginCorrelation(quantities=["margin_bound"]),
+        MARGIN_SHARE: MarginShare(),
         "margin": MarginStatistics(),
         SOFTMAX_MARGIN: SoftmaxMargin(),
         MARGIN_BOUND: MarginBound(),
+        SCALE_FREE_MARGIN: ScaleFreeMargin(),
     }
 
 

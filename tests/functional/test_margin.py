@@ -14,6 +14,7 @@ from lightning_flatness.functional import (
     confidence,
     margin_bound,
     margin_gap,
+    margin_row,
     output_margin,
     softmax_margin,
 )
@@ -79,3 +80,46 @@ def test_no_sample() -> None:
     empty, y = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
     results: list[Tensor] = [f(empty, y) for f in (output_margin, softmax_margin, margin_gap)]
     assert [len(result) for result in results] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_the_curvature_is_the_margin_part_and_that_of_the_competitors(classes: int, scale: float) -> None:
+    """`B` from its definition; the margin part is the odds times the squared gradient of the loss."""
+    phi, y = scale * torch.randn(6, classes, dtype=torch.float64), torch.arange(6) % classes
+    s, own = phi.softmax(1), torch.nn.functional.one_hot(y, classes).double()
+    gradient, true = s - own, (s * own).sum(1)[:, None, None]
+    part = true / (1 - true) * gradient[:, :, None] * gradient[:, None]
+    row = margin_row(phi, y, torch.eye(classes, dtype=torch.float64))
+    torch.testing.assert_close(row[:, :, None] * row[:, None], part, rtol=1e-9, atol=1e-14)
+    others = torch.diag_embed(s) - s[:, :, None] * s[:, None] - part
+    assert torch.linalg.eigvalsh(others).min() > -1e-14
+    if classes == 2:  # no competitors
+        assert others.abs().max() < 1e-14
+    head = torch.randn(6, classes, 4, dtype=torch.float64)
+    of_each = margin_row(phi, y, head)
+    torch.testing.assert_close(of_each, (row.unsqueeze(1) @ head).squeeze(1))
+    torch.testing.assert_close(of_each[:1], margin_row(phi[:1], y[:1], head[0] + torch.randn(4).double()))
+
+
+@pytest.mark.parametrize("classes", [3, 100])
+@pytest.mark.parametrize("lead", [-80.0, -30.0, 0.0, 30.0, 80.0])
+def test_the_margin_row_keeps_its_precision_in_float32(classes: int, lead: float) -> None:
+    phi, y, head = torch.randn(5, classes), torch.arange(5) % classes, torch.randn(classes, 4)
+    phi[torch.arange(5), y] += lead
+    rivals = phi.double().scatter(1, y[:, None], -INF)
+    below = (rivals.logsumexp(1) - phi.double()[torch.arange(5), y]).unsqueeze(1)  # minus the log odds
+    exact = (head.double()[y] - rivals.softmax(1) @ head.double()) * (-below / 2).exp() / (1 + (-below).exp())
+    value = margin_row(phi, y, head).double()
+    torch.testing.assert_close(value, exact, rtol=1e-4, atol=float(1e-5 * exact.abs().max()))
+
+
+@pytest.mark.parametrize("masked", [[1], [1, 2], [0]], ids=["a rival", "all rivals", "the truth"])
+def test_masked_classes_have_no_part_in_the_margin_row(masked: list[int]) -> None:
+    phi = torch.tensor([[1.0, 0.5, -1.0]]).index_fill(1, torch.tensor(masked), -INF)
+    row = margin_row(phi, torch.tensor([0]), torch.eye(3))
+    kept = [c for c in range(3) if c not in masked]
+    expected = torch.zeros(1, 3)
+    if masked == [1]:
+        expected[:, kept] = margin_row(phi[:, kept], torch.tensor([0]), torch.eye(2))
+    torch.testing.assert_close(row, expected)

@@ -15,7 +15,7 @@ from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.functional.flatness import pairs_pay
 from lightning_flatness.functional.gram import BLOCK_ROWS
-from lightning_flatness.losses import Differentiated
+from lightning_flatness.losses import CrossEntropy, Differentiated
 from lightning_flatness.precision import full_precision
 
 
@@ -47,6 +47,7 @@ def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
         **_scale_free(derivatives, flatness),
         **_of_a_linear_head(derivatives, flatness, diagonal, uncertainty),
         **_margins(derivatives),
+        **_margin_part(derivatives, flatness, diagonal),
     )
 
 
@@ -69,12 +70,10 @@ def is_ill_conditioned(derivatives: PooledDerivatives, quantities: SampleQuantit
 
 
 def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str, Any]:
-    if isinstance(derivatives.loss, Differentiated) or derivatives.head_curvature is not None:
+    if isinstance(derivatives.loss, Differentiated):
         return {}
-    return {
-        "scaled_flatness": flatness.scaled,
-        "logit_mean_square": derivatives.loss.logit_mean_square(derivatives.logits),
-    }
+    scaled = {} if derivatives.head_curvature is not None else {"scaled_flatness": flatness.scaled}
+    return {**scaled, "logit_mean_square": derivatives.loss.logit_mean_square(derivatives.logits)}
 
 
 def _of_a_linear_head(
@@ -96,11 +95,25 @@ def _margins(derivatives: PooledDerivatives) -> dict[str, Any]:
     if target is None or isinstance(loss, Differentiated):
         return {}
     values = {
+        "prediction": loss.prediction(logits),
         "output_margin": loss.output_margin(logits, target),
         "softmax_margin": loss.softmax_margin(logits, target),
     }
     if derivatives.is_linear:
         values["margin_bound"] = LF.affine_trace(derivatives.features, loss.trace_bound(logits, target))
+    return values
+
+
+def _margin_part(derivatives: PooledDerivatives, flatness: _Flatness, diagonal: Tensor) -> dict[str, Any]:
+    """Return the Gauss-Newton trace, and its part of the true class against the others where labels have one class."""
+    loss, logits, used = derivatives.loss, derivatives.logits, derivatives.feature_index
+    norms = flatness.filter_squared_norm * derivatives.is_fed
+    values = {"gauss_newton_trace": LF.hessian_trace(norms, diagonal[:, used])}
+    if isinstance(loss, CrossEntropy) and (label := loss.hard_label(derivatives.target)) is not None:
+        with full_precision(logits.device):
+            row = LF.margin_row(logits, label, derivatives.used_head)
+        weight = loss.label_weight(logits, derivatives.target)
+        values["margin_trace"] = weight * LF.hessian_trace(norms, row.square())
     return values
 
 
