@@ -1,4 +1,4 @@
-"""Actions: what an alert does to a training: stop it, cut the learning rate, call a function; keep the flattest checkpoint."""
+"""Actions: what an alert does to a training. Beside them, the checkpoint that is worth keeping."""
 
 from lightning_flatness.actions.checkpoints import FlattestCheckpoint
 from lightning_flatness.actions.learning_rate import cut_learning_rate, learning_rates
