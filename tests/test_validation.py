@@ -24,11 +24,13 @@ class Measures(Callback):
         self.data, self.max_samples = data, max_samples
 
     def on_validation_epoch_start(self, run: Any, module: Any) -> None:
-        def tools() -> Any:
+        def tools(_: Any) -> Any:
             return ForwardRecorder(module), PooledMethod()
 
         self.failures = Failures(strict=True)
-        self.validation = MeasuredValidation(self.failures, tools, run, module, self.data, self.max_samples, None, None)
+        self.validation = MeasuredValidation(
+            self.failures, tools, None, run, module, self.data, self.max_samples, None, None
+        )
 
     def on_validation_batch_start(self, run: Any, module: Any, batch: Any, index: int, loader: int = 0) -> None:
         self.validation.before_batch(loader, index == loader == 0)

@@ -15,20 +15,22 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.methods import Method, Recorder
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
 from lightning_flatness.data.verification import verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
-from lightning_flatness.recording.recorder import ForwardRecorder, only_for
+from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS
+from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.recording.recorder import only_for
 
 _FEW = 4  # samples on which the record is verified
 ASSUMED = "the loss is assumed to be the cross-entropy of the network's output with the targets of the batch"
 
 
 def measured_batches(
-    recorder: ForwardRecorder,
-    method: PooledMethod,
+    recorder: Recorder,
+    method: Method,
     model: nn.Module,
     batches: Iterable[Any],
     max_samples: int | None = None,
@@ -63,7 +65,7 @@ def measured_batches(
             inputs, step = batch_inputs(batch), partial(_loss_of, model, loss)
             with torch.no_grad(), only_for(recorder):
                 value = step(recorder, inputs, targets)
-            quantities = method.quantities(recorder.take_pass(value), slice(left))
+            quantities = method.quantities(cast(Any, recorder.take_pass(value)), slice(left))
             if not is_verified:
                 _verify_on_few(recorder, step, inputs, targets)
                 is_verified = True
@@ -73,7 +75,7 @@ def measured_batches(
                 return
 
 
-def _loss_of(model: nn.Module, loss: Any, recorder: ForwardRecorder | None, inputs: Any, targets: Any) -> Tensor:
+def _loss_of(model: nn.Module, loss: Any, recorder: Recorder | None, inputs: Any, targets: Any) -> Tensor:
     try:
         output = model(inputs)
     except TypeError as error:
@@ -88,7 +90,7 @@ def _loss_of(model: nn.Module, loss: Any, recorder: ForwardRecorder | None, inpu
     return computed_loss(loss, output, targets)
 
 
-def _verify_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> None:
+def _verify_on_few(recorder: Recorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> None:
     """Verify the record on a few samples where the batch can be cut, else on all of them."""
     if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) == len(targets):
         inputs, targets = inputs[:_FEW], targets[:_FEW]
@@ -103,7 +105,7 @@ def _verify_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], input
         with torch.no_grad(), only_for(repeat):
             return step(None, inputs, targets)
 
-    verify(recorded, repeat)
+    verify(cast(RecordedPass, recorded), repeat)  # one: the method has been chosen
 
 
 def computed_loss(loss: Loss | Callable[[Any, Any], Tensor] | None, output: Any, targets: Any) -> Tensor:
@@ -239,14 +241,19 @@ def callable_module(pl_module: LightningModule) -> nn.Module:
     """
     if type(pl_module).forward is not LightningModule.forward:
         return pl_module
-    holders = {
-        name: child
-        for name, child in pl_module.named_children()
-        if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in child.modules())
-    }
+    holders = _holders(pl_module, CONVOLUTIONS) or _holders(pl_module, CLASSIFIERS)
     if len(holders) != 1:
         raise ValueError(
             f"The monitor must know what to call with its own batches: `{type(pl_module).__name__}` has no `forward`, "
             f"and {len(holders)} networks: {sorted(holders)}. Define `forward(self, inputs)` that returns the logits."
         )
     return next(iter(holders.values()))
+
+
+def _holders(pl_module: LightningModule, kinds: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+    """Return the children that hold modules of some kinds, by name."""
+    return {
+        name: child
+        for name, child in pl_module.named_children()
+        if any(isinstance(module, kinds) for module in child.modules())
+    }

@@ -60,8 +60,12 @@ def verify(recorded: RecordedPass, repeat: Callable[[], Tensor]) -> str | None:
 
 
 def _predicted(recorded: RecordedPass, weight: Tensor) -> float:
-    """Return the loss that the record gives for another weight of the convolution."""
+    """Return the loss that the record gives for another weight of the layer."""
     call, graph = recorded.calls[-1], recorded.graph
+    if "samples" in call.geometry:  # a linear layer
+        inputs, output = (graph.captures.value(index).to(weight.dtype) for index in (call.inputs, call.output))
+        change = weight.flatten(1) - call.weight.to(weight.dtype)
+        return _replayed(recorded, output + (inputs.reshape(-1, change.shape[1]) @ change.mT).view_as(output))
     given = call.geometry
     inputs = graph.captures.value(call.inputs).to(weight.dtype)
     functions = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
@@ -70,6 +74,12 @@ def _predicted(recorded: RecordedPass, weight: Tensor) -> float:
         z = convolution(
             inputs, weight, call.bias.to(weight), given["stride"], given["padding"], given["dilation"], given["groups"]
         )
+    return _replayed(recorded, z)
+
+
+def _replayed(recorded: RecordedPass, z: Tensor) -> float:
+    """Return the loss that the record gives for another output of the layer."""
+    call, graph = recorded.calls[-1], recorded.graph
     try:
         needed = set(graph.ancestry(recorded.loss, in_steps=True))
         values = graph.replay({call.node: z}, len(graph.operations), only=needed)

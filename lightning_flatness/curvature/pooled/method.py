@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -80,24 +81,12 @@ class PooledMethod:
 
     def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> PooledDerivatives:
         """Return the tensors from which the quantities follow; arguments and errors are those of `quantities`."""
-        with ExitStack() as stack:
-            for context in (not_recorded(), torch.inference_mode(False), torch.enable_grad()):
-                stack.enter_context(context)
-            stack.enter_context(torch.autocast(recorded.calls[0].weight.device.type, enabled=False))
-            try:
-                return self._derivatives(recorded, samples)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # what cannot be repeated, or has no second derivative
-                raise Refusal(
-                    f"The steps from `{recorded.layer}` to the loss must be repeatable and differentiable; {error}.\n"
-                    f"  path: {recorded.path}\n  {recorded.remedy}",
-                    error,
-                ).error() from error
+        with differentiating(recorded):
+            return self._derivatives(recorded, samples)
 
     def _derivatives(self, recorded: RecordedPass, samples: slice) -> PooledDerivatives:
-        _require_finite(recorded)
-        pooled = _require(_pooled_features(recorded))
+        require_finite(recorded)
+        pooled = require(_pooled_features(recorded))
         certificate = self._certified(recorded, pooled)
         call = recorded.calls[certificate.call]
         points = recorded.points()
@@ -110,9 +99,9 @@ class PooledMethod:
             (second,) = torch.autograd.grad(jacobian.sum(), point, materialize_grads=True)
         newly_active = certificate.any_inactive and jacobian[:, certificate.inactive].any()
         if newly_active or not certificate.is_value_independent:  # what holds for these very values
-            certificate = _require(certify(recorded, pooled, at_random_points=False))
-        goal = _require(self._reader.read(recorded, pooled, features))
-        _require_numbers(goal.logits)
+            certificate = require(certify(recorded, pooled, at_random_points=False))
+        goal = require(self._reader.read(recorded, pooled, features))
+        require_numbers(goal.logits)
         chosen = torch.zeros_like(goal.counted)
         chosen[samples] = True
         dtype = jacobian.dtype
@@ -142,7 +131,7 @@ class PooledMethod:
             pairs = zip(known.connections, connections_of(recorded, pooled), strict=True)
             if all(known.captures.same(old, recorded.graph.captures, new) for old, new in pairs):
                 return known
-        self._certificate = _require(certify(recorded, pooled))
+        self._certificate = require(certify(recorded, pooled))
         return self._certificate
 
 
@@ -158,7 +147,35 @@ def _pooled_features(recorded: RecordedPass) -> Cut | Refusal:
     )
 
 
-def _require_numbers(logits: Tensor) -> None:
+@contextmanager
+def differentiating(recorded: RecordedPass) -> Iterator[None]:
+    """Differentiate the record within: nothing of it is recorded, and what cannot be done is refused.
+
+    Raises:
+        UnsupportedTailError: if an operation cannot be repeated, or has no second derivative.
+    """
+    with ExitStack() as stack:
+        for context in (not_recorded(), torch.inference_mode(False), torch.enable_grad()):
+            stack.enter_context(context)
+        stack.enter_context(torch.autocast(recorded.calls[0].weight.device.type, enabled=False))
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise Refusal(
+                f"The steps from `{recorded.layer}` to the loss must be repeatable and differentiable; {error}.\n"
+                f"  path: {recorded.path}\n  {recorded.remedy}",
+                error,
+            ).error() from error
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Refuse logits that are NaN.
+
+    Raises:
+        NonFiniteError: says in how many samples.
+    """
     if broken := int(logits.isnan().any(1).sum()):
         raise NonFiniteError(
             f"A measurement needs numbers; got logits that are NaN in {broken} of {len(logits)} samples. "
@@ -166,8 +183,12 @@ def _require_numbers(logits: Tensor) -> None:
         )
 
 
-def _require_finite(recorded: RecordedPass) -> None:
-    """Refuse a pass whose numbers are none; on an accelerator that would make the host wait."""
+def require_finite(recorded: RecordedPass) -> None:
+    """Refuse a pass whose numbers are none; on an accelerator that would make the host wait.
+
+    Raises:
+        NonFiniteError: names the first tensor with NaN.
+    """
     loss = recorded.graph.tensor_of(recorded.loss)
     if loss.is_cuda or not bool(loss.isnan().any()):
         return
@@ -215,7 +236,7 @@ class _KernelGram:
         return self._known[1]
 
 
-def _require(verdict: Any) -> Any:
+def require(verdict: Any) -> Any:
     """Return the verdict; this is where a refusal is raised."""
     if isinstance(verdict, Refusal):
         raise verdict.error()
