@@ -167,14 +167,14 @@ class MeasuredValidation:
         failed = [not {None, index}.isdisjoint(failures.failed) for index in loaders]
         refused = [not {None, index}.isdisjoint(failures.refused) for index in loaders]
         changed = [None if self._trainer.sanity_checking else self._churn.changed(index) for index in loaders]
-        rows = [samples, failed, refused, [count or 0 for count in changed], [count is None for count in changed]]
+        known, unknown = [count or 0 for count in changed], [count is None for count in changed]
         # On the device of the network: NCCL exchanges no others.
         chosen = [code := encoded_choice(self.choice, self._module), code**2, int(code > 0)]
-        numbers = [number for row in rows for number in row] + chosen
+        numbers = [*samples, *failed, *refused, *known, *unknown, *chosen]
         table = torch.tensor(numbers, dtype=torch.int64, device=self._module.device)
         sums = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
         samples, failed, refused, counts, unknown = (
-            sums[row * self._count : (row + 1) * self._count] for row in range(len(rows))
+            sums[row * self._count : (row + 1) * self._count] for row in range(5)
         )
         has_one_choice = self._has_one_choice(*sums[-3:])
         failures.failed |= {index for index in loaders if failed[index]}

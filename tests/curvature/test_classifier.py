@@ -134,6 +134,19 @@ def test_other_uses_of_positions_are_refused(behind: Callable[[Tensor], Tensor])
         ClassifierMethod().quantities(record)
 
 
+def test_the_margin_part_is_the_odds_times_the_squared_gradient() -> None:
+    for behind in (BEHIND["nothing"], BEHIND["temperature"], BEHIND["cap"]):
+        model, (x, y) = Tanh(behind), data()
+        found = quantities(model, x, y)
+        for n in range(N):
+            loss = F.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
+            (gradient,) = torch.autograd.grad(loss, model.fc.weight)
+            odds = 1 / (loss.exp() - 1)
+            torch.testing.assert_close(found.margin_trace[n], (odds * gradient.square().sum()).detach())
+    assert (found.margin_trace <= found.gauss_newton_trace).all()
+    assert not torch.allclose(found.gauss_newton_trace, found.hessian_trace)  # behind a cap
+
+
 def test_scale_free_flatness_is_that_of_the_scaled_predictor() -> None:
     model, (x, y) = Tanh(), data()
     report = measure(model, [(x, y)])
@@ -143,7 +156,7 @@ def test_scale_free_flatness_is_that_of_the_scaled_predictor() -> None:
     with torch.no_grad():
         scaled.fc.weight.div_(tau)
         scaled.fc.bias.div_(tau)
-    expected = float(oracle.relative_flatness(scaled, "fc", x, y).mean())
+    expected = oracle.relative_flatness(scaled, "fc", x, y).mean().item()
     assert report.scale_free_flatness == pytest.approx(expected, rel=1e-6)
     assert measure(scaled, [(x, y)]).scale_free_flatness == pytest.approx(expected, rel=1e-6)
 
