@@ -137,9 +137,11 @@ class BothRecorder:
 
 
 def joined(refusals: list[Refusal]) -> Refusal:
-    """Return one refusal with the reasons of several, each of them once."""
-    messages = list(dict.fromkeys(refusal.message for refusal in refusals))
-    return Refusal("\n".join(messages), refusals[0].cause)
+    """Return one refusal with the reasons of several; those with the same first line are one."""
+    messages: dict[str, str] = {}
+    for refusal in refusals:
+        messages.setdefault(refusal.message.splitlines()[0], refusal.message)
+    return Refusal("\n".join(messages.values()), refusals[0].cause)
 
 
 def verdict(judged: Callable[[], Any]) -> Any:

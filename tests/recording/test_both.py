@@ -79,4 +79,4 @@ def test_one_record_is_enough_and_without_any_both_reasons_are_given() -> None:
 
 
 def test_a_reason_that_both_give_is_given_once() -> None:
-    assert joined([Refusal("a"), Refusal("b"), Refusal("a")]).message == "a\nb"
+    assert joined([Refusal("a\n  path: x"), Refusal("b"), Refusal("a\n  path: y")]).message == "a\n  path: x\nb"
