@@ -78,7 +78,8 @@ class _Head(NamedTuple):
 
     Attributes:
         features: `x`, shape (n, j).
-        rows: `V`, shape (k, d): one row per output; d is j, or k if that is less, with the same inner products.
+        rows: `V / scale`, shape (k, d): one row per output; d is j, or k if that is less, with the same inner products.
+        scale: the largest number in `V`; squares of small weights vanish in float32.
         logits: shape (n, c).
         jacobian: `d logits / d phi`, shape (c, k) or (n, c, k); None: the identity.
         loss: of each sample in its logits.
@@ -88,6 +89,7 @@ class _Head(NamedTuple):
 
     features: Tensor
     rows: Tensor
+    scale: Tensor
     logits: Tensor
     jacobian: Tensor | None
     loss: Form
@@ -109,18 +111,18 @@ class _Head(NamedTuple):
 
     @property
     def logit_rows(self) -> Tensor:
-        """The rows of `d logits / d x`, shape (c, d) or (n, c, d)."""
+        """The rows of `d logits / d x / scale`, shape (c, d) or (n, c, d)."""
         return self.rows if self.jacobian is None else self.jacobian @ self.rows
 
 
-class _SquaredNorm(LF.HadamardGram):
-    """The inner product of rows times `|x|^2`, where the rows are vectors in the space of the weights."""
+class _Euclidean(LF.HadamardGram):
+    """The inner product of rows that are vectors in the space of the weights."""
 
     def inner_products(self, vectors: Tensor) -> Tensor:
-        return vectors @ vectors.mT * self.squared_norms().unsqueeze(-1)
+        return vectors @ vectors.mT
 
     def quadratic_forms(self, vectors: Tensor) -> Tensor:
-        return vectors.square().sum(-1) * self.squared_norms()
+        return vectors.square().sum(-1)
 
 
 def _head(reader: ObjectiveReader, recorded: RecordedPass, samples: slice) -> _Head:
@@ -137,9 +139,12 @@ def _head(reader: ObjectiveReader, recorded: RecordedPass, samples: slice) -> _H
     chosen = torch.zeros_like(goal.counted)
     chosen[samples] = True
     dtype = features.dtype
+    rows = _reduced(call.weight.double())
+    scale = rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)
     head = _Head(
-        features=features,
-        rows=_reduced(call.weight).to(dtype),
+        features=features.double(),
+        rows=(rows / scale).to(dtype),
+        scale=scale,
         logits=goal.logits.to(dtype),
         jacobian=None if goal.cut == output else goal.head.to(dtype),
         loss=goal.loss,
@@ -216,7 +221,7 @@ def _reduced(weight: Tensor) -> Tensor:
     """Return rows with the same inner products, as short as possible."""
     if weight.shape[1] <= weight.shape[0]:
         return weight
-    return torch.linalg.qr(weight.detach().double().mT, mode="r").R.mT
+    return torch.linalg.qr(weight.mT, mode="r").R.mT
 
 
 def _quantities(head: _Head, chunk_bytes: int) -> SampleQuantities:
@@ -226,11 +231,12 @@ def _quantities(head: _Head, chunk_bytes: int) -> SampleQuantities:
     if head.jacobian is not None:
         gauss_newton = loss.curvature_diagonal(logits, head.jacobian, target).sum(-1)
     trace = gauss_newton
-    flatness = _flatness(head, square, chunk_bytes)
+    flatness = _flatness(head, chunk_bytes)
     if head.head_curvature is not None:
         trace = trace + head.head_curvature.diagonal(dim1=1, dim2=2).sum(-1)
         bent = (head.head_curvature * (head.rows @ head.rows.mT)).sum((1, 2))
-        flatness = flatness + (square * bent).unsqueeze(1)
+        flatness = flatness + bent.unsqueeze(1)
+    flatness = flatness * (square * head.scale.square()).unsqueeze(1)
     values: dict[str, Any] = {"gauss_newton_trace": square * gauss_newton}
     if not isinstance(loss, Differentiated):
         values["logit_mean_square"] = loss.logit_mean_square(logits)
@@ -251,25 +257,28 @@ def _quantities(head: _Head, chunk_bytes: int) -> SampleQuantities:
     if head.is_linear:
         values |= {
             "feature_squared_norm": square,
-            "head_squared_norm": head.logit_rows.square().sum(),
+            "head_squared_norm": head.scale.square() * head.logit_rows.square().sum(),
             "affine_hessian_trace": LF.affine_trace(head.features, uncertainty),
             "head_relative_flatness": flatness[:, 0],
         }
     return SampleQuantities(square * trace, flatness[:, 0], uncertainty, **values)
 
 
-def _flatness(head: _Head, square: Tensor, chunk_bytes: int) -> Tensor:
-    """Return relative flatness of the predictor itself and, where it has a meaning, at all temperatures."""
+def _flatness(head: _Head, chunk_bytes: int) -> Tensor:
+    """Return relative flatness of the predictor itself and, where it has a meaning, at all temperatures.
+
+    It is that for inputs and weights of unit size: `|x|` and `scale` are left out.
+    """
     taus = LF.TEMPERATURES.new_ones(1).to(head.logits)
     if not isinstance(head.loss, Differentiated) and head.head_curvature is None:
         taus = torch.cat([taus, LF.TEMPERATURES.to(head.logits)])
     numbers = 3 * (head.logits.shape[1] + len(taus)) * (sum(head.rows.shape) + head.logits.shape[1])
     step = max(1, chunk_bytes // (numbers * head.logits.element_size()))
     parts = []
-    for start in range(0, max(1, len(square)), step):
+    for start in range(0, max(1, len(head.logits)), step):
         chunk = head.select(slice(start, start + step))
-        norms = square[start : start + step].sqrt()[:, None, None]
-        gram = _SquaredNorm(chunk.rows, norms, norms)
+        ones = chunk.logits.new_ones(len(chunk.logits), 1, 1)
+        gram = _Euclidean(chunk.rows, ones, ones)
         scaled = chunk.logits.unsqueeze(-1) / taus
         flatness = chunk.loss.relative_flatness(scaled, chunk.logit_rows, gram, chunk.target)
         parts.append(flatness / taus.square())

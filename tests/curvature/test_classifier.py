@@ -186,6 +186,24 @@ def test_chunks_change_nothing_and_sure_predictions_keep_their_digits(chunk_byte
         torch.testing.assert_close(getattr(found, name).double(), getattr(exact, name), rtol=1e-3, atol=1e-30)
 
 
+@pytest.mark.parametrize("scale", [1e-28, 1e18])
+def test_numbers_whose_squares_float32_cannot_hold(scale: float) -> None:
+    """Small inputs and large weights, or the reverse: the logits are the same."""
+    (x, y), weight = data(), torch.randn(3, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for features, rows in ((scale * x, weight / scale), (x, weight)):
+        model = nn.Sequential(nn.Linear(4, 3, bias=False))
+        model[0].weight = nn.Parameter(rows.float())
+        found = quantities(model, features.float(), y)
+        exact = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+        exact[0].weight = nn.Parameter(rows)
+        for name, reference in (
+            ("hessian_trace", oracle.hessian_trace),
+            ("relative_flatness", oracle.relative_flatness),
+        ):
+            expected = reference(exact, "0", features, y)
+            torch.testing.assert_close(getattr(found, name).double(), expected, rtol=1e-4, atol=0)
+
+
 class Applied(Tanh):
     """What else the weight may do."""
 

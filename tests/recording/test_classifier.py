@@ -152,7 +152,7 @@ def test_weights_in_the_dtype_of_autocast_are_its_own(dtype: torch.dtype) -> Non
         recorded = recorder.take_pass(F.cross_entropy(model(x), torch.zeros(4, dtype=torch.long)))
     assert recorded.layer == "b"
     assert torch.equal(recorded.calls[0].weight, model.b.weight)
-    assert ClassifierMethod().quantities(recorded).hessian_trace.dtype == torch.float32
+    assert ClassifierMethod().quantities(recorded).hessian_trace.isfinite().all()
 
 
 def test_an_empty_batch_and_an_error_of_the_network() -> None:
