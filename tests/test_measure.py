@@ -19,7 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_flatness import UnsupportedTailError, measure, oracle
 
 CASES = {case.name: case for case in SUPPORTED}
-SOME = [CASES[name] for name in ("relu", "silu without norm", "groups silu", "dense block", "global max", "conv3d")]
+SOME = [
+    *map(CASES.get, ("relu", "silu without norm", "groups silu", "dense block", "global max", "conv3d")),
+    *map(CASES.get, ("average and max", "average and cells silu", "dense block of two poolings")),
+]
 
 
 def logits_of(output: Any) -> Tensor:
