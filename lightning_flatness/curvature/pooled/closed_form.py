@@ -146,9 +146,8 @@ def relative_flatness(derivatives: PooledDerivatives) -> Float[Tensor, "n u"]:
 
 def _hessian_trace(derivatives: PooledDerivatives, squared_norm: Tensor, diagonal: Tensor) -> Tensor:
     trace = LF.hessian_trace(squared_norm, diagonal[:, derivatives.feature_index] * derivatives.is_fed)
-    if derivatives.head_curvature is not None:
-        bent = derivatives.head_curvature.diagonal(dim1=1, dim2=2)[:, derivatives.feature_index] * derivatives.is_fed
-        trace = trace + LF.hessian_trace(squared_norm, bent)
+    if (bent := derivatives.used_head_curvature) is not None:
+        trace = trace + LF.hessian_trace(squared_norm, bent.diagonal(dim1=1, dim2=2))
     if derivatives.second_derivative is None:
         return trace
     with full_precision(derivatives.logits.device):
@@ -172,9 +171,7 @@ def _chunk_flatness(derivatives: PooledDerivatives) -> _Flatness:
     if derivatives.second_derivative is not None:
         added = _activation_curvature(derivatives) * derivatives.kernel_gram.diagonal()
         flatness = flatness + _label_term(derivatives, scaled, added) / taus
-    if derivatives.head_curvature is not None:
-        index, fed = derivatives.feature_index, derivatives.is_fed
-        bent = derivatives.head_curvature[:, index][:, :, index] * fed * fed.unsqueeze(-1)
+    if (bent := derivatives.used_head_curvature) is not None:
         flatness = flatness + gram.contraction(bent).unsqueeze(1)
     return _Flatness(gram.squared_norms(), flatness[:, 0], flatness[:, 1:])
 

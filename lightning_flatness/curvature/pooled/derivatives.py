@@ -81,6 +81,14 @@ class PooledDerivatives:
         return self.head[..., self.feature_index] * self.is_fed
 
     @property
+    def used_head_curvature(self) -> Float[Tensor, "n k k"] | None:
+        """The curvature of the head in the order of the filters, as `used_head`; None for a piecewise linear head."""
+        if self.head_curvature is None:
+            return None
+        index, fed = self.feature_index, self.is_fed
+        return self.head_curvature[:, index][:, :, index] * fed * fed.unsqueeze(-1)
+
+    @property
     def is_linear(self) -> bool:
         """Whether the head is affine, and the same for all samples."""
         return self.head.dim() == 2 and self.head_curvature is None
