@@ -155,7 +155,7 @@ def spectrum(
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: the training loss, as for `measure`. None: cross-entropy, and the spectrum says that it is assumed.
         dense_size: rows of the largest matrix whose eigenvalues are all computed. Its memory grows with the square,
-            its time with the third power: 5000 rows take 200 MB and are decomposed in about 10 s on one core.
+            its time with the third power: 5000 rows take 200 MB and are decomposed in about 5 s on one core.
         leading: how many eigenvalues to compute of larger ones, the largest by absolute value.
 
     Returns:

@@ -21,6 +21,9 @@ class Rows:
         self.size = rows.shape[1]
         self.dual_size = len(rows) if has_dual else None
 
+    def __str__(self) -> str:
+        return f"{len(self.rows)} rows of {self.size}, {'with' if self.dual_size else 'without'} dual"
+
     def dual(self) -> tuple[Tensor, Tensor]:
         return self.rows @ self.rows.mT, self.signs
 
