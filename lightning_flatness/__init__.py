@@ -13,6 +13,7 @@ from lightning_flatness.recording.classifier import ClassifierRecorder
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule
+from lightning_flatness.spectrum import LayerSpectrum, spectrum
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,8 @@ __all__ = [  # noqa: RUF022  grouped by what they are for
     # Measure a model once.
     "measure",
     "FlatnessReport",
+    "spectrum",
+    "LayerSpectrum",
     # The parts behind both.
     "ForwardRecorder",
     "RecordedPass",
