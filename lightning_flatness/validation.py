@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -244,6 +244,9 @@ class MeasuredValidation:
                 )
             if logged:
                 return next(iter(logged.values()))
+            numbers = [v for v in (returned, *(v for _, v in self._logged.values)) if _is_number(v)]
+            if (bypassing := recorder.bypassing(numbers)) is not None:
+                return bypassing  # which is refused: it is the loss of another branch
         targets = (self._target or batch_targets)(batch)
         if is_empty(batch, targets):
             return None
@@ -280,6 +283,11 @@ class MeasuredValidation:
 def _rides(data: Any) -> bool:
     """Return whether the validation's own passes are measured."""
     return isinstance(data, str) and data == "val"
+
+
+def _is_number(value: Any) -> TypeGuard[Tensor]:
+    """Return whether a value is a tensor with one floating number."""
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
 
 
 def _batch_counts(trainer: Trainer) -> Sequence[float]:
