@@ -21,15 +21,16 @@ from lightning_flatness.losses import as_loss
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.reporting.logged import collision, forget, keys_of_others, log_values, mark_missing
+from lightning_flatness.reporting.loggers import log_layers
 from lightning_flatness.rules import Alert, AllOf, AnyOf, Rule
 from lightning_flatness.schedule import PARTIAL, Schedule, counts, notices
-from lightning_flatness.validation import MeasuredValidation, loader_count
+from lightning_flatness.validation import MeasuredValidation
 
 
 class FlatnessMonitor(Callback):
-    """Logs the exact Hessian trace and relative flatness of the last convolution in every validation.
+    """Logs the exact Hessian trace and relative flatness of the deepest convolution in every validation.
 
-    With `data="val"` it records validation's own forward passes from the last convolution on, and repeats only that
+    With `data="val"` it records validation's own forward passes from this convolution on, and repeats only that
     part. Training is not touched: with and without the monitor it is equal to the last bit.
 
     It logs `flatness/relative`, `flatness/trace`, `margin/mean` and the other keys of `docs/keys.md`; with several
@@ -42,7 +43,7 @@ class FlatnessMonitor(Callback):
     Several monitors in one Trainer need names of their own, `name=...`.
 
     Args:
-        layer: name of the monitored convolution; None: the last one that runs on a map larger than 1 x 1.
+        layer: name of the monitored convolution; None: the deepest that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
         data: `"val"`: validation's own batches; `"train"`: a fixed sample of the training set, in passes of the
             monitor's own; or an iterable of (inputs, targets) batches, in passes of its own.
@@ -122,6 +123,7 @@ class FlatnessMonitor(Callback):
         self._churn = PredictionChurn()
         self._values: dict[str, float] = {}  # of this validation, for the rules
         self._logged: set[str] = set()  # keys that this run has logged
+        self._layers: dict[str, str] = {}  # which layers it has named to the loggers
 
     @property
     def alerts(self) -> list[Alert]:
@@ -134,8 +136,7 @@ class FlatnessMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor of the same keys; begin anew if a training starts."""
-        self._failures.start_run()
-        self._stage, self._logged, self._churn = stage, set(), PredictionChurn()
+        self._stage, self._logged, self._layers, self._churn = stage, set(), {}, PredictionChurn()
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
             raise ValueError(
@@ -151,6 +152,7 @@ class FlatnessMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch; say what this training will not do."""
         self._runner.resume(trainer)
+        self._schedule.catch_up(trainer)
         _tools(self, pl_module)
         for sentence in notices(trainer, self._runner.rules, self.every_n_validations):
             self._failures.warn_once(f"{self._failures.label} {sentence}")
@@ -161,8 +163,7 @@ class FlatnessMonitor(Callback):
             _tools(self, pl_module)
         self._failures.failed, self._values = set(), {}
         forget(trainer, self._logged)
-        loaders = range(loader_count(trainer, self.data))
-        if self._schedule.is_due(trainer) and not all(map(self._failures.excludes, loaders)):
+        if self._schedule.is_due(trainer):
             self._validation = MeasuredValidation(
                 self._failures,
                 partial(_tools, self, pl_module),
@@ -211,6 +212,9 @@ class FlatnessMonitor(Callback):
         self.measured = validation.measured
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
+            layers = validation.layers(self._suffix)
+            log_layers(trainer, dict(layers.items() - self._layers.items()))
+            self._layers |= layers
         values: dict[str, Tensor] = {}
         with failures.contained():
             values = validation.values(loaders, self._suffix)

@@ -121,10 +121,12 @@ def measure(
     The model is evaluated in eval mode and left as it was: modes, gradients, hooks, buffers, random generators. What
     the forward pass changes elsewhere stays changed, such as a Python counter or a tensor that is not a buffer.
 
+    In a process group it measures the batches of this process, and exchanges nothing with the others.
+
     Args:
         model: any module; it is called with the inputs of each batch.
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
-        layer: name of the convolution; None: the last one that runs on a map larger than 1 x 1.
+        layer: name of the convolution; None: the deepest that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
         max_samples: stop after so many samples; None: all.
         per_sample: also keep the values of every sample.
@@ -161,7 +163,7 @@ def measure(
     refuse_programs(model)
     recorder, method = ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes)
     criterion = None if loss is None else as_loss(loss)
-    evaluation = Evaluation(device_of(model), method.name)
+    evaluation = Evaluation(device_of(model), method.name, is_shared=False)
     parts: list[SampleQuantities] = []
     with preserved_state(model):
         for quantities in measured_batches(recorder, method, model, batches, max_samples, target, criterion):

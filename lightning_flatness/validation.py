@@ -23,12 +23,13 @@ from lightning_flatness.data.passes import (
     transferred,
 )
 from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_limit
-from lightning_flatness.errors import NotRunError, UnsupportedTailError
+from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.keys import CHURN
 from lightning_flatness.losses import Loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.reporting.failures import Failures
+from lightning_flatness.reporting.loggers import LAYER
 
 
 def loader_count(trainer: Trainer, data: Any) -> int:
@@ -118,6 +119,7 @@ class MeasuredValidation:
         self._recorder: ForwardRecorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
         self.measured: str | None = None
+        self._layers: dict[int, str] = {}  # by loader
         self._assumed = ""
         self._churn, self._churned = churn or PredictionChurn(), dict[int, float]()
         self._churn.start()
@@ -156,22 +158,18 @@ class MeasuredValidation:
     def agree(self) -> list[int]:
         """Return the indices of the loaders that have values; every process has to call this.
 
-        A loader has values if it has samples and nothing failed in any process. It is given up if a process refuses it
-        and none has measured a sample of it.
+        A loader has values if it has samples and nothing failed in any process.
         """
         failures, loaders = self._failures, range(self._count)
         samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
-        failed = [not {None, index}.isdisjoint(failures.failed) for index in loaders]
-        refused = [not {None, index}.isdisjoint(failures.refused) for index in loaders]
+        failed = [failures.excludes(index) for index in loaders]
         changed = [None if self._trainer.sanity_checking else self._churn.changed(index) for index in loaders]
-        rows = [samples, failed, refused, [count or 0 for count in changed], [count is None for count in changed]]
+        rows = [samples, failed, [count or 0 for count in changed], [count is None for count in changed]]
         # On the device of the network: NCCL exchanges no others.
         table = torch.tensor(rows, dtype=torch.int64, device=self._module.device)
-        samples, failed, refused, counts, unknown = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
+        samples, failed, counts, unknown = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
         failures.failed |= {index for index in loaders if failed[index]}
-        failures.refused = {index for index in loaders if refused[index] and not samples[index]}
-        failures.measured |= {index for index in loaders if samples[index]}
-        valid = [index for index in loaders if samples[index] and not failed[index] and index not in failures.refused]
+        valid = [index for index in loaders if samples[index] and not failed[index]]
         self._churned = {index: counts[index] / samples[index] for index in valid if not unknown[index]}
         self._churn.finish([] if self._trainer.sanity_checking else valid)
         return valid
@@ -183,11 +181,17 @@ class MeasuredValidation:
             loaders: their indices.
             suffix: of the keys, before that of the loader.
         """
-        names = {index: f"/dataloader_idx_{index}" if self._count > 1 else "" for index in loaders}
         values = {index: self._evaluations[index].compute() for index in loaders}
         for index in self._churned:
             values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
-        return {f"{key}{suffix}{name}": value for index, name in names.items() for key, value in values[index].items()}
+        return {f"{key}{suffix}{self._ending(i)}": value for i in loaders for key, value in values[i].items()}
+
+    def layers(self, suffix: str) -> dict[str, str]:
+        """Return the names of the measured layers, by hyperparameter of a logger: one for each loader."""
+        return {f"{LAYER}{suffix}{self._ending(index)}": layer for index, layer in sorted(self._layers.items())}
+
+    def _ending(self, loader: int) -> str:
+        return f"/dataloader_idx_{loader}" if self._count > 1 else ""
 
     @property
     def is_part(self) -> bool:
@@ -215,14 +219,10 @@ class MeasuredValidation:
 
     def _measure(self, outputs: Any, batch: Any, loader: int, left: int | None) -> None:
         recorder = self._opened(loader)
-        has_run = recorder.has_run
-        try:
-            loss = self._loss_of(recorder, outputs, batch)
-            if loss is None:
-                return
-            recorded = recorder.take_pass(loss)
-        except UnsupportedTailError as error:
-            raise error if has_run else NotRunError(str(error)) from error
+        loss = self._loss_of(recorder, outputs, batch)
+        if loss is None:
+            return
+        recorded = recorder.take_pass(loss)
         self._add(self._method.quantities(recorded, slice(left)), loader)
         self._note_success(recorder, loader)
 
@@ -271,7 +271,7 @@ class MeasuredValidation:
                 self._note_success(recorder, 0)
 
     def _note_success(self, recorder: ForwardRecorder, loader: int) -> None:
-        self._failures.measured.add(loader)
+        self._layers[loader] = str(recorder.layer)
         self.measured = self.measured or f"`{recorder.layer}` up to the loss{self._assumed}"
 
     def _samples_left(self, loader: int) -> int | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import warnings
@@ -19,13 +20,13 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.logger_connector import result
-from lightning_runs import Classifier, given_batches, images, trainer
+from lightning_runs import Classifier, Network, given_batches, images, trainer
 from lightning_utilities.core import rank_zero
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 from wandb_files import records
 
-from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining, keys
+from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining, keys, measure
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -386,3 +387,31 @@ def test_alerts_of_forked_processes_are_in_their_checkpoints(tmp_path: Any) -> N
     assert [alert["epoch"] for alert in saved["alerts"]] == [0]
     monitor.load_state_dict(saved)
     assert [alert.epoch for alert in monitor.alerts] == [0]
+
+
+def measured_in_the_first(rank: int, folder: str) -> None:
+    """Two processes share a group, with collectives that must not be called."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a collective was called")
+
+    dist.barrier()
+    if rank == 0:
+        for name in ("all_reduce", "all_gather", "all_gather_object", "barrier", "broadcast", "gather"):
+            setattr(dist, name, refuse)
+        report = measure(Network().double(), DataLoader(images(10, 2), batch_size=4), loss="cross_entropy")
+        Path(folder, "report.json").write_text(json.dumps(report.to_dict()))
+
+
+def test_measure_is_for_the_process_that_calls_it(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=measured_in_the_first, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0]
+    alone = measure(Network().double(), DataLoader(images(10, 2), batch_size=4), loss="cross_entropy")
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(alone.to_dict()))

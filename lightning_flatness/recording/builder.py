@@ -148,7 +148,7 @@ class PassBuilder:
         if self.tracer is not None and self.layer != chosen:
             return Refusal(
                 f"The deepest convolution must be recorded from its first call on; `{chosen}` ran before "
-                f"`{self.layer}` for the first time, and deeper than that later. Name a convolution (`layer={chosen!r}`)."
+                f"`{self.layer}` for the first time, and deeper than that later. Name one (`layer={chosen!r}`)."
             )
         if self.tracer is not None:
             return None

@@ -119,11 +119,6 @@ class ForwardRecorder:
         return next((value for value in values if choice.watch.of(value)), None)
 
     @property
-    def has_run(self) -> bool:
-        """Whether a convolution that is recorded has run since the last pass, or tried to."""
-        return self._builder.tracer is not None or self._builder.failure is not None
-
-    @property
     def output(self) -> Any:
         """What the outermost recorded module returned in the first pass since the last call; None if none has run."""
         outputs = self._builder.outputs
