@@ -16,6 +16,7 @@ from lightning_flatness.data.batches import batch_targets, is_empty
 from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.passes import (
     ASSUMED,
+    SQUASHED,
     callable_module,
     computed_loss,
     measured_batches,
@@ -224,6 +225,8 @@ class MeasuredValidation:
             return
         recorded = recorder.take_pass(loss)
         self._add(self._method.quantities(recorded, slice(left)), loader)
+        if recorded.takes_probabilities:
+            self._failures.warn_once(f"{self._failures.label} {SQUASHED}")
         self._note_success(recorder, loader)
 
     def _add(self, quantities: SampleQuantities, loader: int) -> None:
