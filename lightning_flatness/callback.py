@@ -212,15 +212,15 @@ class FlatnessMonitor(Callback):
         self.measured = validation.measured
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
-            layers = validation.layers(self._suffix)
-            log_layers(trainer, dict(layers.items() - self._layers.items()))
-            self._layers |= layers
         values: dict[str, Tensor] = {}
         with failures.contained():
             values = validation.values(loaders, self._suffix)
             if broken := [key for key, value in values.items() if not value.isfinite()]:
                 failures.report(NonFiniteError(f"Values must be finite; these are not: {broken}."))
             log_values(trainer, pl_module, values)
+            layers = validation.layers(self._suffix)
+            log_layers(trainer, dict(layers.items() - self._layers.items()))
+            self._layers |= layers
         if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
             values = {}
         mark_missing(trainer, self._logged - set(values))
