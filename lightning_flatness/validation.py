@@ -185,14 +185,11 @@ class MeasuredValidation:
         values = {index: self._evaluations[index].compute() for index in loaders}
         for index in self._churned:
             values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
-        return {f"{key}{suffix}{self._ending(i)}": value for i in loaders for key, value in values[i].items()}
+        return {f"{key}{suffix}{_ending(i, self._count)}": value for i in loaders for key, value in values[i].items()}
 
     def layers(self, suffix: str) -> dict[str, str]:
         """Return the names of the measured layers, by hyperparameter of a logger: one for each loader."""
-        return {f"{LAYER}{suffix}{self._ending(index)}": layer for index, layer in sorted(self._layers.items())}
-
-    def _ending(self, loader: int) -> str:
-        return f"/dataloader_idx_{loader}" if self._count > 1 else ""
+        return {f"{LAYER}{suffix}{_ending(index, self._count)}": layer for index, layer in sorted(self._layers.items())}
 
     @property
     def is_part(self) -> bool:
@@ -286,6 +283,11 @@ class MeasuredValidation:
 def _rides(data: Any) -> bool:
     """Return whether the validation's own passes are measured."""
     return isinstance(data, str) and data == "val"
+
+
+def _ending(loader: int, count: int) -> str:
+    """Return how the names of a loader end, of so many."""
+    return f"/dataloader_idx_{loader}" if count > 1 else ""
 
 
 def _is_number(value: Any) -> TypeGuard[Tensor]:
