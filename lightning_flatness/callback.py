@@ -20,16 +20,17 @@ from lightning_flatness.keys import CHURN, keys_of
 from lightning_flatness.losses import as_loss
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.reporting.logged import collision, forget, keys_of_others, log_values, mark_missing
+from lightning_flatness.reporting.loggers import log_layers
 from lightning_flatness.rules import Alert, AllOf, AnyOf, Rule
 from lightning_flatness.schedule import PARTIAL, Schedule, counts, notices
-from lightning_flatness.validation import MeasuredValidation, loader_count
+from lightning_flatness.validation import MeasuredValidation
 
 
 class FlatnessMonitor(Callback):
     """Logs the exact Hessian trace and relative flatness of one layer in every validation.
 
-    The layer is the last convolution if that has an exact value, else the classifier. One line at the start of the run
-    says which, and why. The choice is made at the first batch, and kept for the run.
+    The layer is the deepest convolution if that has an exact value, else the classifier. One line at the start of the
+    run says which, and why. The choice is made at the first batch, and kept for the run.
 
     With `data="val"` it records validation's own forward passes from that layer on, and repeats only that part.
     Training is not touched: with and without the monitor it is equal to the last bit.
@@ -44,7 +45,7 @@ class FlatnessMonitor(Callback):
     Several monitors in one Trainer need names of their own, `name=...`.
 
     Args:
-        layer: name of the monitored convolution; None: the last one that runs on a map larger than 1 x 1.
+        layer: name of the monitored convolution; None: the deepest that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
         method: `"auto"`: the convolution if that is exact, else the classifier's own weight, see `select_method`; a
             convolution that `layer` names is not replaced. `"pooled"`: the convolution or nothing. `"classifier"`: the
@@ -131,6 +132,7 @@ class FlatnessMonitor(Callback):
         self._churn = PredictionChurn()
         self._values: dict[str, float] = {}  # of this validation, for the rules
         self._logged: set[str] = set()  # keys that this run has logged
+        self._layers: dict[str, str] = {}  # which layers it has named to the loggers
 
     @property
     def alerts(self) -> list[Alert]:
@@ -143,8 +145,7 @@ class FlatnessMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor of the same keys; begin anew if a training starts."""
-        self._failures.start_run()
-        self._stage, self._logged, self._choice, self._churn = stage, set(), None, PredictionChurn()
+        self._stage, self._logged, self._layers, self._choice, self._churn = stage, set(), {}, None, PredictionChurn()
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
             raise ValueError(
@@ -160,6 +161,7 @@ class FlatnessMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch; say what this training will not do."""
         self._runner.resume(trainer)
+        self._schedule.catch_up(trainer)
         _tools(self, pl_module)
         for sentence in notices(trainer, self._runner.rules, self.every_n_validations):
             self._failures.warn_once(f"{self._failures.label} {sentence}")
@@ -170,8 +172,7 @@ class FlatnessMonitor(Callback):
             _tools(self, pl_module)
         self._failures.failed, self._values = set(), {}
         forget(trainer, self._logged)
-        loaders = range(loader_count(trainer, self.data))
-        if self._schedule.is_due(trainer) and not all(map(self._failures.excludes, loaders)):
+        if self._schedule.is_due(trainer):
             self._validation = MeasuredValidation(
                 self._failures,
                 partial(_tools, self, pl_module),
@@ -233,6 +234,9 @@ class FlatnessMonitor(Callback):
             if broken := [key for key, value in values.items() if not value.isfinite()]:
                 failures.report(NonFiniteError(f"Values must be finite; these are not: {broken}."))
             log_values(trainer, pl_module, values)
+            layers = validation.layers(self._suffix)
+            log_layers(trainer, dict(layers.items() - self._layers.items()))
+            self._layers |= layers
         if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
             values = {}
         mark_missing(trainer, self._logged - set(values))

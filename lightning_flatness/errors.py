@@ -13,10 +13,6 @@ class NonFiniteError(ValueError):
     """A value that must be finite is not, so there is nothing to measure."""
 
 
-class NotRunError(ValueError):
-    """A batch did not run the network that is measured; other batches may."""
-
-
 class GraphError(RuntimeError):
     """Recorded operations cannot be repeated faithfully."""
 

@@ -124,10 +124,12 @@ def measure(
     The model is evaluated in eval mode and left as it was: modes, gradients, hooks, buffers, random generators. What
     the forward pass changes elsewhere stays changed, such as a Python counter or a tensor that is not a buffer.
 
+    In a process group it measures the batches of this process, and exchanges nothing with the others.
+
     Args:
         model: any module; it is called with the inputs of each batch.
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
-        layer: name of the convolution; None: the last one that runs on a map larger than 1 x 1.
+        layer: name of the convolution; None: the deepest that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
         method: `"auto"`: the convolution if that is exact, else the classifier's own weight, see `select_method`; a
             convolution that `layer` names is not replaced. `"pooled"`: the convolution or nothing. `"classifier"`: the
@@ -167,7 +169,7 @@ def measure(
     refuse_programs(model)
     recorder, measuring = method_for(model, method, layer, classifier, chunk_bytes)
     criterion = None if loss is None else as_loss(loss)
-    evaluation = Evaluation(device_of(model), measuring.name)
+    evaluation = Evaluation(device_of(model), measuring.name, is_shared=False)
     parts: list[SampleQuantities] = []
     with preserved_state(model):
         for quantities in measured_batches(recorder, measuring, model, batches, max_samples, target, criterion):

@@ -52,6 +52,17 @@ class Schedule:
         """Go on with a training of which so many validations were completed."""
         self.completed, self.is_resuming = completed, True
 
+    def catch_up(self, trainer: Trainer) -> None:
+        """Count the validation that Lightning leaves out where a training goes on.
+
+        A checkpoint that is saved at the end of a batch, before the validation that is due then, does not count it,
+        and Lightning goes on behind it.
+        """
+        # A private method and attribute, as seen in Lightning 2.6.6.
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if self.is_resuming and loop.restarted_on_train_batch_end and fetcher is not None:
+            self.completed += bool(loop._should_check_val_fx(fetcher))
+
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether the validation that starts is measured.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +16,7 @@ from lightning_flatness.data.batches import batch_targets, is_empty
 from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.passes import (
     ASSUMED,
+    SQUASHED,
     callable_module,
     computed_loss,
     measured_batches,
@@ -23,11 +24,12 @@ from lightning_flatness.data.passes import (
     transferred,
 )
 from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_limit
-from lightning_flatness.errors import NotRunError, UnsupportedTailError
+from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.keys import CHURN
 from lightning_flatness.losses import Loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.reporting.failures import Failures
+from lightning_flatness.reporting.loggers import LAYER
 
 
 def loader_count(trainer: Trainer, data: Any) -> int:
@@ -121,6 +123,7 @@ class MeasuredValidation:
         self._recorder: Recorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
         self.measured: str | None = None
+        self._layers: dict[int, str] = {}  # by loader
         self._assumed = ""
         self._churn, self._churned = churn or PredictionChurn(), dict[int, float]()
         self._churn.start()
@@ -159,29 +162,23 @@ class MeasuredValidation:
     def agree(self) -> list[int]:
         """Return the indices of the loaders that have values; every process has to call this.
 
-        A loader has values if it has samples and nothing failed in any process. It is given up if a process refuses it
-        and none has measured a sample of it. None has values if processes have chosen different methods.
+        A loader has values if it has samples and nothing failed in any process. None has values if processes have
+        chosen different methods.
         """
         failures, loaders = self._failures, range(self._count)
         samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
-        failed = [not {None, index}.isdisjoint(failures.failed) for index in loaders]
-        refused = [not {None, index}.isdisjoint(failures.refused) for index in loaders]
+        failed = [failures.excludes(index) for index in loaders]
         changed = [None if self._trainer.sanity_checking else self._churn.changed(index) for index in loaders]
         known, unknown = [count or 0 for count in changed], [count is None for count in changed]
         # On the device of the network: NCCL exchanges no others.
         chosen = [code := encoded_choice(self.choice, self._module), code**2, int(code > 0)]
-        numbers = [*samples, *failed, *refused, *known, *unknown, *chosen]
+        numbers = [*samples, *failed, *known, *unknown, *chosen]
         table = torch.tensor(numbers, dtype=torch.int64, device=self._module.device)
         sums = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
-        samples, failed, refused, counts, unknown = (
-            sums[row * self._count : (row + 1) * self._count] for row in range(5)
-        )
+        samples, failed, counts, unknown = (sums[row * self._count : (row + 1) * self._count] for row in range(4))
         has_one_choice = self._has_one_choice(*sums[-3:])
         failures.failed |= {index for index in loaders if failed[index]}
-        failures.refused = {index for index in loaders if refused[index] and not samples[index]}
-        failures.measured |= {index for index in loaders if samples[index]}
-        valid = [index for index in loaders if samples[index] and not failed[index] and index not in failures.refused]
-        valid = valid if has_one_choice else []
+        valid = [index for index in loaders if has_one_choice and samples[index] and not failed[index]]
         self._churned = {index: counts[index] / samples[index] for index in valid if not unknown[index]}
         self._churn.finish([] if self._trainer.sanity_checking else valid)
         return valid
@@ -193,11 +190,14 @@ class MeasuredValidation:
             loaders: their indices.
             suffix: of the keys, before that of the loader.
         """
-        names = {index: f"/dataloader_idx_{index}" if self._count > 1 else "" for index in loaders}
         values = {index: self._evaluations[index].compute() for index in loaders}
         for index in self._churned:
             values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
-        return {f"{key}{suffix}{name}": value for index, name in names.items() for key, value in values[index].items()}
+        return {f"{key}{suffix}{_ending(i, self._count)}": value for i in loaders for key, value in values[i].items()}
+
+    def layers(self, suffix: str) -> dict[str, str]:
+        """Return the names of the measured layers, by hyperparameter of a logger: one for each loader."""
+        return {f"{LAYER}{suffix}{_ending(index, self._count)}": layer for index, layer in sorted(self._layers.items())}
 
     def _has_one_choice(self, total: int, squares: int, choosers: int) -> bool:
         """Take the choice of the other processes if this one has none; return whether they have chosen alike.
@@ -243,15 +243,13 @@ class MeasuredValidation:
 
     def _measure(self, outputs: Any, batch: Any, loader: int, left: int | None) -> None:
         recorder = self._opened(loader)
-        has_run = recorder.has_run
-        try:
-            loss = self._loss_of(recorder, outputs, batch)
-            if loss is None:
-                return
-            recorded = recorder.take_pass(loss)
-        except UnsupportedTailError as error:
-            raise error if has_run else NotRunError(str(error).splitlines()[0]) from error
+        loss = self._loss_of(recorder, outputs, batch)
+        if loss is None:
+            return
+        recorded = recorder.take_pass(loss)
         self._add(cast(Any, self._method).quantities(recorded, slice(left)), loader)
+        if recorded.takes_probabilities:
+            self._failures.warn_once(f"{self._failures.label} {SQUASHED}")
         self._note_success(recorder, self._method, loader)
 
     def _add(self, quantities: SampleQuantities, loader: int) -> None:
@@ -272,6 +270,9 @@ class MeasuredValidation:
                 )
             if logged:
                 return next(iter(logged.values()))
+            numbers = [v for v in (returned, *(v for _, v in self._logged.values)) if _is_number(v)]
+            if (bypassing := recorder.bypassing(numbers)) is not None:
+                return bypassing  # which is refused: it is the loss of another branch
         targets = (self._target or batch_targets)(batch)
         if is_empty(batch, targets):
             return None
@@ -296,7 +297,7 @@ class MeasuredValidation:
                 self._note_success(recorder, method, 0)
 
     def _note_success(self, recorder: Recorder, method: Method, loader: int) -> None:
-        self._failures.measured.add(loader)
+        self._layers[loader] = str(recorder.layer)
         if isinstance(method, AutoMethod):
             self.choice = method.choice
         self.measured = self.measured or f"`{recorder.layer}` up to the loss{self._assumed}{_why(self.choice)}"
@@ -320,6 +321,16 @@ def _why(choice: Choice | None) -> str:
 def _rides(data: Any) -> bool:
     """Return whether the validation's own passes are measured."""
     return isinstance(data, str) and data == "val"
+
+
+def _ending(loader: int, count: int) -> str:
+    """Return how the names of a loader end, of so many."""
+    return f"/dataloader_idx_{loader}" if count > 1 else ""
+
+
+def _is_number(value: Any) -> TypeGuard[Tensor]:
+    """Return whether a value is a tensor with one floating number."""
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
 
 
 def _batch_counts(trainer: Trainer) -> Sequence[float]:

@@ -103,26 +103,29 @@ def inject(monkeypatch: pytest.MonkeyPatch, target: str, number: int, error: Bas
 
 
 # Where the monitor fails, in which call of it, after which steps the rules judge all the same, and its arguments.
-AFTER_THE_FIRST, BUT_FOR_THE_SECOND, ALL, NONE = [11, 17], [5, 17], [5, 11, 17], []
+AFTER_THE_FIRST, BUT_FOR_THE_SECOND, ALL = [11, 17], [5, 17], [5, 11, 17]
 OWN, CLASSIFIER = {"data": given_batches()}, {"method": "classifier"}
 FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "the sums": ("lightning_flatness.validation.Evaluation.__init__", 2, BUT_FOR_THE_SECOND, {}),
     "the recorder": ("lightning_flatness.recording.recorder.ForwardRecorder.__init__", 2, AFTER_THE_FIRST, {}),
     "the stance": ("lightning_flatness.recording.eager.EagerStance.enter", 1, AFTER_THE_FIRST, {}),
-    "the dispatcher": ("lightning_flatness.recording.dispatch.Dispatcher.attach", 1, NONE, {}),
+    "the dispatcher": ("lightning_flatness.recording.dispatch.Dispatcher.attach", 1, AFTER_THE_FIRST, {}),
     "the hooks": ("lightning_flatness.recording.recorder.ForwardRecorder._install", 1, AFTER_THE_FIRST, {}),
     "counting samples": ("lightning_flatness.validation.MeasuredValidation._samples_left", 3, AFTER_THE_FIRST, {}),
     "a batch's start": ("lightning_flatness.recording.recorder.ForwardRecorder.clear", 3, AFTER_THE_FIRST, {}),
-    "the convolution's hook": ("lightning_flatness.recording.weights.WeightCopies.of", 2, NONE, {}),
-    "before an operation": ("lightning_flatness.recording.dispatch.GraphTracer._before", 8, NONE, {}),
-    "after an operation": ("lightning_flatness.recording.graph.OperationGraph.add_node", 12, NONE, {}),
+    "the convolution's hook": ("lightning_flatness.recording.weights.WeightCopies.of", 2, AFTER_THE_FIRST, {}),
+    "before an operation": ("lightning_flatness.recording.dispatch.GraphTracer._before", 8, AFTER_THE_FIRST, {}),
+    "after an operation": ("lightning_flatness.recording.graph.OperationGraph.add_node", 12, AFTER_THE_FIRST, {}),
+    "the depth of a tensor": ("lightning_flatness.recording.depth.DepthWatch.of", 9, AFTER_THE_FIRST, {}),
+    "the choice of the layer": ("lightning_flatness.recording.depth.LayerChoice.add", 2, AFTER_THE_FIRST, {}),
+    "naming the layer": ("lightning_flatness.callback.log_layers", 1, AFTER_THE_FIRST, {}),
     "listening to the log": ("lightning_flatness.validation.LoggedValues.start", 2, AFTER_THE_FIRST, {}),
     "the loss": ("lightning_flatness.validation.MeasuredValidation._loss_of", 2, AFTER_THE_FIRST, {}),
     "the cuts": ("lightning_flatness.recording.graph.OperationGraph.cuts", 2, AFTER_THE_FIRST, {}),
     "the objective": ("lightning_flatness.curvature.pooled.method.ObjectiveReader.read", 2, AFTER_THE_FIRST, {}),
     "targets": ("lightning_flatness.data.passes.batch_targets", 2, AFTER_THE_FIRST, OWN),
     "the other hooks": ("lightning_flatness.recording.recorder.ForwardRecorder._install", 2, AFTER_THE_FIRST, {}),
-    "certificate": ("lightning_flatness.curvature.pooled.method.certify", 1, NONE, {}),
+    "certificate": ("lightning_flatness.curvature.pooled.method.certify", 1, AFTER_THE_FIRST, {}),
     "replay": ("lightning_flatness.curvature.pooled.method.features_at", 2, AFTER_THE_FIRST, {}),
     "derivatives": ("lightning_flatness.curvature.pooled.method.PooledDerivatives", 2, AFTER_THE_FIRST, {}),
     "a chunk": ("lightning_flatness.curvature.pooled.closed_form._chunk_flatness", 2, AFTER_THE_FIRST, {}),

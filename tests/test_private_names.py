@@ -80,6 +80,8 @@ OWNERS: dict[str, list[Callable[[], Any]]] = {
     "_save_checkpoint": [ModelCheckpoint],
     "_should_remove_checkpoint": [ModelCheckpoint],
     "_remove_checkpoint": [ModelCheckpoint],
+    "_should_check_val_fx": [lambda: trainer().fit_loop.epoch_loop],
+    "_data_fetcher": [lambda: trainer().fit_loop],
     "_sampler": [lambda: _DatasetSamplerWrapper(SequentialSampler(range(2)))],
 }
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import warnings
@@ -19,13 +20,13 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.logger_connector import result
-from lightning_runs import Classifier, given_batches, images, trainer
+from lightning_runs import Classifier, Network, given_batches, images, trainer
 from lightning_utilities.core import rank_zero
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 from wandb_files import records
 
-from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining, keys
+from lightning_flatness import FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining, keys, measure
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -199,7 +200,8 @@ def test_all_act_on_the_data_of_one(tmp_path: Any, log: Path, factor: float) -> 
     assert (alerts, step, lr) == (([], 6, 0.1) if factor == 1 else ([0, 1, 2], 3, 0.05))
     assert log.read_text().count("Flatness alert") == len(alerts)
     assert told.read_text() == "1\n" if alerts else not told.exists()
-    assert events.Tags()["tensors"] == (["alert/margin/min/text_summary"] if alerts else [])
+    shown = {"flatness/layer/text_summary", *["alert/margin/min/text_summary"] * bool(alerts)}
+    assert set(events.Tags()["tensors"]) == shown
     assert len(events.Tensors("alert/margin/min/text_summary") if alerts else []) == len(alerts)
 
 
@@ -419,3 +421,31 @@ def test_processes_that_choose_different_layers_have_no_values(tmp_path: Any) ->
         run.validate(Perceptron(lambda: rank() == 0), loader(), verbose=False)
     _, logged, _ = notes(2)
     assert not logged
+
+
+def measured_in_the_first(rank: int, folder: str) -> None:
+    """Two processes share a group, with collectives that must not be called."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a collective was called")
+
+    dist.barrier()
+    if rank == 0:
+        for name in ("all_reduce", "all_gather", "all_gather_object", "barrier", "broadcast", "gather"):
+            setattr(dist, name, refuse)
+        report = measure(Network().double(), DataLoader(images(10, 2), batch_size=4), loss="cross_entropy")
+        Path(folder, "report.json").write_text(json.dumps(report.to_dict()))
+
+
+def test_measure_is_for_the_process_that_calls_it(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=measured_in_the_first, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0]
+    alone = measure(Network().double(), DataLoader(images(10, 2), batch_size=4), loss="cross_entropy")
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(alone.to_dict()))

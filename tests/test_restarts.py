@@ -153,3 +153,23 @@ def test_a_validation_that_goes_on_in_its_middle_is_named_and_not_judged(tmp_pat
     assert sum("FlatnessMonitor" in str(warning.message) for warning in caught) == 1
     assert [alert.epoch for alert in unbroken.alerts] == [0, 1, 2, 3]
     assert [alert.epoch for alert in resumed.alerts] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("interval", [2, 6])
+def test_a_checkpoint_before_a_due_validation_keeps_the_turns(tmp_path: Any, every: int, interval: int) -> None:
+    """Lightning goes on behind the validation, so it must count."""
+    last = 18
+
+    def alerts(*callbacks: Any, checkpoint: str | None = None) -> list[int]:
+        monitor = FlatnessMonitor(every_n_validations=every, rules=[Rule(KEY, above=0.0)], strict=True)
+        flags: dict[str, Any] = {"max_epochs": 3, "enable_checkpointing": True, "val_check_interval": interval}
+        trainer(tmp_path, monitor, *callbacks, **flags).fit(Classifier(), ckpt_path=checkpoint)
+        return [alert.step for alert in monitor.alerts]
+
+    saved = saving(filename="{step}", every_n_train_steps=1, auto_insert_metric_name=False)
+    unbroken = alerts(saved)
+    assert unbroken == [step - 1 for step in range(interval, last + 1, interval * every)]
+    for step in (3, 6, 8, 12):
+        left_out = step - 1 if step % interval == 0 else None
+        assert alerts(checkpoint=f"{step}.ckpt") == [each for each in unbroken if each != left_out]

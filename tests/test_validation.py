@@ -137,8 +137,7 @@ class Skips(Classifier):
 
 
 HOW = ["nothing runs", "another network", "no classifier"]
-# A network that is refused before any has been measured is given up, so the first batch must run nothing.
-SKIPPED = [("nothing runs", (0, 0)), *((how, at) for how in HOW for at in [(1, 0), (2, 0), (2, 1)])]
+SKIPPED = [(how, at) for how in HOW for at in [(0, 0), (1, 0), (2, 0), (2, 1)]]
 
 
 @pytest.mark.parametrize(("how", "at"), SKIPPED, ids=str)
@@ -151,14 +150,66 @@ def test_a_skipped_batch_costs_one_validation(tmp_path: Any, how: str, at: tuple
     assert [alert.epoch for alert in monitor.alerts] == [epoch for epoch in range(4) if epoch + 1 != at[0]]
 
 
-def test_a_network_that_cannot_be_measured_is_given_up(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refused", [1, 3])
+def test_a_refused_network_is_tried_again_once_a_validation(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    """Another network may run then, as the classifier does after a phase of pretraining."""
     opened = []
     monkeypatch.setattr(
         MeasuredValidation,
         "_opened",
         lambda self, loader, original=MeasuredValidation._opened: (opened.append(loader), original(self, loader))[1],
     )
-    module = Classifier(lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]).square())
-    with pytest.warns(UserWarning, match="FlatnessMonitor did not measure"):
-        trainer(tmp_path, FlatnessMonitor(), max_epochs=3, num_sanity_val_steps=0).fit(module)
-    assert len(opened) == 2  # before and after the first batch of the first validation
+
+    def step(module: Classifier, batch: Any) -> torch.Tensor:
+        loss = F.cross_entropy(module(batch[0]), batch[1])
+        return loss.square() if module.current_epoch < refused else loss
+
+    module, run = Classifier(step), trainer(tmp_path, FlatnessMonitor(), max_epochs=4, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="FlatnessMonitor did not measure") as caught:
+        run.fit(module)
+    assert sum("FlatnessMonitor" in str(warning.message) for warning in caught) == 1
+    assert len(opened) == 2 * refused + 2 * 3 * (4 - refused)  # before and after each batch
+    assert_same(values_of(run), report_of(module, module.val_dataloader()))
+
+
+class WithTeacher(Classifier):
+    """A deeper network runs beside the one of the loss, which is logged, returned, or not handed over."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        convolutions = [part for n in (2, 3, 3) for part in (nn.Conv2d(n, 3, 3, padding=1), nn.ReLU())]
+        self.teacher = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).double()
+
+    def validation_step(self, batch: Any, index: int) -> Any:
+        phi, teacher = self(batch[0]), self.teacher(batch[0])
+        loss = F.cross_entropy(phi, batch[1])
+        if self.how == "logged":
+            self.log("val_loss", loss)
+        elif self.how == "accuracy":
+            self.log("accuracy", (phi.argmax(1) == batch[1]).double().mean())
+        return {"returned": loss, "both": loss + F.cross_entropy(teacher, batch[1])}.get(self.how)
+
+
+@pytest.mark.parametrize("how", ["logged", "returned", "accuracy"])
+def test_a_loss_of_another_branch_is_refused_and_the_layer_can_be_named(tmp_path: Any, how: str) -> None:
+    """And never that of the deeper network assumed."""
+    module, run = WithTeacher(how), trainer(tmp_path, FlatnessMonitor())
+    message = r"`teacher.4`; it does not depend on it.* these ran, the deepest first: \['net.conv2'"
+    with pytest.warns(UserWarning, match=message):
+        run.validate(module, module.val_dataloader(), verbose=False)
+    assert not [key for key in run.callback_metrics if "flatness" in key]
+    if how != "accuracy":
+        run = trainer(tmp_path, FlatnessMonitor(layer="net.conv2", strict=True))
+        run.validate(module, module.val_dataloader(), verbose=False)
+        report = report_of(module, module.val_dataloader(), layer="net.conv2")
+        assert values_of(run)["flatness/trace"] == pytest.approx(report["flatness/trace"], rel=1e-12)
+
+
+def test_a_loss_of_both_branches_is_measured_in_the_deeper_one(tmp_path: Any) -> None:
+    module, run = WithTeacher("both"), trainer(tmp_path, FlatnessMonitor(strict=True))
+    run.validate(module, module.val_dataloader(), verbose=False)
+    report = report_of(module.teacher, module.val_dataloader())
+    assert values_of(run)["flatness/trace"] == pytest.approx(report["flatness/trace"], rel=1e-12)

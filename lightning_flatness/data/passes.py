@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -25,6 +26,11 @@ from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import only_for
 
 _FEW = 4  # samples on which the record is verified
+SQUASHED = (
+    "measures a loss that takes logits and is given probabilities, the output of a softmax or sigmoid. The values are "
+    "those of this loss; let the network end in its logits if that was not meant."
+)
+"""Said once about such a network."""
 ASSUMED = "the loss is assumed to be the cross-entropy of the network's output with the targets of the batch"
 
 
@@ -65,8 +71,11 @@ def measured_batches(
             inputs, step = batch_inputs(batch), partial(_loss_of, model, loss)
             with torch.no_grad(), only_for(recorder):
                 value = step(recorder, inputs, targets)
-            quantities = method.quantities(cast(Any, recorder.take_pass(value)), slice(left))
+            recorded = recorder.take_pass(value)
+            quantities = method.quantities(cast(Any, recorded), slice(left))
             if not is_verified:
+                if recorded.takes_probabilities:
+                    rank_zero_warn(f"lightning-flatness {SQUASHED}", category=UserWarning)
                 _verify_on_few(recorder, step, inputs, targets)
                 is_verified = True
             yield quantities

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,21 +36,25 @@ from lightning_flatness.metrics.margin import MarginBound, MarginShare, MarginSt
 _LOGGED_CORRELATION = f"{MARGIN_CORRELATION}/margin_bound/correct"
 
 
-def _metrics() -> dict[str, SampleMetric]:
-    """Return new metrics by key; one with several values names them below its own key."""
+def _metrics(**options: Any) -> dict[str, SampleMetric]:
+    """Return new metrics by key; one with several values names them below its own key.
+
+    Args:
+        options: of torchmetrics.
+    """
     return {
-        RELATIVE: RelativeFlatness(),
-        TRACE: HessianTrace(),
-        SCALE_FREE: ScaleFreeFlatness(),
-        CONFIDENCE: Uncertainty(),
-        "flatness": FlatnessFactors(),
-        ACEHT: AffineHessianTrace(),
-        MARGIN_CORRELATION: FlatnessMarginCorrelation(quantities=["margin_bound"]),
-        MARGIN_SHARE: MarginShare(),
-        "margin": MarginStatistics(),
-        SOFTMAX_MARGIN: SoftmaxMargin(),
-        MARGIN_BOUND: MarginBound(),
-        SCALE_FREE_MARGIN: ScaleFreeMargin(),
+        RELATIVE: RelativeFlatness(**options),
+        TRACE: HessianTrace(**options),
+        SCALE_FREE: ScaleFreeFlatness(**options),
+        CONFIDENCE: Uncertainty(**options),
+        "flatness": FlatnessFactors(**options),
+        ACEHT: AffineHessianTrace(**options),
+        MARGIN_CORRELATION: FlatnessMarginCorrelation(quantities=["margin_bound"], **options),
+        MARGIN_SHARE: MarginShare(**options),
+        "margin": MarginStatistics(**options),
+        SOFTMAX_MARGIN: SoftmaxMargin(**options),
+        MARGIN_BOUND: MarginBound(**options),
+        SCALE_FREE_MARGIN: ScaleFreeMargin(**options),
     }
 
 
@@ -61,6 +67,7 @@ class Evaluation:
     Args:
         device: device of the model; the sums are kept on it, and processes exchange them over it.
         method: name of the method that gives the quantities, or "auto"; only the keys that it gives are evaluated.
+        is_shared: whether the samples of all processes count together; False: those of this process alone.
 
     Example:
         >>> evaluation = Evaluation(torch.device("cpu"))
@@ -70,13 +77,14 @@ class Evaluation:
         0
     """
 
-    def __init__(self, device: torch.device, method: str = "pooled") -> None:
+    def __init__(self, device: torch.device, method: str = "pooled", is_shared: bool = True) -> None:
         """Start with no samples."""
         device = torch.device("cpu") if device.type == "mps" else device
         self.samples = 0
         """Number of samples so far, of this process."""
         self._keys = keys_of(method)
-        self._metrics = {key: metric.to(device) for key, metric in _metrics().items() if self._asks_for(key)}
+        metrics = _metrics(sync_on_compute=is_shared)
+        self._metrics = {key: metric.to(device) for key, metric in metrics.items() if self._asks_for(key)}
 
     def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch."""
@@ -87,7 +95,7 @@ class Evaluation:
         self.samples += len(quantities)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the value of every key over all samples of all processes; every process has to call it.
+        """Return the value of every key over all samples; if these are shared, every process has to call it.
 
         `docs/keys.md` says what they mean.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ class RecordedPasses(NamedTuple):
 
     pooled: RecordedPass | Refusal
     classifier: RecordedPass | Refusal
+
+    @property
+    def takes_probabilities(self) -> bool:
+        """See `RecordedPass.takes_probabilities`."""
+        passes = (self.pooled, self.classifier)
+        return any(each.takes_probabilities for each in passes if not isinstance(each, Refusal))
 
 
 class BothRecorder:
@@ -94,10 +100,10 @@ class BothRecorder:
         """Return whether a tensor depends on one of the layers that are recorded from, and not only in steps."""
         return any(part.depends(tensor) for part in self.parts)
 
-    @property
-    def has_run(self) -> bool:
-        """Whether a layer that is recorded has run since the last pass, or tried to."""
-        return any(part.has_run for part in self.parts)
+    def bypassing(self, values: Iterable[Tensor]) -> Tensor | None:
+        """Return what the recorder of the convolution returns."""
+        values = list(values)
+        return next((found for part in self.parts if (found := part.bypassing(values)) is not None), None)
 
     @property
     def output(self) -> Any:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import Refusal
+from lightning_flatness.recording.depth import LayerChoice, has_several_positions
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
 from lightning_flatness.recording.layers import CONVOLUTIONS, program_kind
 from lightning_flatness.recording.operation import tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, LinearCall
 from lightning_flatness.recording.weights import WeightCopies
 
+_LISTED = 5  # so many other convolutions a message names
+
 
 class PassBuilder:
     """What has been recorded so far.
 
-    Of several convolutions the last one to run for the first time is followed: each one that runs starts the record
-    anew. The record goes on until the pass is taken, so that it holds the loss.
+    Of several convolutions the deepest is followed, see `LayerChoice`: one that runs for the first time and is deeper
+    than all before starts the record anew, others are passed over. The record goes on until the pass is taken, so that
+    it holds the loss.
 
     Args:
-        wanted: name of the convolution to follow; None: the last one, but for those whose output is a single position.
+        wanted: name of the convolution to follow; None: the deepest, but for those whose output is a single position.
         copies: of weights; None: new ones for each convolution.
+        names: of the modules, in the order of the model, which decides between equals.
 
     Attributes:
         tracer: of the operations; None as long as no convolution has run.
@@ -35,11 +41,13 @@ class PassBuilder:
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
         passed_over: name of the last convolution that was not followed as its output is a single position.
+        choice: between the convolutions that run; None: one is wanted.
     """
 
-    def __init__(self, wanted: str | None, copies: WeightCopies | None) -> None:
+    def __init__(self, wanted: str | None, copies: WeightCopies | None, names: Iterable[str] = ()) -> None:
         """Start with nothing."""
         self._wanted, self._keeps_copies = wanted, copies is not None
+        self.choice = LayerChoice(names) if wanted is None else None
         self.copies = copies or WeightCopies()
         self.tracer: GraphTracer | None = None
         self.layer: str | None = None
@@ -49,8 +57,9 @@ class PassBuilder:
         self.is_ignored = False
         self.failure: Exception | None = None
         self.passed_over: str | None = None
-        self._not_own: str | None = None  # name of a module that did not convolve with its own weight
         self._have_run: set[str] = set()
+        self._not_own: set[str] = set()  # names of modules that did not convolve with their own weight
+        self._has_convolved = False  # whether the module that runs did
         self._watch: ConvolutionWatch | None = None
 
     def before_convolution(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -62,7 +71,9 @@ class PassBuilder:
             except Exception as error:  # the user's forward pass must go on
                 self.fail(error)
 
-        self._watch, self._not_own = ConvolutionWatch(begin), name
+        if self.choice is not None:
+            dispatcher().attach(self.choice.watch)  # before the other: it knows the depth of an output first
+        self._watch, self._has_convolved = ConvolutionWatch(begin), False
         dispatcher().attach(self._watch)
         if self.tracer is not None and name == self.layer:
             self.tracer.is_convolving = True
@@ -72,6 +83,11 @@ class PassBuilder:
         self._end_watch()
         if self.tracer is not None:
             self.tracer.is_convolving = False
+        if not self._has_convolved:
+            self._not_own.add(name)
+            if self.choice is not None and any(map(has_several_positions, tensors(output))):
+                depth_of = self.choice.watch.of
+                self.choice.add(name, module, max(depth_of(output), depth_of(args) + 1))
 
     def after_linear(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -88,7 +104,8 @@ class PassBuilder:
 
     def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a module around the convolution returned."""
-        self.outputs.append((name, output))
+        if self.layer is not None and self.layer.startswith(f"{name}." if name else ""):
+            self.outputs.append((name, output))
 
     def fail(self, error: Exception) -> None:
         """Record no more, because of this error."""
@@ -99,6 +116,8 @@ class PassBuilder:
         """Record no more."""
         if self.tracer is not None:
             self.tracer.stop()
+        if self.choice is not None:
+            dispatcher().detach(self.choice.watch)
         self._end_watch()
 
     def _end_watch(self) -> None:
@@ -114,15 +133,18 @@ class PassBuilder:
             ValueError: if a batch was empty.
             OutOfMemoryError: if memory was short; that says nothing about the network.
         """
-        failure = self.failure or (self.tracer.graph.out_of_memory if self.tracer else None)
-        if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
-            raise failure
-        if failure is not None:
-            return Refusal(f"Recording the forward pass failed: {failure!r}", failure)
-        if self._not_own is not None:
+        if (failed := self._failed()) is not None:
+            return failed
+        chosen = self._wanted if self.choice is None else self.choice.deepest
+        if chosen in self._not_own:
             return Refusal(
-                f"`{self._not_own}` must convolve with its own `weight`; it does more than convolve with its `weight`. "
-                "Name another convolution (`layer=...`)."
+                f"`{chosen}` must convolve with its own `weight`; it does more than convolve with its `weight`. "
+                f"{self.remedy(chosen)}"
+            )
+        if self.tracer is not None and self.layer != chosen:
+            return Refusal(
+                f"The deepest convolution must be recorded from its first call on; `{chosen}` ran before "
+                f"`{self.layer}` for the first time, and deeper than that later. Name one (`layer={chosen!r}`)."
             )
         if self.tracer is not None:
             return None
@@ -133,18 +155,34 @@ class PassBuilder:
         # The same text for all batches of a run, so that it is one warning.
         return Refusal(f"A forward pass must run a convolution on a map larger than 1 x 1; none did. {remedy}")
 
+    def _failed(self) -> Refusal | None:
+        """Return the refusal of a record that an exception has ended; raise one that says nothing of the network."""
+        watched = self.choice.watch.failure if self.choice else None
+        failure = self.failure or watched or (self.tracer.graph.out_of_memory if self.tracer else None)
+        if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
+            raise failure
+        return None if failure is None else Refusal(f"Recording the forward pass failed: {failure!r}", failure)
+
+    def remedy(self, name: str | None) -> str:
+        """Return what to do if this convolution cannot be measured."""
+        others = [other for other in self.choice.ranking if other != name] if self.choice is not None else []
+        listed = f"; these ran, the deepest first: {others[:_LISTED]}" if others else ""
+        return f"Name another convolution (`layer=...`){listed}."
+
     def _begin(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor, arguments: dict[str, Any]) -> None:
         if self._watch is None or not _is_own_weight(module, arguments["weight"]):
             return
-        self._not_own = None
-        if self._wanted is None and output.shape[2:].numel() == 1:
+        self._has_convolved = True
+        if self._wanted is None and not has_several_positions(output):
             self.passed_over = name
             return
         if len(output) == 0:
             raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
         dispatcher().detach(self._watch)
-        if name not in self._have_run:
+        is_chosen = self.choice is None or self.choice.add(name, module, self.choice.watch.of(output))
+        if is_chosen and name not in self._have_run:
             self._start(name, module)
+        self._have_run.add(name)
         if name == self.layer and self.tracer is not None:
             graph = self.tracer.graph
             node, captured = graph.add_input(output)
@@ -157,7 +195,6 @@ class PassBuilder:
             self.tracer.stop()
         if not self._keeps_copies:
             self.copies = WeightCopies()
-        self._have_run.add(name)
         self.convolution_calls, self.linear_calls, self.outputs, self.passed_over = [], [], [], None
         self.tracer, self.layer = GraphTracer(), name
         self.tracer.is_convolving = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ from lightning_flatness.recording.graph import OperationGraph
 from lightning_flatness.recording.layers import CLASSIFIERS
 from lightning_flatness.recording.operation import named_arguments, tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
-from lightning_flatness.recording.recorder import ForwardRecorder, weight_is_shared
+from lightning_flatness.recording.recorder import ForwardRecorder, guarded, weight_is_shared
 from lightning_flatness.recording.weights import WeightCopies
 
 _KEPT = 4  # layers: what runs behind the classifier need not reach the loss
@@ -75,9 +75,10 @@ class ClassifierBuilder(PassBuilder):
     when the loss is known, so the last few that ran are followed, each with a record of its own.
     """
 
-    def __init__(self, wanted: str | None, copies: WeightCopies | None) -> None:
+    def __init__(self, wanted: str | None, copies: WeightCopies | None, names: Iterable[str] = ()) -> None:
         """Start with nothing."""
-        super().__init__(wanted, copies)
+        super().__init__(wanted, copies, names)
+        self.choice = None  # between convolutions
         self.candidates: list[_Candidate] = []
 
     def before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,8 +111,8 @@ class ClassifierBuilder(PassBuilder):
 
     def refusal(self, modules: dict[str, nn.Module]) -> Refusal | None:
         """Return why there is nothing to measure; None if there is."""
-        if self.failure is not None or self.tracer is not None:
-            return super().refusal(modules)
+        if (failed := self._failed()) is not None or self.tracer is not None:
+            return failed
         there = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         remedy = f"Name one that runs with `classifier=...`: {there}." if there else "The model has none."
         return Refusal(f"A forward pass must run a linear layer with its own weight; none did. {remedy}")
@@ -249,11 +250,11 @@ class ClassifierRecorder(ForwardRecorder):
         holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
         for name, module in self._modules.items():
             if name in linear:
-                before, after = (self._guarded(hook, name) for hook in ("before_layer", "after_layer"))
+                before, after = (guarded(self, hook, name) for hook in ("before_layer", "after_layer"))
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(after, always_call=True))
             if name in holders or (name == "" and name in linear):
-                self._handles.append(module.register_forward_hook(self._guarded("after_network", name)))
+                self._handles.append(module.register_forward_hook(guarded(self, "after_network", name)))
 
 
 def _reaches(candidate: _Candidate, tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lightning_flatness.errors import GraphError
 from lightning_flatness.recording.graph import OperationGraph, storage_of
-from lightning_flatness.recording.operation import Captured, Node, Operation, leaves, map_tree, named_arguments, tensors
-from lightning_flatness.recording.operators import Trait, traits
+from lightning_flatness.recording.operation import (
+    Captured,
+    Node,
+    Operation,
+    leaves,
+    map_tree,
+    named_arguments,
+    tensors,
+    written,
+)
+from lightning_flatness.recording.operators import CONVOLUTIONS, Trait, traits
 
 
 class GraphTracer:
@@ -87,8 +96,8 @@ class GraphTracer:
             graph.mark_incomplete(f"`{func}` reads memory of the tail through a tensor that was made outside it")
         if not self.is_convolving and any(storage_of(tensor) in self._forbidden for tensor in read):
             graph.mark_incomplete(f"`{func}` uses the weight of the convolution once more")
-        if func._schema.is_mutable:
-            self._preserve(func, args, kwargs)
+        for tensor in written(func, args, kwargs):  # copy captured values that it is about to overwrite
+            graph.captures.preserve(storage_of(tensor))
         return encoded
 
     def _encode(self, item: Any) -> Any:
@@ -100,22 +109,10 @@ class GraphTracer:
             self.graph.mark_incomplete("the tail reads its own memory through a tensor that was made outside it")
         return Captured(self.graph.captures.add(item))
 
-    def _preserve(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Copy captured values that `func` is about to overwrite."""
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = kwargs.get(argument.name, args[position] if position < len(args) else None)
-            for tensor in tensors(value):
-                self.graph.captures.preserve(storage_of(tensor))
-
     def _note_error(self, func: Any, error: Exception) -> None:
         self.graph.mark_incomplete(f"recording `{func}` failed: {error!r}")
         if isinstance(error, torch.OutOfMemoryError):
             self.graph.out_of_memory = error
-
-
-_CONVOLUTIONS = ("convolution", "conv1d", "conv2d", "conv3d")
 
 
 class ConvolutionWatch:
@@ -130,7 +127,7 @@ class ConvolutionWatch:
 
     def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Keep the arguments of a convolution."""
-        return (args, kwargs) if func.overloadpacket.__name__ in _CONVOLUTIONS else None
+        return (args, kwargs) if func.overloadpacket.__name__ in CONVOLUTIONS else None
 
     def after(self, func: Any, encoded: tuple[Any, Any] | None, result: Any) -> None:
         """Hand a convolution on."""
@@ -138,6 +135,16 @@ class ConvolutionWatch:
             named = named_arguments(func, *encoded)
             if not named.get("transposed"):
                 self._on_convolution(named.pop("input"), result, named)
+
+
+class Listener(Protocol):
+    """Is told of every operation: `after` gets what `before` returned. Neither may raise."""
+
+    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Look at an operation that is about to run."""
+
+    def after(self, func: Any, encoded: Any, result: Any) -> None:
+        """Look at what it returned."""
 
 
 def _looks_computed(number: Any) -> bool:
@@ -150,20 +157,21 @@ class Dispatcher(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tracers: list[GraphTracer | ConvolutionWatch] = []
+        self.tracers: list[Listener] = []
         self.is_paused = False
         self._retained = 0  # by how many the mode is kept on the stack while no tracer listens
         self._entered = False
 
-    def attach(self, tracer: GraphTracer | ConvolutionWatch) -> None:
-        """Let a tracer listen."""
+    def attach(self, tracer: Listener) -> None:
+        """Let a tracer listen, if it does not."""
         self.settle()
         if (other := _get_current_dispatch_mode()) not in (None, self):
             raise GraphError(f"another dispatch mode is active: {type(other).__name__}")
-        self.tracers.append(tracer)
+        if tracer not in self.tracers:
+            self.tracers.append(tracer)
         self._enter()
 
-    def detach(self, tracer: GraphTracer | ConvolutionWatch) -> None:
+    def detach(self, tracer: Listener) -> None:
         """Let a tracer listen no more."""
         if tracer in self.tracers:
             self.tracers.remove(tracer)

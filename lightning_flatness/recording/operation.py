@@ -133,6 +133,13 @@ def _normalized(args: tuple[Any, ...]) -> Tensor:
     return x * scale.reshape(shape) + shift.reshape(shape)
 
 
+def written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments of an operator that it changes in place."""
+    for position, argument in enumerate(function._schema.arguments if function._schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tensors(kwargs.get(argument.name, args[position] if position < len(args) else None))
+
+
 def map_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
     """Return nested lists, tuples and dictionaries with every leaf changed; lists become tuples."""
     if isinstance(tree, (list, tuple)):

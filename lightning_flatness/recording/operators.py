@@ -175,6 +175,12 @@ OPERATORS: dict[str, Trait] = {
 """Traits by the operator's plain name, without the underscore of its in-place variant."""
 
 
+CONVOLUTIONS = frozenset({"convolution", "conv1d", "conv2d", "conv3d"})
+"""Names of the operators that convolve; `convolution` may be transposed."""
+TRANSPOSED_CONVOLUTIONS = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+"""Names that transposed convolutions have in inference mode."""
+
+
 def traits(name: str) -> Trait:
     """Return the traits of an operator; none for one that is not in the table.
 

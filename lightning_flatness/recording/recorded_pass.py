@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from lightning_flatness.precision import upcast
 from lightning_flatness.recording.graph import Cut, OperationGraph
 from lightning_flatness.recording.operation import Captured, Node, map_tree
+from lightning_flatness.recording.operators import Trait
+
+_SQUASHING = ("softmax", "_softmax", "sigmoid")
+_RESHAPING = ("view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "to", "_to_copy", "alias", "detach")
+_TAKE_LOGITS = ("binary_cross_entropy_with_logits",)
 
 
 class LinearCall(NamedTuple):
@@ -104,6 +109,21 @@ class RecordedPass:
         return (
             f"`{self.passed_over}` runs later, on a single position: name it (`layer={self.passed_over!r}`) or another."
         )
+
+    @property
+    def takes_probabilities(self) -> bool:
+        """Whether a loss that takes logits is given the output of a softmax or sigmoid, as it is or reshaped."""
+        operations = [self.graph.operations[number] for number in sorted(self.ancestry)]
+        squashed: set[int] = set()  # nodes
+        for operation in operations:
+            first = operation.args[0] if operation.args else None
+            if not isinstance(first, Node):
+                continue
+            if first.index in squashed and (operation.name in _TAKE_LOGITS or Trait.LOG_SOFTMAX in operation.traits):
+                return True
+            if operation.name in _SQUASHING or (first.index in squashed and operation.name in _RESHAPING):
+                squashed.update(operation.results)
+        return False
 
     def points(self) -> dict[int, Tensor]:
         """Return the recorded output of each call of the convolution by its node, ready to be differentiated by."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -41,13 +41,13 @@ def only_for(recorder: object) -> Iterator[None]:
 class ForwardRecorder:
     """Records the forward passes of a model, without touching them.
 
-    While entered, everything that depends on the output of the last convolution is recorded, until `take_pass` yields
-    the record as a value; the loss is to be computed before that. The pass itself runs as it would without the
+    While entered, everything that depends on the output of the deepest convolution is recorded, until `take_pass`
+    yields the record as a value; the loss is to be computed before that. The pass itself runs as it would without the
     recorder: no gradient is switched on in it and nothing in it is replaced.
 
     Args:
         model: any module whose forward pass will run.
-        layer: name of the convolution to record from; None: the last one that runs on a map larger than 1 x 1.
+        layer: name of the convolution to record from; None: the deepest that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
 
     Raises:
@@ -74,7 +74,7 @@ class ForwardRecorder:
         self._undo = ExitStack()  # what entering did
         self._handles: list[Any] = []
         self._copies: WeightCopies | None = None  # of the modules that matter
-        self._builder = self._builder_type(layer, None)
+        self._builder = self._builder_type(layer, None, self._modules)
 
     def __enter__(self) -> ForwardRecorder:
         """Install the hooks."""
@@ -97,7 +97,7 @@ class ForwardRecorder:
     def clear(self) -> None:
         """Forget what was recorded."""
         self._builder.stop()
-        self._builder = self._builder_type(self.layer, self._copies)
+        self._builder = self._builder_type(self.layer, self._copies, self._modules)
 
     def ignore_passes(self) -> None:
         """Let forward passes go unrecorded until the next `clear`."""
@@ -110,10 +110,15 @@ class ForwardRecorder:
         node = None if tracer is None else tracer.graph.node(tensor)
         return node is not None and tracer is not None and tracer.graph.is_moved(node)
 
-    @property
-    def has_run(self) -> bool:
-        """Whether a convolution that is recorded has run since the last pass, or tried to."""
-        return self._builder.tracer is not None or self._builder.failure is not None
+    def bypassing(self, values: Iterable[Tensor]) -> Tensor | None:
+        """Return a number that is computed from convolutions of this pass, if none is from the recorded one.
+
+        That is known as long as the convolution is neither named nor settled.
+        """
+        choice, tracer, values = self._builder.choice, self._builder.tracer, list(values)
+        if choice is None or tracer is None or any(tracer.graph.node(value) is not None for value in values):
+            return None
+        return next((value for value in values if choice.watch.of(value)), None)
 
     @property
     def output(self) -> Any:
@@ -167,8 +172,7 @@ class ForwardRecorder:
             reason = graph.incomplete_because(len(graph.operations) + 1)
             return Refusal(
                 f"The loss must be one number that depends on the output of `{layer}`; it {what}"
-                f"{f' ({reason})' if reason else ''}. Return it from the step, or name another convolution "
-                "(`layer=...`)."
+                f"{f' ({reason})' if reason else ''}. Return it from the step. {builder.remedy(layer)}"
             )
         names = {call.name for call in linear}
         if not self._settled and self.classifier not in {None, *names}:
@@ -213,28 +217,29 @@ class ForwardRecorder:
         holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
         for name, module in self._modules.items():
             if name in convolutions:
-                before, after = (self._guarded(hook, name) for hook in ("before_convolution", "after_convolution"))
+                before, after = (guarded(self, hook, name) for hook in ("before_convolution", "after_convolution"))
                 self._handles.append(module.register_forward_pre_hook(before))
                 self._handles.append(module.register_forward_hook(after, always_call=True))
             if isinstance(module, CLASSIFIERS) and (not self._settled or name in self._linear):
-                hook = self._guarded("after_linear", name)
+                hook = guarded(self, "after_linear", name)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             if name in holders:
-                self._handles.append(module.register_forward_hook(self._guarded("after_network", name)))
+                self._handles.append(module.register_forward_hook(guarded(self, "after_network", name)))
 
-    def _guarded(self, hook: str, name: str) -> Callable[..., None]:
-        """Return a hook in which nothing can stop the user's forward pass."""
 
-        def run(module: nn.Module, *arguments: Any) -> None:
-            builder = self._builder
-            if builder.failure is None and not builder.is_ignored and _is_heard(self):
-                try:
-                    with not_recorded():
-                        getattr(builder, hook)(name, module, *arguments)
-                except Exception as error:
-                    builder.fail(error)
+def guarded(recorder: ForwardRecorder, hook: str, name: str) -> Callable[..., None]:
+    """Return a hook in which nothing can stop the user's forward pass."""
 
-        return run
+    def run(module: nn.Module, *arguments: Any) -> None:
+        builder = recorder._builder
+        if builder.failure is None and not builder.is_ignored and _is_heard(recorder):
+            try:
+                with not_recorded():
+                    getattr(builder, hook)(name, module, *arguments)
+            except Exception as error:
+                builder.fail(error)
+
+    return run
 
 
 def _is_heard(recorder: object) -> bool:

@@ -9,15 +9,12 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_flatness.errors import UnsupportedTailError
-
 
 class Failures:
     """The failures of one monitor, and what it has said about them.
 
-    A failure belongs to one validation loader, or to all of them (None), and to one validation. Only a loader whose
-    network turns out to be one that cannot be measured is given up for the rest of the run, and only if nothing of it
-    has been measured before: a network that has been measured can be.
+    A failure belongs to one validation loader, or to all of them (None), and to one validation. A network that cannot
+    be measured is tried again with the first batch of the next one: then it may be another network that runs.
 
     Args:
         strict: raise each failure instead of warning.
@@ -25,26 +22,18 @@ class Failures:
 
     Attributes:
         failed: the loaders of which something failed in this validation.
-        refused: the loaders that are given up.
-        measured: the loaders of which something has been measured in this run.
         label: what messages call the monitor.
     """
 
     def __init__(self, strict: bool, name: str = "") -> None:
         self.strict = strict
         self.failed: set[int | None] = set()
-        self.refused: set[int | None] = set()
-        self.measured: set[int | None] = set()
         self.label = f"FlatnessMonitor `{name}`" if name else "FlatnessMonitor"
         self._reported: set[str] = set()
 
     def excludes(self, loader: int) -> bool:
-        """Return whether a loader is not measured any more: in this validation, or at all."""
-        return not {None, loader}.isdisjoint(self.failed | self.refused)
-
-    def start_run(self) -> None:
-        """Forget what an earlier run found out about a model."""
-        self.failed, self.refused, self.measured = set(), set(), set()
+        """Return whether a loader is not measured any more in this validation."""
+        return not {None, loader}.isdisjoint(self.failed)
 
     @contextmanager
     def contained(
@@ -65,16 +54,14 @@ class Failures:
         except Exception as error:
             self.failed.add(loader)
             close()
-            self.report(error, loader, what)
+            self.report(error, what)
 
-    def report(self, error: Exception, loader: int | None = None, what: str = "measure") -> None:
-        """Warn about a failure, once for each message; raise it if `strict`."""
+    def report(self, error: Exception, what: str = "measure") -> None:
+        """Warn about a failure, once for each first line of a message; raise it if `strict`."""
         if self.strict:
             raise error
-        if isinstance(error, UnsupportedTailError) and loader not in self.measured:
-            self.refused.add(loader)
         # The message of this error says how much memory is left, which differs every time.
-        kind = type(error).__name__ if isinstance(error, torch.OutOfMemoryError) else str(error)
+        kind = type(error).__name__ if isinstance(error, torch.OutOfMemoryError) else str(error).split("\n")[0]
         if kind not in self._reported:
             self._reported.add(kind)
             # On the process where it happened: the first one may know nothing of it.

@@ -1,14 +1,18 @@
-"""Shows alerts in TensorBoard and Weights & Biases; the only file that knows their interfaces."""
+"""Shows alerts and the measured layers in loggers; the only file that knows their interfaces."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_flatness.rules.alert import Alert
 
+LAYER = "flatness/layer"
+"""Hyperparameter that names the measured layer."""
 _TITLE_LENGTH = 63  # W&B asks for less than 64 characters
 
 
@@ -46,6 +50,34 @@ class LoggerAlerts:
                     rank_zero_warn(f"{name} could not show an alert: {error!r}.", category=UserWarning)
 
 
+def log_layers(trainer: Trainer, layers: dict[str, str]) -> None:
+    """Add the names of the measured layers to the hyperparameters of every logger; in TensorBoard, as texts too.
+
+    Only the first process writes. A logger that fails causes one warning, and the training goes on.
+
+    Args:
+        trainer: the Trainer whose loggers are used.
+        layers: names of layers by hyperparameter, such as `flatness/layer`.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero and layers else ():
+        try:
+            if isinstance(getattr(logger, "NAME_HPARAMS_FILE", None), str):
+                _log_to_tensorboard(logger, layers, log_step(trainer))
+            else:
+                logger.log_hyperparams(layers)
+        except Exception as error:
+            message = f"{type(logger).__name__} could not log which layer is measured: {error!r}."
+            rank_zero_warn(message, category=UserWarning)
+
+
+def _log_to_tensorboard(logger: Any, layers: dict[str, str], step: int) -> None:
+    logger.log_hyperparams(layers, {})  # without a metric: it would write a value of `hp_metric`
+    # Lightning writes this file when a training starts, and not again.
+    save_hparams_to_yaml(str(Path(logger.log_dir, logger.NAME_HPARAMS_FILE)), logger.hparams)
+    for name, layer in layers.items():
+        logger.experiment.add_text(name, layer, step)
+
+
 def log_step(trainer: Trainer) -> int:
     """Return the step at which Lightning writes what is logged now.
 
@@ -58,10 +90,14 @@ def log_step(trainer: Trainer) -> int:
 
 
 def _show(experiment: Any, alert: Alert, text: str, step: int) -> None:
-    if hasattr(experiment, "add_text") and hasattr(experiment, "add_scalar"):
+    if _is_tensorboard(experiment):
         experiment.add_text(f"alert/{alert.key}", text, step)
         experiment.add_scalar(f"alert/{alert.key}", alert.value, step)
     elif hasattr(experiment, "alert") and hasattr(experiment, "define_metric"):
         # W&B drops an alert whose title it has seen within `wait_duration` seconds; 0 means a minute.
         title = f"{alert.key} at step {alert.step}"[:_TITLE_LENGTH]
         experiment.alert(title=title, text=text, level="WARN", wait_duration=1)
+
+
+def _is_tensorboard(experiment: Any) -> bool:
+    return hasattr(experiment, "add_text") and hasattr(experiment, "add_scalar")

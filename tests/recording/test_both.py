@@ -25,7 +25,7 @@ X, Y = torch.randn(5, 1, 4, 4), torch.arange(5) % 3
 def test_both_records_are_those_of_recorders_of_their_own() -> None:
     model = network()
     with BothRecorder(model) as recorder, torch.no_grad():
-        assert not recorder.has_run
+        assert recorder.output is None
         loss = F.cross_entropy(model(X), Y)
         assert recorder.has_run
         assert [recorder.depends(tensor) for tensor in (loss, X)] == [True, False]
@@ -55,14 +55,14 @@ def test_the_passes_of_others_are_not_recorded() -> None:
     with BothRecorder(model) as recorder, torch.no_grad():
         with only_for(model):
             model(X)
-        assert not recorder.has_run
+        assert recorder.output is None
         with only_for(recorder):
             model(X)
         assert recorder.has_run
         recorder.clear()
         recorder.ignore_passes()
         model(X)
-        assert not recorder.has_run
+        assert recorder.output is None
 
 
 def test_one_record_is_enough_and_without_any_both_reasons_are_given() -> None:

@@ -1,4 +1,4 @@
-"""The record of one pass: the last convolution to run first is followed from its operation's own output on."""
+"""The record of one pass: the deepest convolution is followed from its operation's own output on."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ FIRST, SECOND, HEAD = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 1), nn.Line
 
 
 @contextlib.contextmanager
-def within(builder: PassBuilder, name: str, module: nn.Module) -> Iterator[None]:
-    """The call of a module, as its hooks see it."""
+def within(builder: PassBuilder, name: str, module: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
+    """The call of a module, as its hooks see it; what it returned is put into the list."""
+    returned: list[Tensor] = []
     with not_recorded():
-        builder.before_convolution(name, module, ())
-    yield
+        builder.before_convolution(name, module, (x,))
+    yield returned
     with not_recorded():
-        builder.after_convolution(name, module, (), None)
+        builder.after_convolution(name, module, (x,), *returned)
 
 
 def convolved(builder: PassBuilder, name: str, module: nn.Module, x: Tensor) -> Tensor:
-    with within(builder, name, module):
-        return module(x)
+    with within(builder, name, module, x) as returned:
+        returned.append(module(x))
+    return returned[0]
 
 
 def names(builder: PassBuilder) -> list[str]:
@@ -43,13 +45,16 @@ def without_gradients() -> Iterator[None]:
     assert _get_current_dispatch_mode() is None
 
 
-def test_each_convolution_that_runs_first_starts_anew() -> None:
+def test_a_deeper_convolution_starts_anew_and_others_are_passed_over() -> None:
     builder, x = PassBuilder(None, None), torch.randn(5, 2, 4, 4)
     y = convolved(builder, "first", FIRST, x).relu()
-    convolved(builder, "second", SECOND, y)
+    z = convolved(builder, "second", SECOND, y)
     convolved(builder, "first", FIRST, x)
+    convolved(builder, "other", nn.Conv2d(2, 9, 3), x)
+    z.relu()
     builder.stop()
-    assert builder.layer == "second"
+    assert (builder.layer, builder.choice.ranking) == ("second", ["second", "other", "first"])
+    assert names(builder) == ["relu"]
     (call,) = builder.convolution_calls
     assert torch.equal(call.weight, SECOND.weight.flatten(1))
     assert torch.equal(builder.tracer.graph.captures.peek(call.inputs), y)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from networks import Net, applied_twice, conv2d
 from recorded import pooled, recorded
 from torch import nn
 
+from lightning_flatness import ForwardRecorder
 from lightning_flatness.curvature.pooled.certificate import features_at, signature_of
 from lightning_flatness.errors import GraphError, UnsupportedTailError
 
@@ -104,3 +107,33 @@ def test_a_flattened_map_has_its_logits_for_pooled_features() -> None:
     model, (x, y) = FLATTENED.model().eval(), CASES["relu"].data()
     one_pass = recorded(model, x, y, lambda phi, y: F.cross_entropy(phi.flatten(1), y))
     assert tuple(one_pass.graph.tensor_of(pooled(one_pass).node).shape) == (5, 3, 1, 1)
+
+
+def binary(phi: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy_with_logits(phi.flatten(1), F.one_hot(y, 3).double())
+
+
+# What the network returns, the loss, and whether that is given probabilities for logits.
+ENDS: dict[str, tuple[Any, Any, bool]] = {
+    "logits": (lambda phi, p: phi, F.cross_entropy, False),
+    "softmax": (lambda phi, p: phi.softmax(1), F.cross_entropy, True),
+    "softmax, reshaped": (
+        *(lambda phi, p: phi.softmax(1)[:, None].float(), lambda phi, y: F.cross_entropy(phi.flatten(1), y)),
+        True,
+    ),
+    "sigmoid": (lambda phi, p: phi.sigmoid(), binary, True),
+    "logits, binary": (lambda phi, p: phi, binary, False),
+    "logarithm of a softmax": (lambda phi, p: phi.softmax(1).log(), F.nll_loss, False),
+    "log-softmax": (lambda phi, p: phi.log_softmax(1), F.cross_entropy, False),
+    "a gate": (lambda phi, p: phi * phi.sigmoid(), F.cross_entropy, False),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("end", ENDS)
+def test_it_knows_whether_a_loss_of_logits_takes_probabilities(end: str, mode: Any) -> None:
+    output, loss, expected = ENDS[end]
+    case = Case("end", lambda: Net(output=output))
+    model, (x, y) = case.model().eval(), case.data()
+    with ForwardRecorder(model) as recorder, mode():
+        assert recorder.take_pass(loss(model(x), y)).takes_probabilities is expected

@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 
-from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.reporting.failures import Failures
 
 
@@ -24,18 +23,12 @@ def test_each_message_is_one_warning() -> None:
     failures = Failures(strict=False)
     said = messages(failures, ValueError("a"), ValueError("a"), ValueError("b"))
     assert said == ["FlatnessMonitor did not measure: a", "FlatnessMonitor did not measure: b"]
-    assert (bool(failures.failed), None in failures.refused) == (True, False)
+    assert failures.failed == {None}
 
 
 def test_lack_of_memory_is_one_warning_whatever_is_left() -> None:
     errors = [torch.OutOfMemoryError(f"{size} MiB are free") for size in (1, 2)]
     assert messages(Failures(strict=False), *errors) == ["FlatnessMonitor did not measure: 1 MiB are free"]
-
-
-def test_a_refused_network_stays_refused() -> None:
-    failures = Failures(strict=False)
-    messages(failures, UnsupportedTailError("no"), ValueError("a"))
-    assert None in failures.refused
 
 
 def test_a_failure_belongs_to_a_loader_and_to_a_validation() -> None:
@@ -48,18 +41,6 @@ def test_a_failure_belongs_to_a_loader_and_to_a_validation() -> None:
     with pytest.warns(UserWarning, match="of all"), failures.contained():
         raise ValueError("of all")
     assert all(failures.excludes(loader) for loader in range(3))
-
-
-@pytest.mark.parametrize("measured", [True, False])
-def test_a_loader_that_has_been_measured_is_not_given_up(measured: bool) -> None:
-    failures = Failures(strict=False)
-    failures.measured = {0} if measured else {1}
-    with pytest.warns(UserWarning, match="no"), failures.contained(loader=0):
-        raise UnsupportedTailError("no")
-    failures.failed = set()
-    assert failures.excludes(0) != measured
-    failures.start_run()
-    assert not failures.excludes(0)
 
 
 def test_messages_name_the_monitor_and_what_was_not_done() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader
 from wandb_files import records
 
-from lightning_flatness.reporting.loggers import LoggerAlerts, log_step
+from lightning_flatness.reporting.loggers import LAYER, LoggerAlerts, log_layers, log_step
 from lightning_flatness.rules.alert import Alert
 
 KEY, REASON, DONE = "flatness/relative", "flatness/relative rose from 1 to 2.3 since step 4.", "Training stops."
@@ -155,3 +156,61 @@ def test_a_failing_logger_is_one_warning_and_the_others_go_on() -> None:
     with pytest.warns(UserWarning, match="could not show"):
         LoggerAlerts().show(trainer_of(FullDisk(".").experiment, board), ALERT)
     assert len(board.calls) == 2
+
+
+class NameLayers(Callback):
+    """Names the layers of two epochs; that of the second has changed."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_layers(trainer, {} if trainer.sanity_checking else {LAYER: f"conv{trainer.current_epoch}"})
+
+
+def named(*loggers: Logger, hyperparameters: bool = False) -> Trainer:
+    module = Line()
+    if hyperparameters:
+        module.save_hyperparameters({"width": 1})
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=list(loggers),
+        callbacks=[NameLayers()],
+        enable_checkpointing=False,
+        **options,
+    )
+    trainer.fit(module)
+    return trainer
+
+
+@pytest.mark.parametrize("hyperparameters", [True, False])
+def test_layers_are_hyperparameters(hyperparameters: bool) -> None:
+    """The user's own stay, and no curve is drawn that was not there."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = named(TensorBoardLogger("."), CSVLogger("."), hyperparameters=hyperparameters)
+    own = {"width": 1} if hyperparameters else {}
+    for logger in trainer.loggers:
+        assert load_hparams_from_yaml(str(Path(logger.log_dir, "hparams.yaml"))) == own | {LAYER: "conv1"}
+    events = event_accumulator.EventAccumulator(trainer.loggers[0].log_dir).Reload()
+    assert ("hp_metric" in events.Tags()["scalars"]) == hyperparameters
+    texts = events.Tensors(f"{LAYER}/text_summary")
+    assert [(each.step, each.tensor_proto.string_val) for each in texts] == [(3, [b"conv0"]), (7, [b"conv1"])]
+
+
+def test_layers_are_in_the_configuration_of_a_wandb_run() -> None:
+    config: dict[str, Any] = {}
+    logger = SimpleNamespace(experiment=Experiment("alert", "define_metric"), log_hyperparams=config.update)
+    trainer = trainer_of()
+    trainer.loggers = [logger]
+    log_layers(trainer, {LAYER: "conv"})
+    trainer.is_global_zero = False
+    log_layers(trainer, {LAYER: "another"})
+    assert config == {LAYER: "conv"}
+
+
+def test_a_logger_that_takes_no_hyperparameters_is_one_warning() -> None:
+    config: dict[str, Any] = {}
+    trainer = trainer_of()
+    trainer.loggers = [SimpleNamespace(experiment=None), SimpleNamespace(log_hyperparams=config.update)]
+    with pytest.warns(UserWarning, match="could not log which layer is measured: AttributeError"):
+        log_layers(trainer, {LAYER: "conv"})
+    assert config == {LAYER: "conv"}
