@@ -22,7 +22,9 @@ from lightning_flatness.data.passes import (
     preserved_state,
     transferred,
 )
+from lightning_flatness.data.repetition import verify_call
 from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_limit
+from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NotRunError, UnsupportedTailError
 from lightning_flatness.keys import CHURN
 from lightning_flatness.losses import Loss
@@ -90,6 +92,7 @@ class MeasuredValidation:
         max_samples: of the `FlatnessMonitor`.
         target: of the `FlatnessMonitor`.
         loss: of the `FlatnessMonitor`.
+        verification: says for which loaders the record is still to be verified.
         churn: has the predictions of the previous validation; None: there is none.
 
     Attributes:
@@ -106,12 +109,14 @@ class MeasuredValidation:
         max_samples: int | None,
         target: Callable[[Any], Tensor] | None,
         loss: Loss | Callable[[Any, Any], Tensor] | None,
+        verification: Verification,
         churn: PredictionChurn | None = None,
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools = failures, tools
         self._trainer, self._module = trainer, pl_module
         self._data, self._max_samples, self._target, self._loss = data, max_samples, target, loss
+        self._verification = verification
         self._logged = LoggedValues(pl_module)
         self._count = loader_count(trainer, data)
         self._batches = [0] * self._count
@@ -223,7 +228,11 @@ class MeasuredValidation:
             recorded = recorder.take_pass(loss)
         except UnsupportedTailError as error:
             raise error if has_run else NotRunError(str(error)) from error
-        self._add(self._method.quantities(recorded, slice(left)), loader)
+        quantities = self._method.quantities(recorded, slice(left))
+        if self._verification.is_due(loader):
+            obstacle = verify_call(recorded, self._trainer.precision_plugin.val_step_context)
+            self._verification.note(loader, obstacle)
+        self._add(quantities, loader)
         self._note_success(recorder, loader)
 
     def _add(self, quantities: SampleQuantities, loader: int) -> None:
@@ -263,7 +272,8 @@ class MeasuredValidation:
             if description := getattr(batches, "description", ""):
                 self._assumed = f", on {description}"
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
-            for quantities in measured_batches(recorder, method, model, prepared, limit, self._target, self._loss):
+            options = limit, self._target, self._loss, self._verification
+            for quantities in measured_batches(recorder, method, model, prepared, *options):
                 self._add(quantities, 0)
                 self._note_success(recorder, 0)
 

@@ -50,6 +50,8 @@ OWNERS: dict[str, list[Callable[[], Any]]] = {
     "_parameters": [lambda: nn.Linear(1, 1)],
     "_buffers": [lambda: nn.Linear(1, 1)],
     "_non_persistent_buffers_set": [lambda: nn.Linear(1, 1)],
+    "_global_forward_hooks": [lambda: torch.nn.modules.module],
+    "_global_forward_pre_hooks": [lambda: torch.nn.modules.module],
     "_compiled_call_impl": [lambda: nn.Linear(1, 1)],
     "_torchdynamo_orig_callable": [lambda: torch.compile(lambda x: x)],
     "_orig_mod": [compiled],

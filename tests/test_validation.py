@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, ForwardRecorder, PooledMethod, Rule
+from lightning_flatness.data.verification import Verification
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.validation import MeasuredValidation
 
@@ -28,7 +29,9 @@ class Measures(Callback):
             return ForwardRecorder(module), PooledMethod()
 
         self.failures = Failures(strict=True)
-        self.validation = MeasuredValidation(self.failures, tools, run, module, self.data, self.max_samples, None, None)
+        self.validation = MeasuredValidation(
+            self.failures, tools, run, module, self.data, self.max_samples, None, None, Verification()
+        )
 
     def on_validation_batch_start(self, run: Any, module: Any, batch: Any, index: int, loader: int = 0) -> None:
         self.validation.before_batch(loader, index == loader == 0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
-from lightning_flatness.data.verification import verify
+from lightning_flatness.data.verification import Repetition, Verification, verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.recorder import ForwardRecorder, only_for
 
@@ -34,6 +34,7 @@ def measured_batches(
     max_samples: int | None = None,
     target: Callable[[Any], Tensor] | None = None,
     loss: Loss | Callable[[Any, Any], Tensor] | None = None,
+    verification: Verification | None = None,
 ) -> Iterator[SampleQuantities]:
     """Run the model on each batch and yield its quantities, of no more than `max_samples` samples in all.
 
@@ -45,12 +46,13 @@ def measured_batches(
         max_samples: stop after so many samples; None: all.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: of the training; None: cross-entropy of the logits, which is assumed.
+        verification: says whether the record is still to be verified; None: it is not verified.
 
     Raises:
         ValueError: if a batch or its targets are not what they must be.
     """
     left = max_samples
-    device, is_verified = device_of(model), False
+    device = device_of(model)
     with recorder:
         for batch in batches:
             try:
@@ -64,9 +66,8 @@ def measured_batches(
             with torch.no_grad(), only_for(recorder):
                 value = step(recorder, inputs, targets)
             quantities = method.quantities(recorder.take_pass(value), slice(left))
-            if not is_verified:
-                _verify_on_few(recorder, step, inputs, targets)
-                is_verified = True
+            if verification is not None and verification.is_due(0):
+                verification.note(0, _verified_on_few(recorder, step, inputs, targets))
             yield quantities
             left = None if left is None else left - len(quantities)
             if left is not None and left <= 0:
@@ -88,22 +89,23 @@ def _loss_of(model: nn.Module, loss: Any, recorder: ForwardRecorder | None, inpu
     return computed_loss(loss, output, targets)
 
 
-def _verify_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> None:
-    """Verify the record on a few samples where the batch can be cut, else on all of them."""
+def _verified_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> str | None:
+    """Verify the record on a few samples where the batch can be cut, else on all; return why that is not possible."""
     if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) == len(targets):
         inputs, targets = inputs[:_FEW], targets[:_FEW]
     with torch.no_grad(), only_for(recorder):
         value = step(recorder, inputs, targets)
     if not bool(value.isfinite()):
         recorder.clear()
-        return
+        return "the loss of the first samples is not finite"
     recorded = recorder.take_pass(value)
 
-    def repeat() -> Tensor:
-        with torch.no_grad(), only_for(repeat):
-            return step(None, inputs, targets)
+    def run() -> list[Tensor]:
+        with torch.no_grad(), only_for(run):
+            return [step(None, inputs, targets).detach()]
 
-    verify(recorded, repeat)
+    end, observed = len(recorded.graph.operations), [value.detach()]
+    return verify(recorded, Repetition("the loss", [recorded.loss], end, observed, slice(None), run))
 
 
 def computed_loss(loss: Loss | Callable[[Any, Any], Tensor] | None, output: Any, targets: Any) -> Tensor:
@@ -165,7 +167,7 @@ class _Buffers:
         self.tensors = dict(module._buffers.items())
         self.temporary = set(module._non_persistent_buffers_set)
         with torch.inference_mode(False), torch.no_grad():
-            self.values = {name: value.clone() for name, value in self.tensors.items() if _is_plain(value)}
+            self.values = {name: value.clone() for name, value in self.tensors.items() if is_plain(value)}
 
     def restore(self) -> None:
         """Bind the same tensors to the same names in the same order, and copy back the values that have changed."""
@@ -181,10 +183,10 @@ class _Buffers:
         if self.module._non_persistent_buffers_set != self.temporary:
             self.module._non_persistent_buffers_set = self.temporary
         for name, value in self.values.items():
-            _write(cast(Tensor, self.tensors[name]), value)
+            write(cast(Tensor, self.tensors[name]), value)
 
 
-def _is_plain(buffer: Tensor | None) -> TypeGuard[Tensor]:
+def is_plain(buffer: Tensor | None) -> TypeGuard[Tensor]:
     """Return whether a buffer holds plain numbers: it is not None, lazy, sparse, quantised or on the meta device."""
     return (
         isinstance(buffer, Tensor)
@@ -194,7 +196,7 @@ def _is_plain(buffer: Tensor | None) -> TypeGuard[Tensor]:
     )
 
 
-def _write(buffer: Tensor, value: Tensor) -> None:
+def write(buffer: Tensor, value: Tensor) -> None:
     """Give the buffer its earlier value. One that has it stays untouched: a graph may need it for its backward pass."""
     with torch.inference_mode(buffer.is_inference()), torch.no_grad():
         fits = (buffer.shape, buffer.dtype, buffer.device) == (value.shape, value.dtype, value.device)

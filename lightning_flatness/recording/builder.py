@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
 from lightning_flatness.recording.layers import CONVOLUTIONS, program_kind
+from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.operation import tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, LinearCall
 from lightning_flatness.recording.weights import WeightCopies
@@ -32,6 +34,7 @@ class PassBuilder:
         convolution_calls: its calls.
         linear_calls: calls of linear modules on what depends on it.
         outputs: what the modules around it returned, by name, in order.
+        network_call: the outermost call of a module during which it ran; None if that was not kept.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
         passed_over: name of the last convolution that was not followed as its output is a single position.
@@ -46,11 +49,13 @@ class PassBuilder:
         self.convolution_calls: list[ConvolutionCall] = []
         self.linear_calls: list[LinearCall] = []
         self.outputs: list[tuple[str, Any]] = []
+        self.network_call: NetworkCall | None = None
         self.is_ignored = False
         self.failure: Exception | None = None
         self.passed_over: str | None = None
         self._not_own: str | None = None  # name of a module that did not convolve with its own weight
         self._have_run: set[str] = set()
+        self._open_call: NetworkCall | None = None  # the outermost one that has not ended
         self._watch: ConvolutionWatch | None = None
 
     def before_convolution(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -86,9 +91,24 @@ class PassBuilder:
         if before is not None and after is not None and has_rows:
             self.linear_calls.append(LinearCall(name, before, after, *self.copies.of(module)))
 
+    def before_network(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the outermost call of a module around the convolution.
+
+        A module whose `forward` was replaced is no network: with several processes, Lightning calls steps in this way.
+        """
+        if self._open_call is None and getattr(module.forward, "__func__", None) is type(module).forward:
+            with suppress(Exception):  # a pass whose inputs cannot be copied is measured all the same
+                self._open_call = NetworkCall(name, module, args, kwargs)
+
     def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a module around the convolution returned."""
         self.outputs.append((name, output))
+        call = self._open_call
+        if call is not None and call.module is module:
+            self._open_call = None
+            if self.tracer is not None and call is self.network_call:
+                with suppress(Exception):
+                    call.finish(output, self.tracer.graph)
 
     def fail(self, error: Exception) -> None:
         """Record no more, because of this error."""
@@ -160,6 +180,7 @@ class PassBuilder:
         self._have_run.add(name)
         self.convolution_calls, self.linear_calls, self.outputs, self.passed_over = [], [], [], None
         self.tracer, self.layer = GraphTracer(), name
+        self.network_call = self._open_call
         self.tracer.is_convolving = True
         for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
             if weight.dim() > 1:

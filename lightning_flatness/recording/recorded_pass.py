@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.precision import upcast
 from lightning_flatness.recording.graph import Cut, OperationGraph
+from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.operation import Captured, Node, map_tree
 
 
@@ -66,6 +67,7 @@ class RecordedPass:
         linear_calls: of linear modules, in order.
         weight_is_shared: whether another module has the same weight.
         passed_over: name of a later convolution that was not followed, as its output is a single position.
+        network_call: the outermost call of a module during which the convolution ran, in a recorder's first pass.
     """
 
     graph: OperationGraph
@@ -77,6 +79,7 @@ class RecordedPass:
     linear_calls: tuple[LinearCall, ...] = ()
     weight_is_shared: bool = False
     passed_over: str | None = None
+    network_call: NetworkCall | None = None
 
     def __len__(self) -> int:
         """Return the number of samples that the convolution saw."""

@@ -186,6 +186,7 @@ class ForwardRecorder:
             linear_calls=tuple(linear),
             weight_is_shared=self._weight_is_shared,
             passed_over=builder.passed_over,
+            network_call=builder.network_call,
         )
 
     def _settle(self, layer: str, linear: list[LinearCall]) -> None:
@@ -219,6 +220,9 @@ class ForwardRecorder:
             if isinstance(module, CLASSIFIERS) and (not self._settled or name in self._linear):
                 hook = self._guarded("after_linear", name)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if name in holders and not self._settled:
+                hook = self._guarded("before_network", name)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if name in holders:
                 self._handles.append(module.register_forward_hook(self._guarded("after_network", name)))
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from networks import Net
+from networks import Net, conv2d
 from torch import Tensor, nn
 
 from lightning_flatness import UnsupportedTailError, measure
-from lightning_flatness.data.verification import verify
+from lightning_flatness.data.verification import SKIPPED, Repetition, Verification, verify
 from lightning_flatness.recording.recorder import ForwardRecorder, only_for
 
 
@@ -63,17 +64,48 @@ def test_an_error_of_the_network_restores_the_weight() -> None:
     recorder, (x, y) = ForwardRecorder(model), batch()
     before, calls = model.conv.weight.detach().clone(), []
 
-    def repeat() -> Tensor:
+    def repeat() -> list[Tensor]:
         calls.append(None)
         if len(calls) == 2:
             raise OSError("no data")
-        return nn.functional.cross_entropy(model(x), y)
+        return [nn.functional.cross_entropy(model(x), y)]
 
     with recorder, torch.no_grad():
         with only_for(recorder):
             loss = nn.functional.cross_entropy(model(x), y)
         recorded = recorder.take_pass(loss)
+        end = len(recorded.graph.operations)
         with pytest.raises(OSError, match="no data"):
-            verify(recorded, repeat)
+            verify(recorded, Repetition("the loss", [recorded.loss], end, [loss], slice(None), repeat))
     assert len(calls) == 2
     assert torch.equal(model.conv.weight, before)
+
+
+class Noisy(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+NOT_VERIFIED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "drawn inputs": (Noisy, {}, "computes something else"),
+    "a computed weight": (lambda: Net(nn.utils.parametrizations.weight_norm(conv2d())), {}, "weight .* is computed"),
+    "switched off": (Net, {"verify": False}, "verify=False"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "reason"), NOT_VERIFIED.values(), ids=NOT_VERIFIED)
+def test_what_is_not_verified_is_said(make: Callable[[], nn.Module], options: dict[str, Any], reason: str) -> None:
+    report = measure(make().double().eval(), [batch()], loss="cross_entropy", **options)
+    (assumed,) = report.assumed
+    assert re.search(reason, assumed)
+
+
+def test_each_loader_is_due_once() -> None:
+    verification = Verification()
+    assert verification.is_due(0)
+    verification.note(0, None)
+    assert (verification.is_due(0), verification.is_due(1), verification.assumed) == (False, True, ())
+    verification.note(1, "it is odd")
+    verification.note(2, "it is odd")
+    assert verification.assumed == (f"{SKIPPED}: it is odd",)
+    assert not Verification(wanted=False).is_due(0)
