@@ -293,4 +293,7 @@ def _rides(data: Any) -> bool:
 
 
 def _batch_counts(trainer: Trainer) -> Sequence[float]:
-    return trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    """Return how many batches each loader has; loaders whose batches come together count as one, as for Lightning."""
+    counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    loop = trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
+    return counts if loop._is_sequential else [min(counts)]  # private, as seen in Lightning 2.5.3 to 2.6.6

@@ -78,6 +78,7 @@ OWNERS: dict[str, list[Callable[[], Any]]] = {
     "_current_fx": [lambda: trainer()._logger_connector],
     "_current_fx_name": [L.LightningModule],
     "_results": [trainer, lambda: trainer().fit_loop.epoch_loop],
+    "_is_sequential": [lambda: type(trainer().validate_loop)],
     "_batches_that_stepped": [lambda: trainer().fit_loop.epoch_loop],
     "_save_checkpoint": [ModelCheckpoint],
     "_should_remove_checkpoint": [ModelCheckpoint],
