@@ -47,6 +47,14 @@ class GraphTracer:
         """Trace no more."""
         dispatcher().detach(self)
 
+    def is_listening(self) -> bool:
+        """Return whether operations are still seen: an inference mode that ends takes the dispatch mode with it."""
+        count, tensor = len(self.graph.operations), self.graph.tensor_of(0)
+        tensor.view(tensor.shape)
+        is_seen = len(self.graph.operations) > count
+        del self.graph.operations[count:]
+        return is_seen
+
     def finalize(self) -> None:
         """Trace no more, and make the graph independent of what happens to the network later."""
         self.stop()

@@ -129,7 +129,14 @@ class ForwardRecorder:
         builder = self._builder
         if (refusal := builder.refusal(self._modules)) is not None:
             raise refusal.error()
-        graph = cast(GraphTracer, builder.tracer).graph
+        tracer = cast(GraphTracer, builder.tracer)
+        graph = tracer.graph
+        if not tracer.is_listening():
+            raise Refusal(
+                f"The loss must be computed in the same inference mode, or compiled call, as the output of "
+                f"`{builder.layer}`; that has ended before, and the record with it. Compute both in one "
+                "`torch.inference_mode()`, or use `torch.no_grad()`."
+            ).error()
         if (gap := graph.incomplete_because(len(graph.operations) + 1)) is not None:
             raise Refusal(f"All that follows `{builder.layer}` must be recorded; {gap}.").error()
 

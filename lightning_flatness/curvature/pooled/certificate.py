@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_flatness.curvature.pooled.mixing import mixing_step
 from lightning_flatness.errors import GraphError, Refusal
 from lightning_flatness.precision import allclose_at_scale
 from lightning_flatness.recording.graph import Captures, Cut
@@ -357,6 +358,8 @@ def _acts_by_position(
 
 def _breaking_step(recorded: RecordedPass, pooled: Cut, used: int) -> str:
     """Name the first step after which a channel no longer depends on one filter alone."""
+    if (step := mixing_step(recorded, pooled.end)) is not None:
+        return step
     generator = torch.Generator().manual_seed(1)
     node, points = recorded.calls[used].node, next(_random_points(recorded, generator))
     for end, operation in enumerate(recorded.graph.operations[: pooled.end], start=1):
