@@ -102,10 +102,14 @@ def _verified_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], inp
 
     def run() -> list[Tensor]:
         with torch.no_grad(), only_for(run):
-            return [step(None, inputs, targets).detach()]
+            return [step(None, inputs, targets)]
+
+    def differentiate(use: Callable[..., Any]) -> Any:
+        with torch.inference_mode(False), torch.enable_grad(), only_for(run):
+            return use([step(None, inputs, targets)])
 
     end, observed = len(recorded.graph.operations), [value.detach()]
-    return verify(recorded, Repetition("the loss", [recorded.loss], end, observed, slice(None), run))
+    return verify(recorded, Repetition("the loss", [recorded.loss], end, observed, slice(None), run, differentiate))
 
 
 def computed_loss(loss: Loss | Callable[[Any, Any], Tensor] | None, output: Any, targets: Any) -> Tensor:

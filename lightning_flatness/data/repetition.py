@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_flatness.data.passes import is_plain, write
 from lightning_flatness.data.randomness import is_generator, restore, state_of
 from lightning_flatness.data.verification import Repetition, verify
+from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.recording.dispatch import not_recorded
+from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import only_for
 
@@ -47,30 +49,60 @@ def verify_call(recorded: RecordedPass, context: Callable[[], AbstractContextMan
         UnsupportedTailError: if it predicts something else.
     """
     call = recorded.network_call
+    obstacle: str | None
     if call is None:
-        return "the convolution is called by itself, or its inputs cannot be copied"
+        obstacle = "the convolution is called by itself, or its inputs cannot be copied"
+    else:
+        obstacle = _obstacle(call) or _verified(recorded, call, context)
+    _require_known_derivatives(recorded, 0 if call is None or obstacle else call.end)
+    return obstacle
+
+
+def _obstacle(call: NetworkCall) -> str | None:
+    """Return why a call cannot be repeated, as far as that is known without trying."""
     if call.unknown is not None:
-        return f"`{call.name or type(call.module).__name__}` is called with an object of type `{call.unknown}`"
-    if not call.outputs:
-        return f"`{call.name or type(call.module).__name__}` returns no tensor with a row per sample that it computes"
-    if (hook := _foreign_hook(call.module)) is not None:
-        return f"the network has hooks, which would run once more: `{hook}`"
+        return f"`{call.title}` is called with an object of type `{call.unknown}`"
+    hook = _foreign_hook(call.module)
+    return None if hook is None else f"the network has hooks, which would run once more: `{hook}`"
+
+
+def _verified(
+    recorded: RecordedPass, call: NetworkCall, context: Callable[[], AbstractContextManager[Any]]
+) -> str | None:
+    """Repeat the call and verify the outputs that the loss depends on."""
+    used = {recorded.loss, *(node.index for n in recorded.ancestry for node in recorded.graph.operations[n].nodes)}
+    outputs = [output for output in call.outputs if output[1] in used]
+    if not outputs:
+        return f"the loss depends on no tensor with a row per sample that `{call.title}` returns"
+
+    def computed(use: Callable[[list[Tensor]], Any], differentiably: bool = False) -> Any:
+        with only_for(computed), not_recorded(), unchanged(call.module), _Alone(), context():
+            found = call.repeat(differentiably)
+            return use([found[position] for position, _, _ in outputs])
 
     def run() -> list[Tensor]:
-        with only_for(run), not_recorded(), unchanged(call.module), _Alone(), context():
-            try:
-                return call.repeat()
-            except Exception as error:  # of the user's code, which was not made for another call
-                raise _Unrepeatable(
-                    f"the network cannot be called once more ({type(error).__name__}: {error})"
-                ) from error
+        try:
+            return cast(list[Tensor], computed(list))
+        except Exception as error:  # of the user's code, which was not made for another call
+            raise _Unrepeatable(f"the network cannot be called once more ({type(error).__name__}: {error})") from error
 
-    nodes, observed = [node for _, node, _ in call.outputs], [value for _, _, value in call.outputs]
-    what = f"the output of `{call.name or type(call.module).__name__}`"
+    what, (_, nodes, observed) = f"the output of `{call.title}`", zip(*outputs, strict=True)
     try:
-        return verify(recorded, Repetition(what, nodes, call.end, observed, call.rows, run))
+        differentiate = partial(computed, differentiably=True)
+        return verify(recorded, Repetition(what, nodes, call.end, observed, call.rows, run, differentiate))
     except _Unrepeatable as error:
         return str(error)
+
+
+def _require_known_derivatives(recorded: RecordedPass, start: int) -> None:
+    """Refuse a custom function among the operations from `start` on: its backward is not compared with anything."""
+    functions = recorded.graph.functions
+    if custom := sorted({functions[number] for number in recorded.ancestry & functions.keys() if number >= start}):
+        raise UnsupportedTailError(
+            f"The loss must be made of operations whose derivatives are known; it uses the `torch.autograd.Function`s "
+            f"{custom}, whose backward may be any. Say how the loss is computed without them: "
+            "`loss=lambda output, targets: ...`."
+        )
 
 
 class _Unrepeatable(Exception):
@@ -88,9 +120,9 @@ class _Alone(TorchDispatchMode):
 
 
 def _foreign_hook(network: nn.Module) -> str | None:
-    """Return the name of a hook on a network's forward passes that is neither torch's nor ours."""
+    """Return the name of a hook on a network's passes that is neither torch's nor ours."""
     holders = [vars(module) for module in network.modules()]
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     every = [hook for own in holders for kind in kinds for hook in own.get(kind, {}).values()]
     every += [*hooks_of_all._global_forward_hooks.values(), *hooks_of_all._global_forward_pre_hooks.values()]
     foreign = (hook for hook in every if (getattr(hook, "__module__", None) or "").partition(".")[0] not in _KNOWN)

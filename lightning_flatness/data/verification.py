@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import UnsupportedTailError
-from lightning_flatness.precision import LOW_PRECISION, allclose_for_dtype
+from lightning_flatness.precision import LOW_PRECISION, allclose_for_dtype, upcast
 from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
 _STEP = 0.5  # of the largest weight: large enough to stand out of rounding
+_CONVOLUTIONS = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
+_DERIVATIVES = {torch.float32: 1e-2, torch.float64: 1e-6}  # how far derivatives may differ, relative to the largest
+_HALF = 0.2  # in half precision
 _MARGIN = 10  # by how much rounding may grow when the filters are moved
-SKIPPED = "that nothing but recorded operations reaches the loss is assumed"
+SKIPPED = "that the loss depends on the filters as recorded is assumed"
 """Begins the sentence of `FlatnessReport.assumed` about a record that was not verified."""
 
 
@@ -29,6 +34,7 @@ class Repetition(NamedTuple):
         observed: their values in the pass.
         rows: which rows of these tensors are computed once more.
         run: computes them.
+        differentiate: computes them under autograd, and returns what a function makes of them.
     """
 
     what: str
@@ -37,6 +43,7 @@ class Repetition(NamedTuple):
     observed: Sequence[Tensor]
     rows: slice
     run: Callable[[], Sequence[Tensor]]
+    differentiate: Callable[[Callable[[Sequence[Tensor]], Any]], Any]
 
 
 class Verification:
@@ -71,6 +78,9 @@ def verify(recorded: RecordedPass, repetition: Repetition) -> str | None:
 
     Threads, kernels of extensions, gradients inside the forward pass or a weight that is used before the convolution
     leave no trace on the record; they move the result all the same. The weight is restored to the last bit.
+
+    Then autograd's derivatives of the network are compared with those of the record: operations within
+    `torch.no_grad()` or a `torch.autograd.Function` are recorded like all others, and have other derivatives.
 
     Args:
         recorded: one pass.
@@ -107,7 +117,7 @@ def verify(recorded: RecordedPass, repetition: Repetition) -> str | None:
         weight.data.copy_(before)
     for values in zip(repetition.observed, again, expected, moved, predicted, strict=True):
         _require_agreement(recorded, repetition.what, *values)
-    return None
+    return _differentiated(recorded, repetition)
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
@@ -151,23 +161,100 @@ def _distance(first: Tensor, second: Tensor) -> float:
 
 
 def _predicted(recorded: RecordedPass, repetition: Repetition, weight: Tensor) -> list[Tensor]:
-    """Return what the record gives for another weight of the convolution."""
+    """Return what the record gives for another weight of the convolution, differentiably if that is."""
     call, graph = recorded.calls[-1], recorded.graph
     needed: set[int] = set()
     for node in repetition.nodes:
         needed.update(graph.ancestry(node, in_steps=True))
-    with (
-        not_recorded(),
-        torch.inference_mode(False),
-        torch.autocast(weight.device.type, enabled=False),
-        torch.no_grad(),
-    ):
+    with ExitStack() as stack:
+        for context in (not_recorded(), torch.inference_mode(False), torch.set_grad_enabled(weight.requires_grad)):
+            stack.enter_context(context)
+        stack.enter_context(torch.autocast(weight.device.type, enabled=False))
         inputs = graph.captures.value(call.inputs).to(weight.dtype)
-        convolution = cast(
-            Any, {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}[inputs.dim()]
-        )
+        convolution = cast(Any, _CONVOLUTIONS[inputs.dim()])
         geometry = (call.geometry[name] for name in ("stride", "padding", "dilation", "groups"))
         z = convolution(inputs, weight, call.bias.to(weight), *geometry)
-        values = graph.replay({call.node: z}, repetition.end, only=needed)
-    found = (values[node].detach() for node in repetition.nodes)
-    return [value[repetition.rows] if value.dim() else value for value in found]
+        values = graph.replay({call.node: z}, repetition.end, only=needed, detach=True)
+        found = (values[node] for node in repetition.nodes)
+        return [value[repetition.rows] if value.dim() else value for value in found]
+
+
+def _differentiated(recorded: RecordedPass, repetition: Repetition) -> str | None:
+    """Compare autograd's first and second derivatives of the network with those of the record.
+
+    Both are taken of one random combination of the outputs, with respect to the weight, the second ones along a random
+    direction. The network gets a copy of its weight, on which nobody has hooks.
+    """
+    parameters = recorded.convolution._parameters
+    weight = cast(Tensor, parameters["weight"])
+    with torch.inference_mode(False):
+        copy = nn.Parameter(weight.detach().clone())
+        own = recorded.calls[-1].weight.view_as(weight).clone().requires_grad_()
+    parameters["weight"] = copy
+    try:
+        found = repetition.differentiate(partial(_derivatives, weight=copy))
+    except Exception as error:  # of the user's code, which may never have run under autograd
+        return f"autograd cannot differentiate the network ({type(error).__name__}: {error})"
+    finally:
+        parameters["weight"] = weight  # type: ignore[assignment]
+    try:
+        expected = _derivatives(_predicted(recorded, repetition, own), own)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"the record cannot be differentiated ({error})"
+    if found[0] is None and expected[0] is not None:
+        return "no gradient reaches the convolution; it may run under `torch.no_grad()`"
+    _require_same_derivatives(recorded, repetition, found, expected)
+    return None
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _derivatives(outputs: Sequence[Tensor], weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradient of a random combination of the outputs, and its derivative along a random direction.
+
+    The first is None where autograd does not reach the weight, the second where it cannot differentiate twice.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+    values = [upcast(output) for output in outputs]
+    finite = [value.where(value.isfinite(), 0.0) for value in values]
+    total = torch.stack([(value * drawn(value)).sum() for value in finite]).sum()
+    (first,) = torch.autograd.grad(total, weight, create_graph=True, allow_unused=True)
+    if first is None or not first.requires_grad:
+        return first, None if first is None else torch.zeros_like(first)
+    try:
+        direction = drawn(weight) * weight.detach().abs().max()
+        (second,) = torch.autograd.grad((first * direction).sum(), weight, materialize_grads=True)
+    except RuntimeError:  # as of a fused kernel
+        return first.detach(), None
+    return first.detach(), second.detach()
+
+
+def _require_same_derivatives(
+    recorded: RecordedPass,
+    repetition: Repetition,
+    found: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+) -> None:
+    dtype = repetition.observed[0].dtype
+    tolerance = _HALF if dtype in LOW_PRECISION else _DERIVATIVES[dtype]
+    scale = 0.0
+    for order, first, second in zip(("first", "second"), found, expected, strict=True):
+        if first is None or second is None or (order == "second" and dtype in LOW_PRECISION):
+            continue
+        first, second = first.double(), second.double()
+        scale = max(scale, float(first.abs().max()), float(second.abs().max()))
+        if _distance(first, second) > tolerance * scale:
+            custom = sorted(set(recorded.graph.functions.values()))
+            raise UnsupportedTailError(
+                f"Autograd must differentiate {repetition.what} as the operations that compute it say; its {order} "
+                f"derivatives with respect to the weight of `{recorded.layer}` are others. Part of the network runs "
+                f"under `torch.no_grad()`, or in a `torch.autograd.Function` whose backward is no derivative"
+                f"{f' {custom}' if custom else ''}, as of a straight-through estimator. Its curvature is not defined: "
+                "measure a layer that follows (`layer=...`)."
+            )

@@ -179,7 +179,7 @@ class PassBuilder:
             self.copies = WeightCopies()
         self._have_run.add(name)
         self.convolution_calls, self.linear_calls, self.outputs, self.passed_over = [], [], [], None
-        self.tracer, self.layer = GraphTracer(), name
+        self.tracer, self.layer = GraphTracer(finds_functions=not self._keeps_copies), name
         self.network_call = self._open_call
         self.tracer.is_convolving = True
         for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from

@@ -56,17 +56,28 @@ class NetworkCall:
                 kept = tensor.detach()[self.rows] if tensor.dim() else tensor.detach()
                 self.outputs.append((position, node, kept.clone()))
 
-    def repeat(self) -> list[Tensor]:
-        """Call the module again on the kept inputs; return its outputs in the order of `outputs`."""
+    @property
+    def title(self) -> str:
+        """What messages call the module."""
+        return self.name or type(self.module).__name__
+
+    def repeat(self, differentiably: bool = False) -> list[Tensor]:
+        """Call the module again on the kept inputs.
+
+        Args:
+            differentiably: call it under autograd; False: in the modes of the call.
+
+        Returns:
+            All tensors that it returns.
+        """
         kind, dtype, enabled = self._autocast
-        is_inference, has_grad = self._modes
+        is_inference, has_grad = (False, True) if differentiably else self._modes
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(is_inference))
             stack.enter_context(torch.set_grad_enabled(has_grad))
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             args, kwargs = map_tree((self._args, self._kwargs), _copied)
-            returned = list(tensors(self.module(*args, **kwargs)))
-        return [returned[position].detach() for position, _, _ in self.outputs]
+            return list(tensors(self.module(*args, **kwargs)))
 
     def _kept(self, item: Any) -> Any:
         return item[self.rows].detach().clone() if isinstance(item, Tensor) and item.dim() else _copied(item)

@@ -101,7 +101,7 @@ def features_at(recorded: RecordedPass, pooled: Cut, points: dict[int, Tensor]) 
     Raises:
         GraphError: if the recorded operations cannot be repeated, or the batch is folded on the way.
     """
-    features = recorded.graph.replay(points, pooled.end)[pooled.node]
+    features = recorded.graph.replay(points, pooled.end, detach=True)[pooled.node]
     if len(features) != len(next(iter(points.values()))):
         raise GraphError("the batch is folded between the convolution and the pooled features")
     return features.flatten(1)
