@@ -117,7 +117,7 @@ def verify(recorded: RecordedPass, repetition: Repetition) -> str | None:
         weight.data.copy_(before)
     for values in zip(repetition.observed, again, expected, moved, predicted, strict=True):
         _require_agreement(recorded, repetition.what, *values)
-    return _differentiated(recorded, repetition)
+    return _differentiated(recorded, repetition, own + step.to(own))
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
@@ -179,11 +179,12 @@ def _predicted(recorded: RecordedPass, repetition: Repetition, weight: Tensor) -
         return [value[repetition.rows] if value.dim() else value for value in found]
 
 
-def _differentiated(recorded: RecordedPass, repetition: Repetition) -> str | None:
+def _differentiated(recorded: RecordedPass, repetition: Repetition, elsewhere: Tensor) -> str | None:
     """Compare autograd's first and second derivatives of the network with those of the record.
 
     Both are taken of one random combination of the outputs, with respect to the weight, the second ones along a random
-    direction. The network gets a copy of its weight, on which nobody has hooks.
+    direction. The network gets a copy of its weight, on which nobody has hooks. If they are zero, they must not be zero
+    at other filters, given by `elsewhere`, as well.
     """
     parameters = recorded.convolution._parameters
     weight = cast(Tensor, parameters["weight"])
@@ -206,7 +207,20 @@ def _differentiated(recorded: RecordedPass, repetition: Repetition) -> str | Non
     if found[0] is None and expected[0] is not None:
         return "no gradient reaches the convolution; it may run under `torch.no_grad()`"
     _require_same_derivatives(recorded, repetition, found, expected)
+    if not _has_slope(expected):
+        elsewhere = elsewhere.clone().requires_grad_()
+        moved, still = (_predicted(recorded, repetition, weight) for weight in (elsewhere, own))
+        if not _has_slope(_derivatives(moved, elsewhere)) and not all(map(torch.equal, moved, still)):
+            raise UnsupportedTailError(
+                f"A derivative must reach the filters of `{recorded.layer}`; {repetition.what} depends on them, and "
+                "its derivatives are all zero. A step rounds, as `round`, `sign` or a comparison does. Measure a layer "
+                "that follows (`layer=...`)."
+            )
     return None
+
+
+def _has_slope(derivatives: Sequence[Tensor | None]) -> bool:
+    return derivatives[0] is not None and bool(derivatives[0].any())
 
 
 @torch.inference_mode(False)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lightning_runs import Classifier, everything, trainer, values_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.checkpoint import checkpoint
 
 from lightning_flatness import FlatnessMonitor, UnsupportedTailError
 from lightning_flatness.data.repetition import unchanged
@@ -129,6 +130,14 @@ def exchanging(module: Any, x: Tensor) -> Tensor:
     return module.net(x + 0 * total)
 
 
+def checkpointed(module: Any, x: Tensor) -> Tensor:
+    return checkpoint(module.net, x, use_reentrant=False)
+
+
+def checkpointed_reentrantly(module: Any, x: Tensor) -> Tensor:
+    return checkpoint(module.net, x, use_reentrant=True)
+
+
 def boxed_step(module: Any, batch: Any) -> Tensor:
     return F.cross_entropy(module(Box(batch[0])), batch[1])
 
@@ -151,6 +160,7 @@ SKIPPED: dict[str, tuple[Any, Any, str]] = {
     "collectives": (exchanging, None, "exchanges tensors with other processes"),
     "numbers": (lambda module, x: (module.net(x).tolist(), module.net(x))[1], None, "used several times"),
     "hooks": (uncounted, None, "`noted`"),
+    "no gradient": (checkpointed_reentrantly, None, "autograd cannot differentiate the network"),
 }
 
 
@@ -160,7 +170,7 @@ def test_what_cannot_be_repeated_is_left_out_and_said(tmp_path: Any, name: str, 
     module, monitor = Wrapped(around, step), FlatnessMonitor(strict=True)
     if name == "hooks":
         module.net.act2.register_forward_hook(noted)
-    trainer(tmp_path, monitor).fit(module)
+    trainer(tmp_path, monitor, inference_mode=False).validate(module, verbose=False)
     (assumed,) = monitor._verification.assumed
     assert reason in assumed
 
@@ -234,3 +244,81 @@ def test_what_a_container_held_is_there_again() -> None:
     assert module.a.tolist() == [0, 0]
     assert (module.items, module.names, module.table) == ([1], {"a"}, {"k": 1})
     assert (module.grown, module.training, hasattr(module, "new")) == (None, True, False)
+
+
+class Swish(torch.autograd.Function):
+    """Another backward than the derivative, or the derivative itself."""
+
+    is_right = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @classmethod
+    def backward(cls, ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return gradient * (s + cls.is_right * x * s * (1 - s))
+
+
+class RightSwish(Swish):
+    is_right = True
+
+
+def activated(function: Any) -> Callable[[Any, Tensor], Tensor]:
+    def around(module: Any, x: Tensor) -> Tensor:
+        for name, layer in module.net.named_children():
+            x = function(x) if name == "act2" else layer(x)
+        return x
+
+    return around
+
+
+def swished(module: Any, batch: Any) -> Tensor:
+    return RightSwish.apply(module(batch[0])).square().mean()
+
+
+@torch.no_grad()
+def gate(z: Tensor) -> Tensor:
+    return z.sigmoid()
+
+
+# network, loss -> part of the refusal, or nothing
+FUNCTIONS: dict[str, tuple[Any, Any, str]] = {
+    "a wrong backward": (activated(Swish.apply), None, r"Autograd must differentiate .* \['Swish'\]"),
+    "a right backward": (activated(RightSwish.apply), None, ""),
+    "a gate without gradient": (activated(lambda z: z * gate(z)), None, "Autograd must differentiate"),
+    "a detached gate": (activated(lambda z: z * z.sigmoid().detach()), None, ""),
+    "in the loss": (uncounted, swished, r"derivatives are known; .*\['RightSwish'\]"),
+}
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize(("around", "step", "refusal"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_derivatives_are_those_of_autograd(
+    tmp_path: Any, around: Any, step: Any, refusal: str, inference_mode: bool
+) -> None:
+    module, monitor = Wrapped(around, step), FlatnessMonitor(strict=True)
+    run = trainer(tmp_path, monitor, inference_mode=inference_mode)
+    if refusal:
+        with pytest.raises(UnsupportedTailError, match=refusal):
+            run.validate(module, verbose=False)
+    else:
+        run.validate(module, verbose=False)
+        assert not monitor._verification.assumed
+    assert all(weight.grad is None for weight in module.parameters())
+
+
+def test_a_custom_function_in_a_network_that_cannot_be_repeated_is_refused(tmp_path: Any) -> None:
+    module = Wrapped(activated(RightSwish.apply))
+    module.net.head.register_forward_hook(noted)
+    with pytest.raises(UnsupportedTailError, match="RightSwish"):
+        trainer(tmp_path, FlatnessMonitor(strict=True)).validate(module, verbose=False)
+
+
+def test_a_checkpoint_is_repeated(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(strict=True)
+    trainer(tmp_path, monitor, inference_mode=False).validate(Wrapped(checkpointed), verbose=False)
+    assert not monitor._verification.assumed

@@ -220,10 +220,31 @@ def test_the_value_is_that_of_autograd_or_refused(make: Callable[[], nn.Module],
     assert bound.grad is None
 
 
+def hinge(phi: Tensor, y: Tensor) -> Tensor:
+    """Satisfied where the logits are as they are."""
+    return (phi.abs() - 9).clamp_min(0).square().mean()
+
+
+@pytest.mark.parametrize(
+    "change", [torch.round, lambda p: (p - 1).sign(), lambda p: (p > 1).to(p)], ids=["round", "sign", "more"]
+)
+def test_steps_are_not_taken_for_flat(change: Callable[[Tensor], Tensor]) -> None:
+    model = Net(head=Of(lambda p: change(9 * p))).double().eval()
+    with pytest.raises(UnsupportedTailError, match=r"A step rounds|none was found"):
+        measure(model, [batch()])
+
+
+def test_a_satisfied_hinge_is_flat() -> None:
+    assert measure(Net().double().eval(), [batch()], loss=hinge).hessian_trace == 0
+
+
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "a wrong backward": (lambda phi, y: Swish.apply(phi).square().mean(), True),
     "a right backward": (lambda phi, y: RightSwish.apply(phi).square().mean(), False),
-    "a weight without gradient": (lambda phi, y: (norm(phi)[:, 0] * F.cross_entropy(phi, y, reduction="none")).mean(), True),
+    "a weight without gradient": (
+        lambda phi, y: (norm(phi)[:, 0] * F.cross_entropy(phi, y, reduction="none")).mean(),
+        True,
+    ),
     "a detached weight": (
         lambda phi, y: (phi.norm(dim=1).detach() * F.cross_entropy(phi, y, reduction="none")).mean(),
         False,
