@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -166,10 +165,12 @@ def _predicted(recorded: RecordedPass, repetition: Repetition, weight: Tensor) -
     needed: set[int] = set()
     for node in repetition.nodes:
         needed.update(graph.ancestry(node, in_steps=True))
-    with ExitStack() as stack:
-        for context in (not_recorded(), torch.inference_mode(False), torch.set_grad_enabled(weight.requires_grad)):
-            stack.enter_context(context)
-        stack.enter_context(torch.autocast(weight.device.type, enabled=False))
+    with (
+        not_recorded(),
+        torch.inference_mode(False),
+        torch.autocast(weight.device.type, enabled=False),
+        torch.set_grad_enabled(weight.requires_grad),  # switches when it is made: within the inference mode
+    ):
         inputs = graph.captures.value(call.inputs).to(weight.dtype)
         convolution = cast(Any, _CONVOLUTIONS[inputs.dim()])
         geometry = (call.geometry[name] for name in ("stride", "padding", "dilation", "groups"))

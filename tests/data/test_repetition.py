@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from lightning_runs import Classifier, everything, trainer, values_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -108,6 +109,32 @@ def test_nothing_is_changed(tmp_path: Any, around: Any) -> None:
         logged = {key: float(value) for key, value in run.callback_metrics.items() if key in ("calls", "val_loss")}
         results.append([everything(module, run), state_of(module), logged])
     assert results[0] == results[1]
+
+
+class Modes(Callback):
+    """In which modes the validation runs."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self.seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
+
+    on_validation_batch_end = on_validation_epoch_end = on_validation_batch_start
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_the_modes_of_the_validation_stay(tmp_path: Any, inference_mode: bool, data: Any) -> None:
+    seen = []
+    for callbacks in ([FlatnessMonitor(data=data, strict=True)], []):
+        modes = Modes()
+        run = trainer(tmp_path, *callbacks, modes, inference_mode=inference_mode, max_epochs=1)
+        run.fit(Wrapped(uncounted))
+        if data == "val":
+            run.validate(Wrapped(uncounted), verbose=False)
+        seen.append(modes.seen)
+    assert seen[0] == seen[1]
 
 
 def by_calls(module: Any, x: Tensor) -> Tensor:
