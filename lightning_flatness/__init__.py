@@ -2,13 +2,18 @@
 
 from lightning_flatness.actions import FlattestCheckpoint, Notify, ReduceLR, StopTraining
 from lightning_flatness.callback import FlatnessMonitor
+from lightning_flatness.curvature.classifier import ClassifierMethod
+from lightning_flatness.curvature.methods import Choice, select_method
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.errors import NonFiniteError, UnsupportedTailError
 from lightning_flatness.measure import FlatnessReport, measure
+from lightning_flatness.recording.both import BothRecorder, RecordedPasses
+from lightning_flatness.recording.classifier import ClassifierRecorder
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule
+from lightning_flatness.spectrum import LayerSpectrum, spectrum
 
 __version__ = "0.1.0"
 
@@ -27,10 +32,18 @@ __all__ = [  # noqa: RUF022  grouped by what they are for
     # Measure a model once.
     "measure",
     "FlatnessReport",
+    "spectrum",
+    "LayerSpectrum",
     # The parts behind both.
     "ForwardRecorder",
     "RecordedPass",
     "PooledMethod",
+    "ClassifierRecorder",
+    "ClassifierMethod",
+    "BothRecorder",
+    "RecordedPasses",
+    "select_method",
+    "Choice",
     "SampleQuantities",
     # What is raised.
     "UnsupportedTailError",

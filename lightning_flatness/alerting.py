@@ -45,6 +45,7 @@ class RuleRunner:
         self.alerts: list[Alert] = []
         self._trackers = [RuleTracker(rule) for rule in self.rules]
         self._loggers = LoggerAlerts()
+        self._absent: frozenset[str] = frozenset()  # keys that the method does not give
         self._is_resuming = False  # a checkpoint has been loaded, and what its alerts had begun is not yet taken up
         for rule in self.rules:
             for action in rule.action if isinstance(rule.action, (list, tuple)) else [rule.action]:
@@ -62,6 +63,17 @@ class RuleRunner:
         for rule in self.rules:
             if unknown := [key for key in rule.keys if _LOADER.sub("", key) not in keys]:
                 raise _unknown(unknown[0], keys)
+
+    def set_aside(self, keys: Sequence[str], method: str) -> list[str]:
+        """Expect these keys no more, since the method does not give them; return a sentence for each rule that does."""
+        self._absent = frozenset(keys)
+        return [
+            f"cannot evaluate the rule `{rule.name}`, which watches `{key}`: the method `{method}` does not give this "
+            "key. The rule is inactive; watch another key."
+            for rule in self.rules
+            for key in rule.keys
+            if _LOADER.sub("", key) in self._absent
+        ]
 
     def observe(self, values: Mapping[str, float], trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate all rules on the values of one validation, and act on their alerts.
@@ -84,6 +96,7 @@ class RuleRunner:
             for rule in self.rules
             for key in rule.keys
             if key not in fresh and not key.startswith(CHURN)  # which the first validation lacks
+            if _LOADER.sub("", key) not in self._absent
         ]
         for tracker in self._trackers:
             try:

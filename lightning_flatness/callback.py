@@ -11,15 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_flatness.alerting import RuleRunner
+from lightning_flatness.curvature.methods import Choice, Method, MethodName, Recorder, method_for, require_method
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
-from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import CHURN, keys_of
 from lightning_flatness.losses import as_loss
-from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.reporting.logged import collision, forget, keys_of_others, log_values, mark_missing
 from lightning_flatness.rules import Alert, AllOf, AnyOf, Rule
@@ -28,10 +27,13 @@ from lightning_flatness.validation import MeasuredValidation, loader_count
 
 
 class FlatnessMonitor(Callback):
-    """Logs the exact Hessian trace and relative flatness of the last convolution in every validation.
+    """Logs the exact Hessian trace and relative flatness of one layer in every validation.
 
-    With `data="val"` it records validation's own forward passes from the last convolution on, and repeats only that
-    part. Training is not touched: with and without the monitor it is equal to the last bit.
+    The layer is the last convolution if that has an exact value, else the classifier. One line at the start of the run
+    says which, and why. The choice is made at the first batch, and kept for the run.
+
+    With `data="val"` it records validation's own forward passes from that layer on, and repeats only that part.
+    Training is not touched: with and without the monitor it is equal to the last bit.
 
     It logs `flatness/relative`, `flatness/trace`, `margin/mean` and the other keys of `docs/keys.md`; with several
     validation loaders they end like Lightning's, `/dataloader_idx_1`. They are in `trainer.callback_metrics`, for
@@ -45,6 +47,9 @@ class FlatnessMonitor(Callback):
     Args:
         layer: name of the monitored convolution; None: the last one that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
+        method: `"auto"`: the convolution if that is exact, else the classifier's own weight, see `select_method`; a
+            convolution that `layer` names is not replaced. `"pooled"`: the convolution or nothing. `"classifier"`: the
+            classifier's own weight.
         data: `"val"`: validation's own batches; `"train"`: a fixed sample of the training set, in passes of the
             monitor's own; or an iterable of (inputs, targets) batches, in passes of its own.
         max_samples: at most so many samples per evaluation and loader; None: all for `"val"` and for given
@@ -80,6 +85,7 @@ class FlatnessMonitor(Callback):
         self,
         layer: str | None = None,
         classifier: str | None = None,
+        method: MethodName = "auto",
         data: Literal["val", "train"] | Iterable[Any] = "val",
         max_samples: int | None = None,
         every_n_validations: int = 1,
@@ -104,8 +110,10 @@ class FlatnessMonitor(Callback):
         require_counts(every_n_validations=every_n_validations, chunk_bytes=chunk_bytes)
         if max_samples is not None:
             require_counts(max_samples=max_samples)
+        require_method(method, layer)
         self.layer = layer
         self.classifier = classifier
+        self.method = "pooled" if method == "auto" and layer is not None else method
         self.data = data
         self.max_samples = max_samples
         self.every_n_validations = every_n_validations
@@ -121,6 +129,7 @@ class FlatnessMonitor(Callback):
         self._failures = Failures(strict, self.name)
         self._schedule = Schedule(every_n_validations)
         self._verification = Verification(verify)
+        self._choice: Choice | None = None  # of the method, in this run
         self._stage = "fit"  # what the Trainer does
         self._earlier: list[Alert] = []  # alerts of the trainings before
         self._validation: MeasuredValidation | None = None  # while it is measured
@@ -142,7 +151,7 @@ class FlatnessMonitor(Callback):
         """Refuse a second monitor of the same keys; begin anew if a training starts."""
         self._failures.start_run()
         self._verification = Verification(self.verify)
-        self._stage, self._logged, self._churn = stage, set(), PredictionChurn()
+        self._stage, self._logged, self._choice, self._churn = stage, set(), None, PredictionChurn()
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
             raise ValueError(
@@ -153,7 +162,7 @@ class FlatnessMonitor(Callback):
             self._earlier = self.alerts
             self._runner = RuleRunner(self._runner.rules, self._suffix)
             self._schedule.start()
-        self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(PooledMethod.name)])
+        self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(self.method)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch; say what this training will not do."""
@@ -173,6 +182,7 @@ class FlatnessMonitor(Callback):
             self._validation = MeasuredValidation(
                 self._failures,
                 partial(_tools, self, pl_module),
+                self._choice,
                 trainer,
                 pl_module,
                 self.data,
@@ -217,10 +227,16 @@ class FlatnessMonitor(Callback):
         # Every process decides alike, or the others would wait forever in the exchange of the sums.
         loaders = validation.agree()
         self.measured = validation.measured
+        self._choice = validation.choice
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
             for assumption in self._verification.assumed:
                 failures.info_once(f"{failures.label}: {assumption}.")
+        if self._choice is not None:
+            given = keys_of(self._choice.name)
+            lacking = [f"{key}{self._suffix}" for key in keys_of(self.method) if key not in given]
+            for sentence in self._runner.set_aside(lacking, self._choice.name):
+                failures.warn_once(f"{failures.label} {sentence}")
         values: dict[str, Tensor] = {}
         with failures.contained():
             values = validation.values(loaders, self._suffix)
@@ -307,10 +323,13 @@ def _require_called(rules: Any) -> None:
             raise ValueError(f"`rules` must hold rules; got the function `{name}`. Call it: `rules={name}(...)`.")
 
 
-def _tools(monitor: FlatnessMonitor, pl_module: LightningModule) -> tuple[ForwardRecorder, PooledMethod]:
+def _tools(
+    monitor: FlatnessMonitor, pl_module: LightningModule, choice: Choice | None = None
+) -> tuple[Recorder, Method]:
     """Return a new recorder of the module and a new method; raise a `ValueError` if a named module is not there."""
-    recorder = ForwardRecorder(pl_module, monitor.layer, monitor.classifier)
-    return recorder, PooledMethod(monitor.chunk_bytes)
+    name = choice.name if choice is not None else monitor.method
+    classifier = choice.layer if choice is not None and name == "classifier" else monitor.classifier
+    return method_for(pl_module, name, monitor.layer, classifier, monitor.chunk_bytes)
 
 
 def _close(monitor: FlatnessMonitor) -> None:

@@ -77,6 +77,7 @@ def require_optional_counts(**counts: object) -> None:
 # Module to import -> its distribution, and the extra of this package that installs it.
 _OPTIONAL = {
     "matplotlib": ("matplotlib", "plots"),
+    "scipy": ("scipy", "spectrum"),
     "sklearn": ("scikit-learn", "examples"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb": ("wandb", "wandb"),
@@ -88,7 +89,7 @@ def missing_package(user: str, module: str) -> ModuleNotFoundError:
 
     Args:
         user: the part that needs the package, as the subject of the sentence.
-        module: the module that cannot be imported, one of `matplotlib`, `sklearn`, `tensorboard` and `wandb`.
+        module: the module that cannot be imported, one of `matplotlib`, `scipy`, `sklearn`, `tensorboard` and `wandb`.
 
     Example:
         >>> print(missing_package("A figure", "matplotlib"))

@@ -45,7 +45,7 @@ class Key(NamedTuple):
     direction: str
     source: str
     better: Literal["lower", "higher"] | None = None
-    methods: tuple[str, ...] = ("pooled",)
+    methods: tuple[str, ...] = ("pooled", "classifier")
 
 
 _FLAT = "lower is flatter"
@@ -57,7 +57,7 @@ _TABLE = (
     Key(SCALE_FREE, "Scale-free flatness", "loss", _FLAT, "this package, after [G]", "lower"),
     Key(CONFIDENCE, "Uncertainty 1 - |S|²", "none", "lower is more confident", "[M]", "lower"),
     Key(HEAD, "Head factor", "squared weight", "none of its own", _OURS),
-    Key(KERNEL, "Kernel factor", "squared weight", "none of its own", _OURS),
+    Key(KERNEL, "Kernel factor", "squared weight", "none of its own", _OURS, methods=("pooled",)),
     Key(FEATURES, "Feature factor", "squared feature per squared weight", "none of its own", _OURS),
     Key(ALIGNMENT, "Alignment factor", "none", _FLAT, _OURS, "lower"),
     Key(ACEHT, "Hessian trace of the classifier", "loss per squared weight", _FLAT, "[M]", "lower"),
@@ -95,13 +95,13 @@ def keys_of(method: str) -> tuple[str, ...]:
     """Return the names of the keys that a method gives.
 
     Args:
-        method: name of the method, as in `Key.methods`.
+        method: name of the method, as in `Key.methods`; `"auto"`: any of them.
 
     Example:
         >>> keys_of("pooled")[:2]
         ('flatness/relative', 'flatness/trace')
     """
-    return tuple(name for name, key in KEYS.items() if method in key.methods)
+    return tuple(name for name, key in KEYS.items() if method in (*key.methods, "auto"))
 
 
 def key_suffix(key: str) -> str:

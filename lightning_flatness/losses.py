@@ -23,7 +23,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lightning_flatness.functional.curvature import centred_rows, confidence, curvature_diagonal, without_subnormals
+from lightning_flatness.functional.curvature import (
+    centred_rows,
+    confidence,
+    curvature_diagonal,
+    curvature_factor,
+    without_subnormals,
+)
 from lightning_flatness.functional.flatness import relative_flatness
 from lightning_flatness.functional.gram import HadamardGram
 from lightning_flatness.functional.margin import binary_margin, margin_gap, output_margin, softmax_margin
@@ -308,6 +314,48 @@ class Differentiated:
 Loss: TypeAlias = CrossEntropy | BinaryCrossEntropy
 Form: TypeAlias = CrossEntropy | BinaryCrossEntropy | Differentiated
 """What a recorded loss can be proved to be."""
+
+
+def cotangents(
+    loss: Form, logits: Float[Tensor, "n c"], target: Targets | None
+) -> tuple[Float[Tensor, "n r c"], Float[Tensor, "n r"]]:
+    r"""Return a factor of the curvature and the signs of its rows: \(F^\top \operatorname{diag}(\sigma) F = B\).
+
+    Under cross-entropy it is the factor of `functional.curvature_factor`, under binary cross-entropy the root of the
+    diagonal. Of other losses the rows are eigenvectors, and only these have negative signs.
+
+    Args:
+        loss: of each sample in its logits.
+        logits: \(\phi\), shape (n, c).
+        target: as the loss reads it.
+
+    Returns:
+        \(F\), shape (n, r, c), in the square root of the loss per logit, and \(\sigma\), shape (n, r).
+
+    Example:
+        >>> import torch
+        >>> cotangents(BinaryCrossEntropy(), torch.zeros(1, 2), None)
+        (tensor([[[0.5000, 0.0000],
+                  [0.0000, 0.5000]]]), tensor([[1., 1.]]))
+    """
+    if isinstance(loss, Differentiated):
+        values, vectors = torch.linalg.eigh(loss.curvature)
+        return (vectors * values.abs().sqrt().unsqueeze(1)).mT.to(logits), values.sign().to(logits)
+    weight = loss.label_weight(logits, target)
+    if isinstance(loss, CrossEntropy):
+        factor = curvature_factor(logits) * weight.sqrt()[:, None, None]
+    else:
+        factor = torch.diag_embed((weight * _variance(logits)).sqrt())
+    return factor, factor.new_ones(factor.shape[:2])
+
+
+def logit_gradient(loss: Form, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, "n c"]:
+    r"""Return \(\nabla \ell\) without cancellation where a prediction is sure; see `logit_gradient_product`."""
+    directions = torch.eye(logits.shape[1]).to(logits)
+    at_one, each = logits.unsqueeze(-1), (one.expand_as(logits) for one in directions)
+    return torch.stack([loss.logit_gradient_product(at_one, one, target)[:, 0] for one in each], 1)
+
+
 _NAMES: dict[str, Loss] = {"cross_entropy": CrossEntropy(), "bce_with_logits": BinaryCrossEntropy()}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_flatness.curvature.methods import AutoMethod, Method, MethodName, Recorder, method_for
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
-from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.passes import ASSUMED, device_of, measured_batches, preserved_state
@@ -21,7 +21,6 @@ from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FR
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.recording.layers import refuse_programs
-from lightning_flatness.recording.recorder import ForwardRecorder
 
 _QUANTITIES = (
     "relative_flatness",
@@ -37,11 +36,11 @@ _QUANTITIES = (
 
 @dataclass(frozen=True)
 class FlatnessReport:
-    """Exact flatness of one convolution on a set of samples; lower is flatter.
+    """Exact flatness of one layer on a set of samples; lower is flatter.
 
     Attributes:
-        layer: name of the convolution.
-        classifier: name of the last linear layer behind the convolution; empty if there is none.
+        layer: name of the layer: a convolution, or the classifier.
+        classifier: name of the last linear layer behind it, or of the classifier itself; empty if there is none.
         n_samples: number of samples.
         relative_flatness: mean over samples, see `functional.relative_flatness`; unit of the loss.
         hessian_trace: mean over samples, see `functional.hessian_trace`; loss per squared weight.
@@ -55,9 +54,10 @@ class FlatnessReport:
             `hessian_trace`, `confidence`, `affine_hessian_trace`, `head_relative_flatness`, `output_margin`,
             `softmax_margin` and `margin_bound`, as far as the loss and the head have them; `SampleQuantities`
             describes them.
-        method: `"pooled"`, the closed form under global pooling.
-        exact: whether the numbers are exact; True for `"pooled"`, which refuses what it cannot do exactly.
+        method: `"pooled"`, the closed form under global pooling; `"classifier"`, that of the classifier's own weight.
+        exact: whether the numbers are exact; True for both, which refuse what they cannot do exactly.
         assumed: what was assumed instead of proved, in words.
+        reason: why the method was chosen, if it was not named.
 
     Example:
         >>> import torch
@@ -81,9 +81,10 @@ class FlatnessReport:
     confidence: float
     margins: dict[str, float]
     samples: dict[str, Tensor] | None = None
-    method: str = PooledMethod.name
+    method: str = "pooled"
     exact: bool = True
     assumed: tuple[str, ...] = ()
+    reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python types, without the per-sample values."""
@@ -94,7 +95,8 @@ class FlatnessReport:
         scale_free = self.scale_free_flatness
         rows = [
             ("layer", self.layer),
-            *([("classifier", self.classifier)] if self.classifier else []),
+            *([("classifier", self.classifier)] if self.classifier not in ("", self.layer) else []),
+            *([("measured by", f'"{self.method}". {self.reason}'.rstrip(". "))] if self.method != "pooled" else []),
             ("samples", f"{self.n_samples}"),
             ("relative flatness", f"{self.relative_flatness:.6g}  (lower is flatter)"),
             ("Hessian trace", f"{self.hessian_trace:.6g}  (lower is flatter)"),
@@ -111,6 +113,7 @@ def measure(
     batches: Iterable[Any],
     layer: str | None = None,
     classifier: str | None = None,
+    method: MethodName = "auto",
     max_samples: int | None = None,
     per_sample: bool = False,
     target: Callable[[Any], Tensor] | None = None,
@@ -118,7 +121,7 @@ def measure(
     verify: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> FlatnessReport:
-    """Measure the exact Hessian trace and relative flatness of a convolution under global pooling.
+    """Measure the exact Hessian trace and relative flatness of one layer: a pooled convolution, or the classifier.
 
     The model is evaluated in eval mode and left as it was: modes, gradients, hooks, buffers, random generators. What
     the forward pass changes elsewhere stays changed, such as a Python counter or a tensor that is not a buffer.
@@ -128,6 +131,9 @@ def measure(
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
         layer: name of the convolution; None: the last one that runs on a map larger than 1 x 1.
         classifier: name of the linear classifier; None: found.
+        method: `"auto"`: the convolution if that is exact, else the classifier's own weight, see `select_method`; a
+            convolution that `layer` names is not replaced. `"pooled"`: the convolution or nothing. `"classifier"`: the
+            classifier's own weight.
         max_samples: stop after so many samples; None: all.
         per_sample: also keep the values of every sample.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
@@ -144,7 +150,7 @@ def measure(
         The report; `print` it, or read its attributes.
 
     Raises:
-        UnsupportedTailError: if the closed form is not exact for this model; the message has the path and step.
+        UnsupportedTailError: if no method is exact for this model; the message has the path and step.
         NonFiniteError: if the logits hold NaN.
         ValueError: if a name, a batch or a target is not what it must be.
 
@@ -163,13 +169,13 @@ def measure(
     require_counts(chunk_bytes=chunk_bytes)
     require_optional_counts(max_samples=max_samples)
     refuse_programs(model)
-    recorder, method = ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes)
+    recorder, measuring = method_for(model, method, layer, classifier, chunk_bytes)
     criterion = None if loss is None else as_loss(loss)
-    evaluation, verification = Evaluation(device_of(model), method.name), Verification(verify)
+    evaluation, verification = Evaluation(device_of(model), measuring.name), Verification(verify)
     parts: list[SampleQuantities] = []
     with preserved_state(model):
         options = max_samples, target, criterion, verification
-        for quantities in measured_batches(recorder, method, model, batches, *options):
+        for quantities in measured_batches(recorder, measuring, model, batches, *options):
             evaluation.update(quantities)
             if per_sample:
                 parts.append(quantities)
@@ -180,12 +186,12 @@ def measure(
         )
     samples = _per_sample(parts) if per_sample else None
     assumed = *((ASSUMED,) if loss is None else ()), *verification.assumed
-    return _report(recorder, method, evaluation, samples, assumed)
+    return _report(recorder, measuring, evaluation, samples, assumed)
 
 
 def _report(
-    recorder: ForwardRecorder,
-    method: PooledMethod,
+    recorder: Recorder,
+    method: Method,
     evaluation: Evaluation,
     samples: dict[str, Tensor] | None,
     assumed: tuple[str, ...],
@@ -197,6 +203,7 @@ def _report(
             f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, and for logits of "
             "minus infinity that mask the true class."
         )
+    choice = method.choice if isinstance(method, AutoMethod) else None
     return FlatnessReport(
         layer=str(recorder.layer),
         classifier=recorder.classifier or "",
@@ -211,8 +218,9 @@ def _report(
             if key.startswith("margin/") and key not in (SOFTMAX_MARGIN, MARGIN_BOUND)
         },
         samples=samples,
-        method=method.name,
+        method=choice.name if choice else method.name,
         assumed=assumed,
+        reason=choice.reason if choice else "",
     )
 
 

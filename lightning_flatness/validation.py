@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.methods import AutoMethod, Choice, Method, Recorder, encoded_choice, known_choice
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_targets, is_empty
 from lightning_flatness.data.churn import PredictionChurn
@@ -29,7 +29,8 @@ from lightning_flatness.errors import NotRunError, UnsupportedTailError
 from lightning_flatness.keys import CHURN
 from lightning_flatness.losses import Loss
 from lightning_flatness.metrics.evaluation import Evaluation
-from lightning_flatness.recording.recorder import ForwardRecorder
+from lightning_flatness.recording.both import RecordedPasses
+from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.reporting.failures import Failures
 
 
@@ -85,7 +86,9 @@ class MeasuredValidation:
 
     Args:
         failures: of the monitor; they say which loaders are not measured.
-        tools: makes the recorder of the network and the method that measures the recorded passes.
+        tools: makes the recorder of the network and the method that measures the recorded passes; it is given what has
+            been chosen before.
+        choice: the method that earlier validations of the run have chosen; None: none has.
         trainer: the Trainer that validates.
         pl_module: the module that it validates.
         data: of the `FlatnessMonitor`.
@@ -97,12 +100,14 @@ class MeasuredValidation:
 
     Attributes:
         measured: what is measured, in words; None: nothing so far.
+        choice: the method that has been chosen; None: none, or it was named.
     """
 
     def __init__(
         self,
         failures: Failures,
-        tools: Callable[[], tuple[ForwardRecorder, PooledMethod]],
+        tools: Callable[[Choice | None], tuple[Recorder, Method]],
+        choice: Choice | None,
         trainer: Trainer,
         pl_module: LightningModule,
         data: Any,
@@ -113,14 +118,14 @@ class MeasuredValidation:
         churn: PredictionChurn | None = None,
     ) -> None:
         """Start with no samples."""
-        self._failures, self._tools = failures, tools
+        self._failures, self._tools, self.choice = failures, tools, choice
         self._trainer, self._module = trainer, pl_module
         self._data, self._max_samples, self._target, self._loss = data, max_samples, target, loss
         self._verification = verification
         self._logged = LoggedValues(pl_module)
         self._count = loader_count(trainer, data)
         self._batches = [0] * self._count
-        self._recorder: ForwardRecorder | None = None  # of the loader whose batches come
+        self._recorder: Recorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
         self.measured: str | None = None
         self._assumed = ""
@@ -128,7 +133,7 @@ class MeasuredValidation:
         self._churn.start()
         self._evaluations: list[Evaluation] = []
         with failures.contained(self.close):
-            self._evaluations = [Evaluation(pl_module.device, PooledMethod.name) for _ in range(self._count)]
+            self._evaluations = [Evaluation(pl_module.device, "auto") for _ in range(self._count)]
 
     def before_batch(self, loader: int, is_first: bool) -> None:
         """Record the pass of the batch that comes, or run the own passes before the first one."""
@@ -162,21 +167,28 @@ class MeasuredValidation:
         """Return the indices of the loaders that have values; every process has to call this.
 
         A loader has values if it has samples and nothing failed in any process. It is given up if a process refuses it
-        and none has measured a sample of it.
+        and none has measured a sample of it. None has values if processes have chosen different methods.
         """
         failures, loaders = self._failures, range(self._count)
         samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
         failed = [not {None, index}.isdisjoint(failures.failed) for index in loaders]
         refused = [not {None, index}.isdisjoint(failures.refused) for index in loaders]
         changed = [None if self._trainer.sanity_checking else self._churn.changed(index) for index in loaders]
-        rows = [samples, failed, refused, [count or 0 for count in changed], [count is None for count in changed]]
+        known, unknown = [count or 0 for count in changed], [count is None for count in changed]
         # On the device of the network: NCCL exchanges no others.
-        table = torch.tensor(rows, dtype=torch.int64, device=self._module.device)
-        samples, failed, refused, counts, unknown = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
+        chosen = [code := encoded_choice(self.choice, self._module), code**2, int(code > 0)]
+        numbers = [*samples, *failed, *refused, *known, *unknown, *chosen]
+        table = torch.tensor(numbers, dtype=torch.int64, device=self._module.device)
+        sums = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
+        samples, failed, refused, counts, unknown = (
+            sums[row * self._count : (row + 1) * self._count] for row in range(5)
+        )
+        has_one_choice = self._has_one_choice(*sums[-3:])
         failures.failed |= {index for index in loaders if failed[index]}
         failures.refused = {index for index in loaders if refused[index] and not samples[index]}
         failures.measured |= {index for index in loaders if samples[index]}
         valid = [index for index in loaders if samples[index] and not failed[index] and index not in failures.refused]
+        valid = valid if has_one_choice else []
         self._churned = {index: counts[index] / samples[index] for index in valid if not unknown[index]}
         self._churn.finish([] if self._trainer.sanity_checking else valid)
         return valid
@@ -194,6 +206,24 @@ class MeasuredValidation:
             values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
         return {f"{key}{suffix}{name}": value for index, name in names.items() for key, value in values[index].items()}
 
+    def _has_one_choice(self, total: int, squares: int, choosers: int) -> bool:
+        """Take the choice of the other processes if this one has none; return whether they have chosen alike.
+
+        Args:
+            total: sum of the choices as numbers, over all processes.
+            squares: sum of their squares.
+            choosers: how many processes have chosen.
+        """
+        if choosers * squares != total**2:
+            self.choice = None
+            self._failures.failed.add(None)
+            message = "All processes must measure the same layer; they have chosen different ones. Name the method, as "
+            self._failures.report(ValueError(f'{message}`method="classifier"`.'))
+            return False
+        if choosers and self.choice is None:
+            self.choice = known_choice(total // choosers, self._module)
+        return True
+
     @property
     def is_part(self) -> bool:
         """Whether this validation was over before the end of a loader.
@@ -210,11 +240,11 @@ class MeasuredValidation:
             self._recorder.__exit__()
             self._recorder = None
 
-    def _opened(self, loader: int) -> ForwardRecorder:
+    def _opened(self, loader: int) -> Recorder:
         """Return the recorder of a loader, with its hooks installed; those of another loader are removed."""
         if self._recorder is None or self._loader != loader:
             self.close()
-            recorder, self._method = self._tools()
+            recorder, self._method = self._tools(self.choice)
             self._recorder, self._loader = recorder.__enter__(), loader
         return self._recorder
 
@@ -227,19 +257,19 @@ class MeasuredValidation:
                 return
             recorded = recorder.take_pass(loss)
         except UnsupportedTailError as error:
-            raise error if has_run else NotRunError(str(error)) from error
-        quantities = self._method.quantities(recorded, slice(left))
+            raise error if has_run else NotRunError(str(error).splitlines()[0]) from error
+        quantities = cast(Any, self._method).quantities(recorded, slice(left))
         if self._verification.is_due(loader):
-            obstacle = verify_call(recorded, self._trainer.precision_plugin.val_step_context)
-            self._verification.note(loader, obstacle)
+            chosen = _chosen(recorded, self._method)
+            self._verification.note(loader, verify_call(chosen, self._trainer.precision_plugin.val_step_context))
         self._add(quantities, loader)
-        self._note_success(recorder, loader)
+        self._note_success(recorder, self._method, loader)
 
     def _add(self, quantities: SampleQuantities, loader: int) -> None:
         self._evaluations[loader].update(quantities)
         self._churn.add(loader, quantities.prediction, ordered_source(self._data, self._trainer, loader))
 
-    def _loss_of(self, recorder: ForwardRecorder, outputs: Any, batch: Any) -> Tensor | None:
+    def _loss_of(self, recorder: Recorder, outputs: Any, batch: Any) -> Tensor | None:
         """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
         if self._loss is None:
             returned = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -266,7 +296,7 @@ class MeasuredValidation:
         return value
 
     def _measure_own_batches(self) -> None:
-        recorder, method = self._tools()
+        recorder, method = self._tools(self.choice)
         with preserved_state(self._module):
             batches, limit = batches_for_rank(self._data, self._trainer, self._max_samples)
             if description := getattr(batches, "description", ""):
@@ -275,16 +305,35 @@ class MeasuredValidation:
             options = limit, self._target, self._loss, self._verification
             for quantities in measured_batches(recorder, method, model, prepared, *options):
                 self._add(quantities, 0)
-                self._note_success(recorder, 0)
+                self._note_success(recorder, method, 0)
 
-    def _note_success(self, recorder: ForwardRecorder, loader: int) -> None:
+    def _note_success(self, recorder: Recorder, method: Method, loader: int) -> None:
         self._failures.measured.add(loader)
-        self.measured = self.measured or f"`{recorder.layer}` up to the loss{self._assumed}"
+        if isinstance(method, AutoMethod):
+            self.choice = method.choice
+        self.measured = self.measured or f"`{recorder.layer}` up to the loss{self._assumed}{_why(self.choice)}"
 
     def _samples_left(self, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""
         limit = sample_limit(self._trainer, loader, self._max_samples)
         return None if limit is None else max(0, limit - self._evaluations[loader].samples)
+
+
+def _chosen(recorded: RecordedPass | RecordedPasses, method: Method) -> RecordedPass:
+    """Return the record that was measured; of two it is that of the method that was chosen."""
+    if isinstance(recorded, RecordedPass):
+        return recorded
+    return cast(RecordedPass, getattr(recorded, cast(Choice, cast(AutoMethod, method).choice).name))
+
+
+def _why(choice: Choice | None) -> str:
+    """Return why the classifier is measured instead of a convolution, and how to forbid it."""
+    if choice is None or choice.name == "pooled":
+        return ""
+    return (
+        f', the classifier\'s own weight (`method="{choice.name}"`), since no convolution has an exact value: '
+        f'{choice.reason.rstrip(".")}. `method="pooled"` forbids that'
+    )
 
 
 def _rides(data: Any) -> bool:

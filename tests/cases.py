@@ -25,13 +25,16 @@ from networks import (
     FunctionalLinear,
     Net,
     OfRows,
+    OnParts,
     RootMeanSquare,
     StandardizedConv,
     Sum,
     after_first,
     applied_twice,
     attention,
+    average_and_deviation,
     average_and_max,
+    cells,
     channel_norm,
     conv2d,
     conv_norm_act,
@@ -42,6 +45,7 @@ from networks import (
     in_two_views,
     inception,
     local_sum,
+    pyramid,
     residual,
     shuffled,
     squeezed_and_excited,
@@ -230,13 +234,71 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "negative distances": lambda: Net(output=lambda phi, p: -(phi[:, None] - torch.eye(3)).square().sum(2)),
     "output changed by a hook": lambda: hooked(Net()),
 }
+# A filter feeds several features.
+SEVERAL: dict[str, Callable[[], nn.Module]] = {
+    "average and max": lambda: Net(pool=average_and_max, head=nn.Linear(8, 3)),
+    "average and max silu": lambda: Net(None, F.silu, pool=average_and_max, head=nn.Linear(8, 3)),
+    "average and twice the average": lambda: Net(
+        pool=lambda a: (p := a.mean((2, 3))).repeat_interleave(2, 1) * p.new_tensor([1, 2]).repeat(4),
+        head=nn.Linear(8, 3),
+    ),
+    "2 x 2 cells": lambda: Net(pool=cells, head=nn.Linear(16, 3)),
+    "average and cells silu": lambda: Net(None, F.silu, pool=partial(pyramid, sizes=(1, 2)), head=nn.Linear(20, 3)),
+    "pyramid": lambda: Net(pool=partial(pyramid, sizes=(1, 2, 4)), head=nn.Linear(84, 3)),
+    "flatten": lambda: Net(pool=nn.Flatten(), head=nn.Linear(80, 3)),
+    "flatten behind gelu": lambda: Net(None, F.gelu, pool=nn.Flatten(), head=nn.Linear(80, 3)),
+    "both signs of a channel": lambda: Net(act=lambda z: F.relu(torch.cat([z, -z], 1)), head=nn.Linear(8, 3)),
+    "shuffled cells": lambda: Net(act=lambda z: F.relu(shuffled(z)), pool=average_and_max, head=nn.Linear(8, 3)),
+    "dense block of two poolings": lambda: Net(
+        None, nn.SiLU(), tail=dense, wide_norm=nn.BatchNorm2d(7), pool=average_and_max, head=nn.Linear(14, 3)
+    ),
+    "two features for some filters": lambda: Net(
+        pool=lambda a: torch.cat([a.mean((2, 3)), a[:, 1:3].amax((2, 3))], 1), head=nn.Linear(6, 3)
+    ),
+    "a head for each pooling": lambda: Net(
+        pool=average_and_max, head=OnParts([nn.Linear(4, 3), nn.Linear(4, 3)]), output=lambda phi, p: phi / 2
+    ),
+    "hidden layer on cells": lambda: Net(pool=cells, head=nn.Sequential(nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3))),
+    "curved hidden layer on two poolings": lambda: Net(
+        None, F.silu, pool=average_and_max, head=nn.Sequential(nn.Linear(8, 5), nn.GELU(), nn.Linear(5, 3))
+    ),
+    "layer norm on two poolings": lambda: Net(
+        pool=average_and_max, head=nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+    ),
+    "squared distances of two poolings": lambda: Net(
+        pool=average_and_max, head=nn.Linear(8, 3), output=lambda phi, p: -(phi[:, None] - torch.eye(3)).square().sum(2)
+    ),
+    "positions of one filter": lambda: Net(
+        conv2d(1), pool=lambda a: a.view(len(a), -1).mean(1, keepdim=True), head=nn.Linear(1, 3)
+    ),
+    "many positions of one filter": lambda: Net(
+        conv2d(1),
+        act=lambda z: F.relu(F.interpolate(z, scale_factor=2)),
+        pool=lambda a: a.view(len(a), -1).mean(1, keepdim=True),
+        head=nn.Linear(1, 3),
+    ),
+    "two poolings of groups": lambda: Net(conv2d(inputs=4, groups=2), pool=average_and_max, head=nn.Linear(8, 3)),
+    "cells of a depthwise convolution": lambda: Net(
+        conv2d(inputs=4, groups=4), F.silu, pool=cells, head=nn.Linear(16, 3)
+    ),
+}
 SUPPORTED = [
     *(Case(name, partial(Net, act=act)) for name, act in ACTIVATIONS.items()),
     *(Case(f"{name} without norm", partial(Net, act=act, norm=False)) for name, act in ACTIVATIONS.items()),
     *(Case(name, lambda o=options: Net(conv2d(**o))) for name, options in CONVOLUTIONS.items()),
     *(Case(f"{name} silu", lambda o=options: Net(conv2d(**o), F.silu)) for name, options in CONVOLUTIONS.items()),
     *(Case(name, build) for name, build in WIRINGS.items()),
-    *(Case(name, build, classifier=None) for name, build in HEADS.items()),
+    *(Case(name, build, classifier=None) for name, build in (HEADS | SEVERAL).items()),
+    Case(
+        "two poolings of conv1d",
+        lambda: Net(nn.Conv1d(4, 4, 3, groups=2), F.silu, pool=average_and_max, head=nn.Linear(8, 3)),
+        (5, CHANNELS, 6),
+    ),
+    Case(
+        "two poolings of conv3d",
+        lambda: Net(nn.Conv3d(2, 3, 2, padding="same"), pool=average_and_max, head=nn.Linear(6, 3)),
+        (4, CHANNELS, 3, 3, 2),
+    ),
     Case("conv1d", lambda: Net(nn.Conv1d(3, 4, 4, padding=2)), (5, CHANNELS, 6)),
     Case("conv1d groups silu", lambda: Net(nn.Conv1d(4, 4, 3, stride=2, groups=2), F.silu), (5, CHANNELS, 7)),
     Case("conv3d", lambda: Net(nn.Conv3d(2, 4, (3, 2, 1), padding=(1, 1, 0))), (4, CHANNELS, 3, 4, 2)),
@@ -268,10 +330,6 @@ UNSUPPORTED_TAILS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         "positions",
         lambda: Net(act=lambda z: z * z.mean((2, 3), keepdim=True).sigmoid()),
     ),
-    "both signs of a channel": (
-        "cat",
-        lambda: Net(act=lambda z: F.relu(torch.cat([z, -z], 1)), head=nn.Linear(8, 3)),
-    ),
     "larger of two channels": (
         "max",
         lambda: Net(act=lambda z: z[:, :2].maximum(z[:, 2:]), head=nn.Linear(2, 3)),
@@ -287,10 +345,38 @@ UNSUPPORTED_TAILS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         lambda: Net(tail=in_two_views, output=lambda phi, p: phi.unflatten(0, (2, -1)).mean(0)),
     ),
     # Pooling.
-    "flatten": ("80", lambda: Net(pool=nn.Identity(), head=nn.Linear(80, 3))),
-    "coarse pooling": ("16", lambda: Net(pool=nn.AdaptiveAvgPool2d(2), head=nn.Linear(16, 3))),
+    "flattened large map": (
+        "up to 32 features for each filter.* there are 80 and 320",
+        lambda: Net(act=lambda z: F.relu(F.interpolate(z, scale_factor=2)), pool=nn.Flatten(), head=nn.Linear(320, 3)),
+    ),
     "attention pooling": ("mixes", lambda: Net(pool=attention)),
-    "average and max pooling": ("cat", lambda: Net(pool=average_and_max, head=nn.Linear(8, 3))),
+    "average and deviation": ("positions", lambda: Net(pool=average_and_deviation, head=nn.Linear(8, 3))),
+    "average and deviation silu": (
+        "positions",
+        lambda: Net(None, F.silu, pool=average_and_deviation, head=nn.Linear(8, 3)),
+    ),
+    "average and variance": (
+        "positions",
+        lambda: Net(pool=lambda a: torch.cat([a.mean((2, 3)), a.var((2, 3))], 1), head=nn.Linear(8, 3)),
+    ),
+    "a deviation and its negative": (  # the sum of both has no curvature
+        "positions",
+        lambda: Net(pool=lambda a: torch.cat([p := a.std((2, 3)), a.mean((2, 3)) - p], 1), head=nn.Linear(8, 3)),
+    ),
+    "average and neighbour's maximum": (
+        "`add`, mixes",
+        lambda: Net(
+            pool=lambda a: torch.cat([m := a.amax((2, 3)), a.mean((2, 3)) + m.roll(1, 1)], 1), head=nn.Linear(8, 3)
+        ),
+    ),
+    "cells mixed by a convolution": (
+        "`convolution`, mixes",
+        lambda: Net(pool=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 4, 2)), head=nn.Linear(4, 3)),
+    ),
+    "curved after the cells": (
+        "positions",
+        lambda: Net(pool=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.SiLU()), head=nn.Linear(16, 3)),
+    ),
     "log-sum-exp pooling": ("positions", lambda: Net(pool=lambda a: a.logsumexp((2, 3)))),
     "layer norm before pooling": ("permute|native_layer_norm", lambda: Net(act=channel_norm)),
     # The convolution itself.

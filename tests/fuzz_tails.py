@@ -62,6 +62,8 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "max pool, mean": lambda a: local(F.max_pool1d, F.max_pool2d, F.max_pool3d)(a).flatten(2).mean(2),
     "average pool, sum": lambda a: local(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)(a).flatten(2).sum(2),
     "weighted": lambda a: a.flatten(2) @ torch.linspace(-0.5, 1, a[0, 0].numel()).to(a),
+    "mean and max": lambda a: torch.cat([a.flatten(2).mean(2), a.flatten(2).amax(2)], 1),
+    "halves": lambda a: F.adaptive_avg_pool1d(a.flatten(2), 2).flatten(1),
     "median": lambda a: a.flatten(2).median(2).values,
 }
 # Of one sample: the sum over its labels.

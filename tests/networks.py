@@ -111,7 +111,27 @@ def attention(a: Tensor) -> Tensor:
 
 
 def average_and_max(a: Tensor) -> Tensor:
-    return torch.cat([a.mean((2, 3)), a.amax((2, 3))], 1)
+    flat = a.flatten(2)
+    return torch.cat([flat.mean(2), flat.amax(2)], 1)
+
+
+def cells(a: Tensor, size: int = 2) -> Tensor:
+    return F.adaptive_avg_pool2d(a, size).flatten(1)
+
+
+def pyramid(a: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    return torch.cat([cells(a, size) for size in sizes], 1)
+
+
+def average_and_deviation(a: Tensor) -> Tensor:
+    return torch.cat([a.mean((2, 3)), a.std((2, 3))], 1)
+
+
+class OnParts(nn.ModuleList):
+    """Adds heads, each on its part of the features."""
+
+    def forward(self, p: Tensor) -> Tensor:
+        return sum(head(part) for head, part in zip(self, p.chunk(len(self), 1), strict=True))
 
 
 class Sum(nn.ModuleList):

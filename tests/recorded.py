@@ -76,7 +76,7 @@ def recorded(
 
 def pooled(recorded: RecordedPass) -> Cut:
     """Where the pooled features lie; a refusal is raised."""
-    return required(_pooled_features(recorded))
+    return required(_pooled_features(recorded))[0]
 
 
 def certified(recorded: RecordedPass) -> Certificate:

@@ -437,3 +437,101 @@ def test_works_under_the_other_namespace(tmp_path: Any, data: Any) -> None:
     monitor, run = fit(6, str(tmp_path / "last.ckpt"))
     assert [alert.epoch for alert in monitor.alerts] == [0, 2]
     assert run.current_epoch == 3
+
+
+class Attention(nn.Module):
+    """Patches by a convolution, a block of a transformer, a linear layer on the first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(2, 4, 2, 2), nn.Linear(4, 3)
+        self.block = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.patches(x).flatten(2).mT)[:, 0])
+
+
+def attentive(loaders: int = 1) -> Classifier:
+    module = Classifier(loaders=loaders)
+    module.net = Attention().double()
+    return module
+
+
+@pytest.mark.parametrize("data", ["val", "train", given_batches()], ids=["val", "train", "given"])
+def test_a_transformer_has_the_values_of_its_classifier_and_says_so_once(tmp_path: Any, log: Any, data: Any) -> None:
+    module, monitor = attentive(), FlatnessMonitor(data=data, strict=True)
+    run = trainer(tmp_path, monitor, max_epochs=3)
+    run.fit(module)
+    suffix = "/train" if data == "train" else ""
+    batches = {"val": module.val_dataloader(), "train": DataLoader(images(24, 1), batch_size=4)}
+    loader = batches[data] if isinstance(data, str) else data
+    assert_same(values_of(run, suffix), report_of(module, loader, method="classifier"))
+    assert f"flatness/head{suffix}" in run.callback_metrics
+    assert f"flatness/kernel{suffix}" not in run.callback_metrics
+    (said,) = [message for message in log.read_text().splitlines() if "measures" in message]
+    for part in ("`net.head` up to the loss", "classifier's own weight", "filter of `net.patches`", 'method="pooled"'):
+        assert part in said
+    assert hooks(module) == 0
+
+
+def test_a_transformer_is_trained_the_same_to_the_last_bit(tmp_path: Any) -> None:
+    states = []
+    for callbacks in ([], [FlatnessMonitor(strict=True)]):
+        module = attentive()
+        run = trainer(tmp_path, *callbacks)
+        run.fit(module)
+        states.append((module.state_dict(), torch.get_rng_state()))
+    (first, random_state), (second, other) = states
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(random_state, other)
+
+
+def test_each_loader_of_a_transformer_is_measured_at_the_same_layer(tmp_path: Any) -> None:
+    module, run = attentive(loaders=2), trainer(tmp_path, FlatnessMonitor(strict=True))
+    run.fit(module)
+    for index, loader in enumerate(module.val_dataloader()):
+        assert_same(values_of(run, f"/dataloader_idx_{index}"), report_of(module, loader))
+
+
+def test_pooled_alone_refuses_a_transformer(tmp_path: Any) -> None:
+    run = trainer(tmp_path, FlatnessMonitor(method="pooled"))
+    with pytest.warns(UserWarning, match="did not measure: The closed form needs every pooled feature"):
+        run.fit(attentive())
+    assert not any(key.startswith("flatness") for key in run.callback_metrics)
+
+
+def test_the_classifier_of_any_network_can_be_asked_for(tmp_path: Any) -> None:
+    module, run = Classifier(), trainer(tmp_path, FlatnessMonitor(method="classifier", strict=True))
+    run.fit(module)
+    assert_same(values_of(run), report_of(module, module.val_dataloader(), method="classifier"))
+
+
+def test_the_method_of_the_first_batch_is_kept(tmp_path: Any) -> None:
+    """A network that has been measured at its convolution is not measured at its classifier under the same keys."""
+    module = Classifier(lambda m, batch: F.cross_entropy(m.net(m.changed(batch[0])), batch[1]))
+    gates: list[Any] = []
+
+    def changed(x: Tensor) -> Tensor:
+        if module.losses and len(module.losses) % 3 == 0 and not gates:  # from the second validation on
+            gates.append(module.net.act2)
+            module.net.act2 = nn.Softmax(1)
+        return x
+
+    module.changed = changed
+    run = trainer(tmp_path, FlatnessMonitor(), num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="did not measure: The closed form needs"):
+        run.fit(module)
+    assert gates
+    assert run.callback_metrics["flatness/trace"].isnan()
+
+
+def test_a_rule_on_a_key_that_the_method_lacks_is_inactive_and_named_once(tmp_path: Any) -> None:
+    rules = [Rule("flatness/kernel", above=0.0, name="large filters"), Rule("flatness/trace", above=0.0)]
+    monitor = FlatnessMonitor(rules=rules, strict=True)
+    with pytest.warns(UserWarning, match="cannot evaluate the rule") as caught:
+        trainer(tmp_path, monitor, max_epochs=3).fit(attentive())
+    (said,) = [str(warning.message) for warning in caught if "FlatnessMonitor" in str(warning.message)]
+    assert "the rule `large filters`, which watches `flatness/kernel`" in said
+    assert [alert.key for alert in monitor.alerts] == ["flatness/trace"] * 3
+    with pytest.raises(ValueError, match="got `flatness/kernel`"):
+        trainer(tmp_path, FlatnessMonitor(rules=rules, method="classifier")).fit(attentive())

@@ -303,7 +303,8 @@ STEPS: dict[str, tuple[Callable[[Classifier, Any], Tensor], str | None]] = {
 def test_validation_calls_the_network_as_it_likes(tmp_path: Any, step: Any, refusal: str | None) -> None:
     module = classifier()
     module.step = step
-    run = trainer(tmp_path, FlatnessMonitor(strict=refusal is None), max_epochs=3, num_sanity_val_steps=0)
+    monitor = FlatnessMonitor(method="pooled", strict=refusal is None)
+    run = trainer(tmp_path, monitor, max_epochs=3, num_sanity_val_steps=0)
     if refusal is None:
         run.fit(module)
         assert_same(values_of(run), report_of(module, module.val_dataloader()))
@@ -337,7 +338,7 @@ def test_a_computed_weight_that_is_used_again_is_refused(norm: Callable[..., nn.
 
     model = Net(norm(conv2d()), tail=scaled).eval()
     with pytest.raises(UnsupportedTailError, match="once more"):
-        measure(model, [(torch.randn(4, 2, 5, 5), torch.randint(3, (4,)))])
+        measure(model, [(torch.randn(4, 2, 5, 5), torch.randint(3, (4,)))], method="pooled")
 
 
 def test_memory_of_a_computed_weight_may_be_used_by_others() -> None:

@@ -36,7 +36,7 @@ def test_optional_counts_may_be_none() -> None:
         require_optional_counts(samples=False)
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tensorboard", "wandb"])
+@pytest.mark.parametrize("module", ["matplotlib", "scipy", "sklearn", "tensorboard", "wandb"])
 def test_a_missing_package_is_installed_by_itself_or_by_its_extra(module: str) -> None:
     error = missing_package("A figure", module)
     extra = re.search(r"pip install '\.\[(\w+)\]'", str(error))[1]

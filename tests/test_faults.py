@@ -104,10 +104,10 @@ def inject(monkeypatch: pytest.MonkeyPatch, target: str, number: int, error: Bas
 
 # Where the monitor fails, in which call of it, after which steps the rules judge all the same, and its arguments.
 AFTER_THE_FIRST, BUT_FOR_THE_SECOND, ALL, NONE = [11, 17], [5, 17], [5, 11, 17], []
-OWN = {"data": given_batches()}
+OWN, CLASSIFIER = {"data": given_batches()}, {"method": "classifier"}
 FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "the sums": ("lightning_flatness.validation.Evaluation.__init__", 2, BUT_FOR_THE_SECOND, {}),
-    "the recorder": ("lightning_flatness.callback.ForwardRecorder.__init__", 2, AFTER_THE_FIRST, {}),
+    "the recorder": ("lightning_flatness.recording.recorder.ForwardRecorder.__init__", 2, AFTER_THE_FIRST, {}),
     "the stance": ("lightning_flatness.recording.eager.EagerStance.enter", 1, AFTER_THE_FIRST, {}),
     "the dispatcher": ("lightning_flatness.recording.dispatch.Dispatcher.attach", 1, NONE, {}),
     "the hooks": ("lightning_flatness.recording.recorder.ForwardRecorder._install", 1, AFTER_THE_FIRST, {}),
@@ -137,13 +137,17 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "moving batches": ("lightning_flatness.validation.transferred", 2, BUT_FOR_THE_SECOND, OWN),
     "the network": ("lightning_flatness.validation.callable_module", 2, BUT_FOR_THE_SECOND, OWN),
     "own passes": ("lightning_flatness.data.passes.batch_inputs", 2, AFTER_THE_FIRST, OWN),
+    "a layer's hook": ("lightning_flatness.recording.classifier.ClassifierBuilder._begin_layer", 1, NONE, CLASSIFIER),
+    "the classifier's loss": ("lightning_flatness.curvature.classifier._head", 2, AFTER_THE_FIRST, CLASSIFIER),
+    "the choice": ("lightning_flatness.curvature.methods.AutoMethod._choose", 1, AFTER_THE_FIRST, {"method": "auto"}),
 }
 each_fault = pytest.mark.parametrize("where", FAULTS)
 
 
 def monitored(where: str, monkeypatch: pytest.MonkeyPatch, error: BaseException, **more: Any) -> FlatnessMonitor:
     """A monitor that fails there, and a rule that fires in every validation that it sees."""
-    target, number, _, options = FAULTS[where]
+    target, number, _, given = FAULTS[where]
+    options: dict[str, Any] = {"method": "pooled", **given}  # which does not go over to another layer
     inject(monkeypatch, target, number, error)
     key = "flatness/trace/train" if options.get("data") == "train" else "flatness/trace"
     return FlatnessMonitor(**options, **more, rules=[Rule(key, above=0.0, action=Notify(lambda alert: None))])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_flatness.keys import FACTORS, KEYS, Key, key_suffix, keys_of
+from lightning_flatness.keys import FACTORS, KERNEL, KEYS, Key, key_suffix, keys_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "keys.md").read_text(encoding="utf-8")
 ROWS = [re.split(r" \| ", line.strip("| ")) for line in PAGE.splitlines() if re.match(r"\| `(flatness|margin)/", line)]
@@ -15,7 +15,9 @@ ROWS = [re.split(r" \| ", line.strip("| ")) for line in PAGE.splitlines() if re.
 
 def test_the_page_has_the_table() -> None:
     documented = [(row[0].strip("`"), *row[2:]) for row in ROWS]
-    assert documented == [(key.name, key.unit, key.direction, key.source) for key in KEYS.values()]
+    methods = {("pooled",): "pooled", ("pooled", "classifier"): "both"}
+    expected = [(key.name, key.unit, key.direction, key.source, methods[key.methods]) for key in KEYS.values()]
+    assert documented == expected
 
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
@@ -25,6 +27,7 @@ def test_a_direction_in_words_is_the_one_that_rules_and_figures_use(key: Key) ->
 
 
 def test_factors_are_keys_and_keys_know_their_suffix() -> None:
-    assert set(FACTORS) < set(keys_of("pooled")) == set(KEYS)
+    assert set(FACTORS) < set(keys_of("pooled")) == set(KEYS) == set(keys_of("auto"))
+    assert set(keys_of("pooled")) - set(keys_of("classifier")) == {KERNEL}
     assert keys_of("no method") == ()
     assert [key_suffix(f"margin/mean{suffix}") for suffix in ("", "/a", "/a/b")] == ["", "/a", "/a/b"]

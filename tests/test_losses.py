@@ -19,6 +19,7 @@ from lightning_flatness.losses import (
     Loss,
     as_loss,
     checked_targets,
+    cotangents,
 )
 
 CLASSES, SAMPLES = 4, 6
@@ -102,6 +103,9 @@ def test_equals_the_loss_of_torch(case: Case) -> None:
         "contraction": (kappa, (pulled_back * (square @ square.mT)).sum((1, 2))),
         "gradient": (loss.logit_gradient_product(logits[..., None], values, target)[:, 0], (gradient * values).sum(1)),
     }
+    for form in (loss, Differentiated(gradient, curvature)):
+        factor, signs = cotangents(form, logits, target)
+        pairs[f"cotangents of {type(form).__name__}"] = (factor.mT @ (signs.unsqueeze(-1) * factor), curvature)
     for value, expected in pairs.values():
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
     bound = loss.trace_bound(logits, target)

@@ -386,3 +386,36 @@ def test_alerts_of_forked_processes_are_in_their_checkpoints(tmp_path: Any) -> N
     assert [alert["epoch"] for alert in saved["alerts"]] == [0]
     monitor.load_state_dict(saved)
     assert [alert.epoch for alert in monitor.alerts] == [0]
+
+
+class Perceptron(Classifier):
+    """It has no convolution; or, in one of the processes, one that has a closed form."""
+
+    def __init__(self, convolves: Callable[[], bool] = lambda: False) -> None:
+        super().__init__()
+        self.convolves = convolves
+        self.other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(50, 3)).double()
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x) if self.convolves() else self.other(x)
+
+
+@pytest.mark.parametrize("samples", [1, 13])
+def test_processes_without_samples_take_the_choice_of_the_others(tmp_path: Any, samples: int) -> None:
+    values = []
+    for devices in (1, 2):
+        data = DataLoader(Shared(first_reads_all=True), batch_size=4) if samples > 1 else loader(1)
+        run = trainer(tmp_path, FlatnessMonitor(strict=True), Note(), **processes(devices))
+        run.validate(Perceptron(), data, verbose=False)
+        _, logged, _ = notes(devices)
+        values.append({key: logged[key] for key in KEYS if key != "flatness/kernel"})
+    assert values[1] == pytest.approx(values[0], rel=1e-10)
+
+
+def test_processes_that_choose_different_layers_have_no_values(tmp_path: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = trainer(tmp_path, FlatnessMonitor(), Note(), **processes(2))
+        run.validate(Perceptron(lambda: rank() == 0), loader(), verbose=False)
+    _, logged, _ = notes(2)
+    assert not logged

@@ -6,6 +6,7 @@ import json
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -24,9 +25,9 @@ pytestmark = [
 CASE = next(case for case in SUPPORTED if case.name == "relu")
 
 
-def measured(model: nn.Module) -> str:
+def measured(model: nn.Module, method: Any = "pooled") -> str:
     try:
-        return f"{measure(model, [CASE.data()]).relative_flatness:.12g}"
+        return f"{measure(model, [CASE.data()], method=method).relative_flatness:.12g}"
     except ValueError as error:
         return str(error)
 
@@ -48,7 +49,7 @@ def process(rank: int, names: tuple[str, ...], folder: str) -> None:
         model = CASE.model().eval()
         for name in names:
             fsdp.fully_shard(model.get_submodule(name))
-        Path(folder, f"{rank}.json").write_text(json.dumps(measured(model)))
+        Path(folder, f"{rank}.json").write_text(json.dumps([measured(model), measured(model, "auto")]))
     finally:
         dist.destroy_process_group()
 
@@ -58,10 +59,11 @@ def test_measured_where_the_weights_are_whole_else_refused_by_all(
     tmp_path: Path, names: tuple[str, ...], whole: bool
 ) -> None:
     mp.start_processes(process, (names, str(tmp_path)), nprocs=2, start_method="fork")
-    first, second = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
-    assert first == second
+    (first, chosen), second = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
+    assert [first, chosen] == second
+    assert chosen == measured(CASE.model().eval(), "auto" if whole else "classifier")
     if whole:
-        assert first == measured(CASE.model().eval())
+        assert first == chosen
     else:
         assert "must be whole on every process" in first
         assert "is sharded" in first

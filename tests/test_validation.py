@@ -27,12 +27,12 @@ class Measures(Callback):
         self.data, self.max_samples = data, max_samples
 
     def on_validation_epoch_start(self, run: Any, module: Any) -> None:
-        def tools() -> Any:
+        def tools(_: Any) -> Any:
             return ForwardRecorder(module), PooledMethod()
 
         self.failures = Failures(strict=True)
         self.validation = MeasuredValidation(
-            self.failures, tools, run, module, self.data, self.max_samples, None, None, Verification()
+            self.failures, tools, None, run, module, self.data, self.max_samples, None, None, Verification()
         )
 
     def on_validation_batch_start(self, run: Any, module: Any, batch: Any, index: int, loader: int = 0) -> None:

@@ -85,7 +85,7 @@ def predicted(model: nn.Module, images: Tensor) -> Tensor:
 
 def measured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[str, Flatness]:
     """Return the layer that the package chooses, and its numbers per sample."""
-    report = measure(model, [(images, labels)], per_sample=True)
+    report = measure(model, [(images, labels)], method="pooled", per_sample=True)
     return report.layer, Flatness(report.samples["hessian_trace"], report.samples["relative_flatness"])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_flatness.curvature.forms import EXACT, RecordedFunction, count_factor, drawn_points, proved_form
 from lightning_flatness.errors import Refusal
-from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form
+from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form, logit_gradient
 from lightning_flatness.recording.graph import Captures, Cut
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
@@ -175,11 +175,7 @@ def _with_head(
     jacobian, is_curved = _jacobian(recorded, logits, point)
     curvature = None
     if is_curved:
-        phi = logits.detach()
-        ones = torch.eye(phi.shape[1]).to(phi)
-        gradient = torch.stack(
-            [loss.logit_gradient_product(phi.unsqueeze(-1), one.expand_as(phi), target)[:, 0] for one in ones], 1
-        )
+        gradient = logit_gradient(loss, logits.detach(), target)
         (first,) = torch.autograd.grad((logits * gradient).sum(), point, create_graph=True)
         curvature = torch.stack([_row(first, point, j) for j in range(point.shape[1])], 1)
     return Objective(cut, counted, logits.detach(), jacobian, loss, target, curvature)

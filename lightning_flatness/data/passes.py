@@ -15,20 +15,22 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.methods import Method, Recorder
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
 from lightning_flatness.data.verification import Repetition, Verification, verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
-from lightning_flatness.recording.recorder import ForwardRecorder, only_for
+from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS
+from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.recording.recorder import only_for
 
 _FEW = 4  # samples on which the record is verified
 ASSUMED = "the loss is assumed to be the cross-entropy of the network's output with the targets of the batch"
 
 
 def measured_batches(
-    recorder: ForwardRecorder,
-    method: PooledMethod,
+    recorder: Recorder,
+    method: Method,
     model: nn.Module,
     batches: Iterable[Any],
     max_samples: int | None = None,
@@ -65,7 +67,7 @@ def measured_batches(
             inputs, step = batch_inputs(batch), partial(_loss_of, model, loss)
             with torch.no_grad(), only_for(recorder):
                 value = step(recorder, inputs, targets)
-            quantities = method.quantities(recorder.take_pass(value), slice(left))
+            quantities = method.quantities(cast(Any, recorder.take_pass(value)), slice(left))
             if verification is not None and verification.is_due(0):
                 verification.note(0, _verified_on_few(recorder, step, inputs, targets))
             yield quantities
@@ -74,7 +76,7 @@ def measured_batches(
                 return
 
 
-def _loss_of(model: nn.Module, loss: Any, recorder: ForwardRecorder | None, inputs: Any, targets: Any) -> Tensor:
+def _loss_of(model: nn.Module, loss: Any, recorder: Recorder | None, inputs: Any, targets: Any) -> Tensor:
     try:
         output = model(inputs)
     except TypeError as error:
@@ -89,7 +91,7 @@ def _loss_of(model: nn.Module, loss: Any, recorder: ForwardRecorder | None, inpu
     return computed_loss(loss, output, targets)
 
 
-def _verified_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> str | None:
+def _verified_on_few(recorder: Recorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> str | None:
     """Verify the record on a few samples where the batch can be cut, else on all; return why that is not possible."""
     if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) == len(targets):
         inputs, targets = inputs[:_FEW], targets[:_FEW]
@@ -98,7 +100,7 @@ def _verified_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], inp
     if not bool(value.isfinite()):
         recorder.clear()
         return "the loss of the first samples is not finite"
-    recorded = recorder.take_pass(value)
+    recorded = cast(RecordedPass, recorder.take_pass(value))  # one: the method has been chosen
 
     def run() -> list[Tensor]:
         with torch.no_grad(), only_for(run):
@@ -106,7 +108,9 @@ def _verified_on_few(recorder: ForwardRecorder, step: Callable[..., Tensor], inp
 
     def differentiate(use: Callable[..., Any]) -> Any:
         with torch.inference_mode(False), torch.enable_grad(), only_for(run):
-            return use([step(None, inputs, targets)])
+            # Copies of what was made in inference mode can be differentiated by.
+            copies = (each.clone() if isinstance(each, Tensor) else each for each in (inputs, targets))
+            return use([step(None, *copies)])
 
     end, observed = len(recorded.graph.operations), [value.detach()]
     return verify(recorded, Repetition("the loss", [recorded.loss], end, observed, slice(None), run, differentiate))
@@ -245,14 +249,19 @@ def callable_module(pl_module: LightningModule) -> nn.Module:
     """
     if type(pl_module).forward is not LightningModule.forward:
         return pl_module
-    holders = {
-        name: child
-        for name, child in pl_module.named_children()
-        if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in child.modules())
-    }
+    holders = _holders(pl_module, CONVOLUTIONS) or _holders(pl_module, CLASSIFIERS)
     if len(holders) != 1:
         raise ValueError(
             f"The monitor must know what to call with its own batches: `{type(pl_module).__name__}` has no `forward`, "
             f"and {len(holders)} networks: {sorted(holders)}. Define `forward(self, inputs)` that returns the logits."
         )
     return next(iter(holders.values()))
+
+
+def _holders(pl_module: LightningModule, kinds: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+    """Return the children that hold modules of some kinds, by name."""
+    return {
+        name: child
+        for name, child in pl_module.named_children()
+        if any(isinstance(module, kinds) for module in child.modules())
+    }

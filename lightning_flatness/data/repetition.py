@@ -51,7 +51,7 @@ def verify_call(recorded: RecordedPass, context: Callable[[], AbstractContextMan
     call = recorded.network_call
     obstacle: str | None
     if call is None:
-        obstacle = "the convolution is called by itself, or its inputs cannot be copied"
+        obstacle = f"`{recorded.layer}` is called by itself, or the network's inputs cannot be copied"
     else:
         obstacle = _obstacle(call) or _verified(recorded, call, context)
     _require_known_derivatives(recorded, 0 if call is None or obstacle else call.end)

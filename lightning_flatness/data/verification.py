@@ -93,9 +93,9 @@ def verify(recorded: RecordedPass, repetition: Repetition) -> str | None:
     """
     weight = recorded.convolution._parameters.get("weight")
     if weight is None or len(recorded.calls) > 1:
-        return "the weight of the convolution is computed, or used several times"
+        return f"the weight of `{recorded.layer}` is computed, or used several times"
     if type(weight.data) is not Tensor:
-        return "the weight of the convolution is distributed"
+        return f"the weight of `{recorded.layer}` is distributed"
     before = weight.detach().clone()
     generator = torch.Generator().manual_seed(0)
     step = torch.randn(before.shape, generator=generator, dtype=torch.float64).to(before) * before.abs().max() * _STEP
@@ -160,7 +160,7 @@ def _distance(first: Tensor, second: Tensor) -> float:
 
 
 def _predicted(recorded: RecordedPass, repetition: Repetition, weight: Tensor) -> list[Tensor]:
-    """Return what the record gives for another weight of the convolution, differentiably if that is."""
+    """Return what the record gives for another weight of the layer, differentiably if that is."""
     call, graph = recorded.calls[-1], recorded.graph
     needed: set[int] = set()
     for node in repetition.nodes:
@@ -172,9 +172,14 @@ def _predicted(recorded: RecordedPass, repetition: Repetition, weight: Tensor) -
         torch.set_grad_enabled(weight.requires_grad),  # switches when it is made: within the inference mode
     ):
         inputs = graph.captures.value(call.inputs).to(weight.dtype)
-        convolution = cast(Any, _CONVOLUTIONS[inputs.dim()])
-        geometry = (call.geometry[name] for name in ("stride", "padding", "dilation", "groups"))
-        z = convolution(inputs, weight, call.bias.to(weight), *geometry)
+        if "samples" in call.geometry:  # a linear layer
+            change = weight.flatten(1) - call.weight.to(weight.dtype)
+            before = graph.captures.value(call.output).to(weight.dtype)
+            z = before + (inputs.reshape(-1, change.shape[1]) @ change.mT).view_as(before)
+        else:
+            convolution = cast(Any, _CONVOLUTIONS[inputs.dim()])
+            geometry = (call.geometry[name] for name in ("stride", "padding", "dilation", "groups"))
+            z = convolution(inputs, weight, call.bias.to(weight), *geometry)
         values = graph.replay({call.node: z}, repetition.end, only=needed, detach=True)
         found = (values[node] for node in repetition.nodes)
         return [value[repetition.rows] if value.dim() else value for value in found]
@@ -206,7 +211,7 @@ def _differentiated(recorded: RecordedPass, repetition: Repetition, elsewhere: T
     except RuntimeError as error:
         return f"the record cannot be differentiated ({error})"
     if found[0] is None and expected[0] is not None:
-        return "no gradient reaches the convolution; it may run under `torch.no_grad()`"
+        return f"no gradient reaches `{recorded.layer}`; it may run under `torch.no_grad()`"
     _require_same_derivatives(recorded, repetition, found, expected)
     if not _has_slope(expected):
         elsewhere = elsewhere.clone().requires_grad_()

@@ -106,3 +106,37 @@ def centred_rows(logits: Float[Tensor, "n c"], head: Float[Tensor, "*n c j"]) ->
     if head.dim() == 2:
         return head - head[top].unsqueeze(1)
     return head - head.gather(1, top[:, None, None].expand(-1, 1, head.shape[2]))
+
+
+def curvature_factor(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n r c"]:
+    r"""Return one factor of the softmax curvature, with one row less than there are classes.
+
+    $$F^\top F = \operatorname{diag}(S) - S S^\top, \qquad
+    F_{jc} = \sqrt{S_j} \bigl([j = c] - v_c\bigr), \qquad
+    v_c = \frac{S_c}{1 + \sqrt{S_t}} \text{ for } c \ne t, \quad v_t = \sqrt{S_t}$$
+
+    with the softmax \(S\) and the predicted class \(t\); \(j\) runs over the other classes. No entry is a difference
+    of nearly equal numbers, so no precision is lost when a prediction is sure.
+
+    Args:
+        logits: unnormalised scores, shape (n, c).
+
+    Returns:
+        The factor, shape (n, c - 1, c), in the unit of the square root of the loss per logit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import curvature_factor
+        >>> factor = curvature_factor(torch.tensor([[0.0, 0.0]]))
+        >>> factor.mT @ factor
+        tensor([[[ 0.2500, -0.2500],
+                 [-0.2500,  0.2500]]])
+    """
+    probabilities, classes = without_subnormals(logits.softmax(-1)), logits.shape[-1]
+    top = logits.argmax(-1, keepdim=True)
+    others = torch.arange(classes - 1, device=logits.device).expand(len(logits), -1)
+    others = others + (others >= top)
+    root = probabilities.gather(-1, top).sqrt()
+    shares = (probabilities / (1 + root)).scatter(-1, top, root)
+    unit = F.one_hot(others, classes).to(logits)
+    return probabilities.gather(-1, others).sqrt().unsqueeze(-1) * (unit - shares.unsqueeze(1))

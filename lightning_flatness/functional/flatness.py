@@ -20,7 +20,8 @@ def hessian_trace(
 
     with \(R_{kk} = \Vert a_k \Vert^2\), the squared norm of the gradient of a feature with respect to the filter that
     feeds it (see `gram_factors`), and \(Q = V^\top B V\), the curvature \(B\) of the loss pulled back through the
-    classifier \(V\). A curved activation adds a label term, which is not included here.
+    classifier \(V\). A curved activation adds a label term, which is not included here. If filters feed several
+    features, the trace also has the terms \(2 R_{ff'} Q_{ff'}\) of every pair of features of one filter.
 
     Source: Taleghani, Mohammadi, Marchetti, arXiv 2603.09016.
 

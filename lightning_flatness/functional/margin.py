@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_flatness.functional.cotangents import margin_cotangent
 from lightning_flatness.functional.flatness import affine_trace
 
 
@@ -133,23 +134,14 @@ def margin_row(
 ) -> Float[Tensor, "n j"]:
     r"""Return the row in which the true class is compared with all others: the margin part of the curvature.
 
-    $$r = \sqrt{S_y (1 - S_y)}\, V^\top u, \qquad u = e_y - q$$
+    $$r = V^\top v$$
 
-    with the softmax \(S\), the true class \(y\), its unit vector \(e_y\), the softmax \(q\) of the other classes alone
-    and the classifier's weight \(V\). The curvature of cross-entropy has a part of the true class against the others
-    and one of the others among themselves,
-
-    $$\operatorname{diag}(S) - S S^\top = S_y (1 - S_y)\, u u^\top
-    + (1 - S_y) \bigl(\operatorname{diag}(q) - q q^\top\bigr)$$
-
-    and the first, pulled back through the classifier, is \(r r^\top\). Both parts are positive semidefinite. As the
-    gradient of the loss in the logits is \(-(1 - S_y) u\), the first is \(S_y / (1 - S_y)\) times the outer product of
-    the gradient with itself, for any layer. \(S_y (1 - S_y)\) is a product of two sigmoids of the log odds, so it
-    keeps full relative precision however sure the prediction is.
+    with the classifier's weight \(V\) and the cotangent \(v\) of `margin_cotangent`: the part of the cross-entropy's
+    curvature that compares the true class with the others, pulled back through the classifier, is \(r r^\top\).
 
     Args:
         logits: unnormalised scores, shape (n, c) with c >= 2.
-        target: class indices \(y\), shape (n,).
+        target: class indices, shape (n,).
         head: weight \(V\) of the classifier, shape (c, j), or one of each sample.
 
     Returns:
@@ -161,13 +153,8 @@ def margin_row(
         >>> margin_row(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), torch.tensor([[3.0], [1.0]]))
         tensor([[1.]])
     """
-    index = target.unsqueeze(-1)
-    rivals = logits.scatter(-1, index, -torch.inf)
-    log_odds = logits.gather(-1, index) - rivals.logsumexp(-1, keepdim=True)
-    variance = log_odds.sigmoid() * (-log_odds).sigmoid()
-    against = rivals.softmax(-1).neg().scatter(-1, index, 1.0).unsqueeze(1)
-    row = (against @ (head - head.mean(-2, keepdim=True))).squeeze(1)  # u sees no shift that all rows share
-    return torch.where(variance > 0, variance.sqrt() * row, 0.0)
+    centred = head - head.mean(-2, keepdim=True)  # the cotangent sees no shift that all rows share
+    return (margin_cotangent(logits, target).unsqueeze(1) @ centred).squeeze(1)
 
 
 def binary_margin(logits: Float[Tensor, "n c"], labels: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:

@@ -74,6 +74,11 @@ class ConvGeometry(NamedTuple):
             pairs = tuple((side, side) for side in each(padding))
         return cls(tuple(kernel), each(stride), pairs, each(dilation), groups, padding_mode)
 
+    @classmethod
+    def linear(cls) -> ConvGeometry:
+        """Return the geometry of a linear layer that is applied at each position of one dimension."""
+        return cls.of_call((1,), (1,), (0,), (1,), 1)
+
     @property
     def unpadded(self) -> ConvGeometry:
         """Return the geometry for an input that is already padded."""
@@ -254,14 +259,30 @@ def gram_factors(
     """
     if _gram_pays(inputs, jacobian, geometry):
         return jacobian @ patch_gram(inputs, geometry), jacobian
-    rows = _gradient_rows(inputs, jacobian, geometry)
+    rows = gradient_rows(inputs, jacobian, geometry)
     return rows, rows
 
 
-def _gradient_rows(
+def gradient_rows(
     inputs: Float[Tensor, "n i ..."], jacobian: Float[Tensor, "n k s"], geometry: ConvGeometry
 ) -> Float[Tensor, "n k d"]:
-    """Return `a`, shape (n, k, d); its last axis runs over kernel offsets, then input channels."""
+    r"""Return the gradient with respect to each filter, \(a_k = \sum_s M_{ks} P_s\).
+
+    Args:
+        inputs: input of the convolution, shape (n, channels, *space).
+        jacobian: \(M\), the derivatives with respect to the convolution's output, shape (n, k, s).
+        geometry: geometry of the convolution.
+
+    Returns:
+        The gradients, shape (n, k, d); the last axis runs over kernel offsets, then input channels.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional import ConvGeometry, gradient_rows
+        >>> geometry = ConvGeometry.of(torch.nn.Conv1d(1, 1, 3))
+        >>> gradient_rows(torch.arange(4.0).view(1, 1, 4), torch.ones(1, 1, 2), geometry)
+        tensor([[[1., 3., 5.]]])
+    """
     n, filters, positions = jacobian.shape
     padded = geometry.pad(inputs).unflatten(1, (geometry.groups, -1))
     grouped = jacobian.reshape(n, geometry.groups, filters // geometry.groups, positions)

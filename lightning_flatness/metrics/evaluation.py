@@ -60,7 +60,7 @@ class Evaluation:
 
     Args:
         device: device of the model; the sums are kept on it, and processes exchange them over it.
-        method: name of the method that gives the quantities; only the keys that it gives are evaluated.
+        method: name of the method that gives the quantities, or "auto"; only the keys that it gives are evaluated.
 
     Example:
         >>> evaluation = Evaluation(torch.device("cpu"))

@@ -234,8 +234,8 @@ class FlatnessFactors(SampleMetric):
     unit), `head` (squared weight), `kernel` (squared weight), `features` (squared feature per squared weight) and
     `alignment` (no unit). Lower `confidence` and `alignment` are flatter; the others have no direction of their own.
 
-    It needs `relative_flatness`, `confidence` and `feature_squared_norm`, shape (n,), and the scalars
-    `head_squared_norm` and `kernel_squared_norm`.
+    It needs `relative_flatness`, `confidence` and `feature_squared_norm`, shape (n,), and the scalar
+    `head_squared_norm`; without the scalar `kernel_squared_norm` there is no factor `kernel`.
 
     Example:
         >>> import torch
@@ -256,21 +256,23 @@ class FlatnessFactors(SampleMetric):
         tensor(0.5000, dtype=torch.float64)
     """
 
-    requires = ("feature_squared_norm", "head_squared_norm", "kernel_squared_norm")
+    requires = ("feature_squared_norm", "head_squared_norm")
 
     totals: Tensor
+    without_kernel: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         """Start with no samples."""
         super().__init__(**kwargs)
         self._add_sum("totals", 5)
+        self._add_sum("without_kernel")
 
     def _add(self, quantities: SampleQuantities) -> None:
         features = given(quantities.feature_squared_norm, "feature_squared_norm")
-        constants = (
-            given(quantities.head_squared_norm, "head_squared_norm"),
-            given(quantities.kernel_squared_norm, "kernel_squared_norm"),
-        )
+        head = given(quantities.head_squared_norm, "head_squared_norm")
+        self.without_kernel += quantities.kernel_squared_norm is None
+        kernel = torch.ones_like(head) if quantities.kernel_squared_norm is None else quantities.kernel_squared_norm
+        constants = head, kernel
         per_sample = (quantities.relative_flatness, quantities.confidence, features)
         sums = [quantity.sum(dtype=self.totals.dtype) for quantity in per_sample]
         self.totals += torch.stack([*sums, *(len(quantities) * constant.to(self.totals) for constant in constants)])
@@ -278,4 +280,5 @@ class FlatnessFactors(SampleMetric):
     def _value(self) -> dict[str, Tensor]:
         """Return the factors over all samples so far; NaN if there were none."""
         relative, confidence, features, head, kernel = self.totals / self.samples
-        return LF.attribution(relative, confidence, head, kernel, features)
+        factors = LF.attribution(relative, confidence, head, kernel, features)
+        return {name: value for name, value in factors.items() if name != "kernel" or not self.without_kernel}

@@ -92,11 +92,13 @@ class PassBuilder:
             self.linear_calls.append(LinearCall(name, before, after, *self.copies.of(module)))
 
     def before_network(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the outermost call of a module around the convolution.
+        """Keep the outermost call of a module around the measured layer, in the first pass.
 
         A module whose `forward` was replaced is no network: with several processes, Lightning calls steps in this way.
         """
-        if self._open_call is None and getattr(module.forward, "__func__", None) is type(module).forward:
+        if self._keeps_copies or self._open_call is not None:
+            return
+        if getattr(module.forward, "__func__", None) is type(module).forward:
             with suppress(Exception):  # a pass whose inputs cannot be copied is measured all the same
                 self._open_call = NetworkCall(name, module, args, kwargs)
 
@@ -106,9 +108,13 @@ class PassBuilder:
         call = self._open_call
         if call is not None and call.module is module:
             self._open_call = None
-            if self.tracer is not None and call is self.network_call:
-                with suppress(Exception):
-                    call.finish(output, self.tracer.graph)
+            with suppress(Exception):
+                self._finish(call, output)
+
+    def _finish(self, call: NetworkCall, output: Any) -> None:
+        """Keep what a call returned, if the convolution ran during it."""
+        if self.tracer is not None and call is self.network_call:
+            self.network_call = call.finished(output, self.tracer.graph)
 
     def fail(self, error: Exception) -> None:
         """Record no more, because of this error."""

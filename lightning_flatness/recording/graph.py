@@ -92,6 +92,10 @@ class Captures:
         """Return a value to look at, whatever has happened to it since."""
         return self._captures[index].value
 
+    def original(self, index: int) -> Tensor:
+        """Return the tensor that was captured, whose value may have changed since."""
+        return self._captures[index].original
+
     def is_overwritten(self, index: int) -> bool:
         """Return whether the network changed the value in place."""
         return self._captures[index].overwritten

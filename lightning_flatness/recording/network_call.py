@@ -1,8 +1,9 @@
-"""A call of the network around the monitored convolution, kept so that it can be repeated on a few samples."""
+"""A call of the network around the measured layer, kept so that it can be repeated on a few samples."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 
 class NetworkCall:
-    """A module's call during which the monitored convolution ran: copies of its inputs, and what it returned for them.
+    """A module's call during which the measured layer ran: copies of its inputs, and what it returned for them.
 
     Of inputs with a row per sample the first few rows are kept, of others all.
 
@@ -47,14 +48,16 @@ class NetworkCall:
         self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
-    def finish(self, output: Any, graph: OperationGraph) -> None:
-        """Note what the call returned."""
-        self.end = len(graph.operations)
+    def finished(self, output: Any, graph: OperationGraph) -> NetworkCall:
+        """Return the call with what it returned, as a record has it."""
+        call = copy(self)
+        call.end, call.outputs = len(graph.operations), []
         for position, tensor in enumerate(tensors(output)):
             node = graph.node(tensor)
             if node is not None and tensor.is_floating_point() and self._length in (torch.Size(), tensor.shape[:1]):
                 kept = tensor.detach()[self.rows] if tensor.dim() else tensor.detach()
-                self.outputs.append((position, node, kept.clone()))
+                call.outputs.append((position, node, kept.clone()))
+        return call
 
     @property
     def title(self) -> str:

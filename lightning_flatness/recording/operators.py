@@ -15,6 +15,7 @@ class Trait(Flag):
         POINTWISE: curved, but which number reaches which does not depend on the values.
         SAME_FOR_EACH_SAMPLE: a captured tensor with one row per sample shifts each sample, stands beside it or is a
             layer's weight; it cannot connect filters in one sample and not in another.
+        JOINS: each number of its result is one of its arguments' numbers, and which one is the same for all values.
         MATRIX_PRODUCT: a linear layer, or what one is made of.
         LOG_SOFTMAX: its first argument is read as logits.
         GLOBAL_MEAN: the mean over all positions when its output size is 1.
@@ -27,6 +28,7 @@ class Trait(Flag):
     LINEAR_IN_FIRST = auto()
     POINTWISE = auto()
     SAME_FOR_EACH_SAMPLE = auto()
+    JOINS = auto()
     MATRIX_PRODUCT = auto()
     LOG_SOFTMAX = auto()
     GLOBAL_MEAN = auto()
@@ -130,7 +132,7 @@ OPERATORS: dict[str, Trait] = {
     "sum": _LINEAR,
     # Shapes, parts and copies.
     "alias": _LINEAR,
-    "cat": _LINEAR | _SAME,
+    "cat": _LINEAR | _SAME | Trait.JOINS,
     "channel_shuffle": _LINEAR,
     "chunk": _LINEAR,
     "clone": _LINEAR,
@@ -153,7 +155,7 @@ OPERATORS: dict[str, Trait] = {
     "split": _LINEAR,
     "split_with_sizes": _LINEAR,
     "squeeze": _LINEAR,
-    "stack": _LINEAR,
+    "stack": _LINEAR | Trait.JOINS,
     "t": _LINEAR,
     "_to_copy": _LINEAR,
     "to": _LINEAR,

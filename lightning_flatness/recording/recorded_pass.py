@@ -60,12 +60,14 @@ class RecordedPass:
     Attributes:
         graph: every operation that depends on the convolution's output.
         layer: name of the convolution.
-        convolution: the module.
-        calls: of the convolution; the loss may depend on several.
+        convolution: the module; a linear layer where the record starts at the classifier.
+        calls: of it; the loss may depend on several.
         loss: node of the loss, a scalar.
         cuts: the nodes through which the influence of all calls on the loss passes, in order.
         linear_calls: of linear modules, in order.
         weight_is_shared: whether another module has the same weight.
+        is_alone: whether no operation uses numbers that a layer before this one computed in another way; only a record
+            from the classifier on knows.
         passed_over: name of a later convolution that was not followed, as its output is a single position.
         network_call: the outermost call of a module during which the convolution ran, in a recorder's first pass.
     """
@@ -78,6 +80,7 @@ class RecordedPass:
     cuts: tuple[Cut, ...]
     linear_calls: tuple[LinearCall, ...] = ()
     weight_is_shared: bool = False
+    is_alone: bool = True
     passed_over: str | None = None
     network_call: NetworkCall | None = None
 

@@ -22,7 +22,7 @@ from lightning_flatness.recording.weights import WeightCopies
 class _OfThread(threading.local):
     """What each thread has of its own."""
 
-    exclusive: object | None = None  # the only recorder that records at present
+    exclusive: tuple[object, ...] | None = None  # the only recorders that record at present
 
 
 _THREAD = _OfThread()
@@ -31,7 +31,7 @@ _THREAD = _OfThread()
 @contextmanager
 def only_for(recorder: object) -> Iterator[None]:
     """Hide the forward passes within from every recorder of this thread but one; from all if it is no recorder."""
-    before, _THREAD.exclusive = _THREAD.exclusive, recorder
+    before, _THREAD.exclusive = _THREAD.exclusive, (recorder, *getattr(recorder, "parts", ()))
     try:
         yield
     finally:
@@ -59,6 +59,8 @@ class ForwardRecorder:
         ...     recorded = recorder.take_pass(loss)
     """
 
+    _builder_type = PassBuilder
+
     def __init__(self, model: nn.Module, layer: str | None = None, classifier: str | None = None) -> None:
         """Check the names against the model."""
         self._modules = modules_by_name(model)
@@ -72,7 +74,7 @@ class ForwardRecorder:
         self._undo = ExitStack()  # what entering did
         self._handles: list[Any] = []
         self._copies: WeightCopies | None = None  # of the modules that matter
-        self._builder = PassBuilder(layer, None)
+        self._builder = self._builder_type(layer, None)
 
     def __enter__(self) -> ForwardRecorder:
         """Install the hooks."""
@@ -95,7 +97,7 @@ class ForwardRecorder:
     def clear(self) -> None:
         """Forget what was recorded."""
         self._builder.stop()
-        self._builder = PassBuilder(self.layer, self._copies)
+        self._builder = self._builder_type(self.layer, self._copies)
 
     def ignore_passes(self) -> None:
         """Let forward passes go unrecorded until the next `clear`."""
@@ -198,9 +200,7 @@ class ForwardRecorder:
 
     def _settle(self, layer: str, linear: list[LinearCall]) -> None:
         """Hook only the modules that matter from now on."""
-        weight = self._modules[layer].weight
-        owners = sum(own is weight for module in self._modules.values() for own in module._parameters.values())
-        self._weight_is_shared = owners > 1
+        self._weight_is_shared = weight_is_shared(self._modules[layer], self._modules)
         self.classifier = self.classifier or (linear[-1].name if linear else None)
         self.layer, self._linear, self._settled = layer, {call.name for call in linear}, True
         self._copies = self._builder.copies
@@ -227,18 +227,17 @@ class ForwardRecorder:
             if isinstance(module, CLASSIFIERS) and (not self._settled or name in self._linear):
                 hook = self._guarded("after_linear", name)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            if name in holders and not self._settled:
-                hook = self._guarded("before_network", name)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if name in holders:
-                self._handles.append(module.register_forward_hook(self._guarded("after_network", name)))
+                before, after = (self._guarded(hook, name) for hook in ("before_network", "after_network"))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(after))
 
     def _guarded(self, hook: str, name: str) -> Callable[..., None]:
         """Return a hook in which nothing can stop the user's forward pass."""
 
         def run(module: nn.Module, *arguments: Any) -> None:
             builder = self._builder
-            if builder.failure is None and not builder.is_ignored and _THREAD.exclusive in (None, self):
+            if builder.failure is None and not builder.is_ignored and _is_heard(self):
                 try:
                     with not_recorded():
                         getattr(builder, hook)(name, module, *arguments)
@@ -246,6 +245,15 @@ class ForwardRecorder:
                     builder.fail(error)
 
         return run
+
+
+def _is_heard(recorder: object) -> bool:
+    return _THREAD.exclusive is None or recorder in _THREAD.exclusive
+
+
+def weight_is_shared(layer: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """Return whether another of the modules has the weight of a layer, too."""
+    return sum(own is layer.weight for module in modules.values() for own in module._parameters.values()) > 1
 
 
 def _depth(name: str) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Two colours of the Okabe-Ito palette, which colour-blind readers can tell apart: geometry and prediction.
 _GEOMETRY, _PREDICTION = "#D55E00", "#0072B2"
 _INK, _FAINT, _GRID = "#222222", "#6B6B6B", "#E4E4E4"
+_BARS = 5  # of a histogram to a decade
 _LOGARITHMIC = {RELATIVE, TRACE, SCALE_FREE}
 
 
@@ -83,19 +84,9 @@ def flatness_curves(history: Mapping[str, Sequence[SupportsFloat]], x: str = "ep
         ['Relative flatness', 'Mean output margin']
     """
     keys = _curve_keys(history, x)
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ModuleNotFoundError as error:
-        raise missing_package("A figure", "matplotlib") from error
     columns = min(2, len(keys))
     rows = math.ceil(len(keys) / columns)
-    figure = Figure(
-        figsize=(4.2 * columns, 2.5 * rows),
-        dpi=200,
-        layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12, wspace=0.03),
-        facecolor="white",
-    )
+    figure = _figure(4.2 * columns, 2.5 * rows)
     for number, key in enumerate(keys, start=1):
         axes = figure.add_subplot(rows, columns, number)
         _draw(
@@ -108,6 +99,89 @@ def flatness_curves(history: Mapping[str, Sequence[SupportsFloat]], x: str = "ep
         if number > len(keys) - columns:
             axes.set_xlabel(x, color=_FAINT, fontsize=9)
     return figure
+
+
+def eigenvalue_density(eigenvalues: Sequence[float], title: str, note: str = "") -> Figure:
+    """Return how densely eigenvalues lie, on a logarithmic axis: negative ones on the left, positive ones on the right.
+
+    Each side is a histogram with five bars to a decade. A side without eigenvalues is left out.
+
+    Args:
+        eigenvalues: those that are not zero.
+        title: title of the figure.
+        note: printed below the title, beside the number of eigenvalues.
+
+    Returns:
+        A matplotlib figure; save it with `figure.savefig("spectrum.png")`.
+
+    Raises:
+        ValueError: if an eigenvalue is zero or not finite, or if there are none.
+        ModuleNotFoundError: if matplotlib is not installed.
+
+    Example:
+        >>> from lightning_flatness.reporting.figures import eigenvalue_density
+        >>> figure = eigenvalue_density([3.0, 0.2, 0.1, -0.01], "layer4")
+        >>> [len(axes.patches) > 0 for axes in figure.axes]  # negative, positive
+        [True, True]
+    """
+    magnitudes = [abs(value) for value in eigenvalues]
+    if not magnitudes or not all(0 < value < math.inf for value in magnitudes):
+        raise ValueError(
+            f"`eigenvalues` must be finite and not zero, and at least one; got {list(eigenvalues)[:10]}. Leave "
+            "out what is zero, or only rounding."
+        )
+    first, last = (math.floor(_BARS * math.log10(end(magnitudes))) for end in (min, max))
+    bins = [10 ** (step / _BARS) for step in range(first, last + 2)]
+    sides = {sign: [abs(value) for value in eigenvalues if sign * value > 0] for sign in (-1, 1)}
+    shown = [sign for sign, values in sides.items() if values]
+    figure = _figure(6.4, 3.2)
+    row = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, sign in zip(row, shown, strict=True):
+        colour = _GEOMETRY if sign > 0 else _PREDICTION
+        axes.hist(sides[sign], bins, color=colour, rwidth=0.86)
+        _plain(axes)
+        _log_bars(axes, bins, sign, ticks=8 // len(shown))
+        axes.set_xlabel("eigenvalue: loss per squared weight", color=_FAINT, fontsize=9)
+    row[0].set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=_INK, pad=18)
+    counted = "; ".join(filter(None, (f"{len(magnitudes)} eigenvalues, log scale", note)))
+    row[0].text(0, 1.04, counted, transform=row[0].transAxes, fontsize=8.5, color=_FAINT)
+    row[0].set_ylabel("eigenvalues per bar", color=_FAINT, fontsize=9)
+    return figure
+
+
+def _log_bars(axes: Axes, bins: list[float], sign: int, ticks: int) -> None:
+    """Make the horizontal axis logarithmic; that of negative values falls from right to left."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xlim(bins[0], bins[-1])
+    if sign < 0:
+        axes.invert_xaxis()
+    axes.xaxis.set_major_locator(LogLocator(numticks=ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{sign * value:g}"))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure that does not belong to `matplotlib.pyplot`."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ModuleNotFoundError as error:
+        raise missing_package("A figure", "matplotlib") from error
+    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12, wspace=0.03)
+    return Figure(figsize=(width, height), dpi=200, layout=layout, facecolor="white")
+
+
+def _plain(axes: Axes) -> None:
+    """Draw grid and labels faintly, and no frame but the lower edge."""
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_FAINT)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8.5, labelcolor=_FAINT, color=_FAINT)
+    axes.tick_params(axis="y", length=0)
 
 
 def _curve_keys(history: Mapping[str, Sequence[SupportsFloat]], x: str) -> list[str]:
@@ -133,13 +207,8 @@ def _draw(axes: Axes, positions: list[float], values: list[float], panel: Panel)
 
     axes.plot(positions, values, color=panel.colour, linewidth=1.8, solid_capstyle="round")
     axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", color=_INK, pad=18)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
+    _plain(axes)
     axes.margins(x=0.02, y=0.08)
-    axes.tick_params(labelsize=8.5, labelcolor=_FAINT, color=_FAINT)
-    axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=6))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     if panel.percent:

@@ -97,11 +97,13 @@ def test_what_is_called_with_inputs() -> None:
     whole, part = Model(), NoForward(net=Net(), loss=nn.CrossEntropyLoss(), head=nn.Linear(3, 3))
     assert callable_module(whole) is whole
     assert callable_module(part) is part.net
+    perceptron = NoForward(net=nn.Linear(3, 3), loss=nn.CrossEntropyLoss())
+    assert callable_module(perceptron) is perceptron.net
 
 
 @pytest.mark.parametrize(
     ("children", "message"),
-    [({"a": Net(), "b": Net()}, r"2 networks: \['a', 'b'\]"), ({"fc": nn.Linear(2, 2)}, "0 networks")],
+    [({"a": Net(), "b": Net()}, r"2 networks: \['a', 'b'\]"), ({"loss": nn.CrossEntropyLoss()}, "0 networks")],
 )
 def test_no_way_to_tell_what_to_call(children: dict[str, nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=rf"`NoForward` has no `forward`, and {message}"):

@@ -183,7 +183,7 @@ def noted(*_: Any) -> None:
 SKIPPED: dict[str, tuple[Any, Any, str]] = {
     "state": (by_calls, None, "computes something else when it is called again"),
     "another input": (on_objects, boxed_step, "an object of type `Box`"),
-    "called by parts": (uncounted, by_hand, "the convolution is called by itself"),
+    "called by parts": (uncounted, by_hand, "`net.conv2` is called by itself"),
     "collectives": (exchanging, None, "exchanges tensors with other processes"),
     "numbers": (lambda module, x: (module.net(x).tolist(), module.net(x))[1], None, "used several times"),
     "hooks": (uncounted, None, "`noted`"),
@@ -349,3 +349,28 @@ def test_a_checkpoint_is_repeated(tmp_path: Any) -> None:
     monitor = FlatnessMonitor(strict=True)
     trainer(tmp_path, monitor, inference_mode=False).validate(Wrapped(checkpointed), verbose=False)
     assert not monitor._verification.assumed
+
+
+def gated(module: Any, x: Tensor) -> Tensor:
+    """Has no closed form for the convolution: the classifier is measured."""
+    a = nn.Sequential(*list(module.net)[:6])(x)
+    return module.net.head((a * a.mean(1, keepdim=True).sigmoid()).mean((2, 3)))
+
+
+def gated_by_the_classifier(module: Any, x: Tensor) -> Tensor:
+    return gated(module, x * (1 + module.net.head.weight.detach().norm()))
+
+
+@pytest.mark.parametrize("around", [gated, gated_by_the_classifier], ids=lambda around: around.__name__)
+def test_the_classifiers_own_record_is_verified(tmp_path: Any, around: Any) -> None:
+    module, monitor = Wrapped(around), FlatnessMonitor(strict=True)
+    run = trainer(tmp_path, monitor, inference_mode=False)
+    before = module.net.head.weight.detach().clone()
+    if around is gated:
+        run.validate(module, verbose=False)
+        assert not monitor._verification.assumed
+        assert "net.head" in monitor.measured
+    else:
+        with pytest.raises(UnsupportedTailError, match=r"after `net.head` must predict the output of `Wrapped`"):
+            run.validate(module, verbose=False)
+    assert torch.equal(module.net.head.weight, before)

@@ -28,3 +28,43 @@ def test_products_in_blocks(block: int, numel: int, gradients: bool) -> None:
         torch.testing.assert_close(gram.inner_products(vectors), whole)
         torch.testing.assert_close(gram.quadratic_forms(vectors), whole.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(gram.squared_norms(), (factor @ factor.mT).diagonal(dim1=1, dim2=2))
+
+
+@pytest.mark.parametrize("features", [1, 2, 3])
+def test_pairs_of_a_filter(features: int) -> None:
+    factor = torch.randn(5, 6, 4, dtype=torch.float64)
+    pairs = HadamardGram(torch.eye(6 // features), factor, factor).pairs_of_a_filter()
+    filters = (factor @ factor.mT).unflatten(1, (-1, features)).unflatten(-1, (-1, features))
+    own = filters.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (n, k, features, features)
+    rows, columns = torch.triu_indices(features, features)
+    torch.testing.assert_close(pairs, own[:, :, rows, columns])
+
+
+@pytest.mark.parametrize("adding", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_several_features_of_each_filter(adding: bool, gradients: bool) -> None:
+    """Features that are added first and pairs of features give the same, that of the matrix with repeated filters."""
+    kernels, factor = torch.randn(3, 9, dtype=torch.float64), torch.randn(5, 6, 4, dtype=torch.float64)
+    vectors = torch.randn(5, 7, 6, dtype=torch.float64)
+    gram = HadamardGram(kernels @ kernels.mT, factor @ torch.diag(torch.arange(4.0).double()), factor)
+    repeated = kernels.repeat_interleave(2, 0)
+    matrix = repeated @ repeated.mT * (gram.left @ factor.mT)
+    whole = vectors @ matrix @ vectors.mT
+    with (
+        torch.set_grad_enabled(gradients),
+        mock.patch.object(HadamardGram, "_adding_pays", return_value=adding),
+        mock.patch.multiple(MODULE, _SMALL_BLOCK_ROWS=3, BLOCK_ROWS=4),
+    ):
+        torch.testing.assert_close(gram.inner_products(vectors), whole)
+        torch.testing.assert_close(gram.quadratic_forms(vectors), whole.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(gram.contraction(whole.new_ones(5, 6, 6)), matrix.sum((1, 2)))
+
+
+def test_features_are_added_first_where_that_is_less_work() -> None:
+    def pays(filters: int, features: int, inner: int, vectors: int) -> bool:
+        factor = torch.zeros(1, filters * features, inner)
+        return HadamardGram(torch.eye(filters), factor, factor)._adding_pays(vectors)
+
+    assert pays(filters=64, features=21, inner=64, vectors=10)
+    assert not pays(filters=64, features=2, inner=64, vectors=1000)
+    assert not pays(filters=64, features=1, inner=1, vectors=1)

@@ -40,7 +40,7 @@ def test_is_the_mean_over_samples(metric: type[SampleMean]) -> None:
     torch.testing.assert_close(value_of(metric(), *split(whole, [4, 1])), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["relu", "silu", "dense block", "groups", "conv is classifier"])
+@pytest.mark.parametrize("name", ["relu", "silu", "dense block", "groups", "conv is classifier", "average and max"])
 def test_factors_multiply_to_relative_flatness(name: str) -> None:
     whole = derivatives(name)
     parts = value_of(FlatnessFactors(), *split(whole, [2, 3]))

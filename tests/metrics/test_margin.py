@@ -69,7 +69,10 @@ def of_the_margin(case: Case) -> Tensor:
     return torch.stack(values)
 
 
-SOME = "relu, silu, dense block, groups, channel shuffle, conv is classifier, layer norm and gelu, cosine classifier"
+SOME = (
+    "relu, silu, dense block, groups, channel shuffle, conv is classifier, layer norm and gelu, cosine classifier, "
+    "average and max, average and cells silu, layer norm on two poolings"
+)
 
 
 @pytest.mark.parametrize("name", SOME.split(", "))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_flatness.reporting.figures import flatness_curves
+from lightning_flatness.reporting.figures import eigenvalue_density, flatness_curves
 
 HISTORY = {
     "epoch": [0, 1, 2, 3],
@@ -99,6 +99,26 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[plots\]"):
         flatness_curves(HISTORY)
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "sides"),
+    [([3.0, 0.2, 0.1, -0.01, -4.0], [2, 3]), ([1e-9, 1e3], [2]), ([-2.0], [1]), ([1.0], [1]), ([0.5] * 40, [40])],
+)
+def test_every_eigenvalue_is_in_a_bar_of_its_side(eigenvalues: list[float], sides: list[int]) -> None:
+    figure = eigenvalue_density(eigenvalues, "conv", "5 of 10 are zero")
+    assert [sum(bar.get_height() for bar in axes.patches) for axes in figure.axes] == sides
+    assert figure.axes[0].get_title(loc="left") == "conv"
+    assert figure.axes[0].texts[0].get_text() == f"{len(eigenvalues)} eigenvalues, log scale; 5 of 10 are zero"
+    figure.savefig(io.BytesIO())
+    negative = min(eigenvalues) < 0
+    assert figure.axes[0].xaxis_inverted() == negative
+
+
+@pytest.mark.parametrize("eigenvalues", [[], [1.0, 0.0], [1.0, math.nan], [math.inf]])
+def test_eigenvalues_must_have_a_logarithm(eigenvalues: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite and not zero"):
+        eigenvalue_density(eigenvalues, "conv")
 
 
 @pytest.mark.parametrize(("values", "is_log"), [([9.0, 4.0], True), ([9.0, -4.0], False), ([0.0, 4.0], False)])

@@ -1,13 +1,12 @@
 """Certifies that the closed form is exact for a recorded pass.
 
-The claim: feature `p_pi(k)` depends on the map `z_k` of one filter alone, and position by position if the tail is
-curved. It is proved by differentiating the recorded operations with random cotangents, at random points. What comes out
-is a verdict: a `Certificate`, or a `Refusal` with the step that breaks the claim.
+The claim: feature `p_j` depends on the map `z_o(j)` of one filter alone, its owner, and position by position if the
+tail is curved. It is proved by differentiating the recorded operations with random cotangents, at random points. What
+comes out is a verdict: a `Certificate`, or a `Refusal` with the step that breaks the claim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,16 +14,24 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.curvature.pooled.mixing import mixing_step
+from lightning_flatness.curvature.pooled.owners import (
+    acts_by_position,
+    cotangents_of,
+    is_injective,
+    owners,
+    random_points,
+    slots_of,
+    traced,
+)
 from lightning_flatness.errors import GraphError, Refusal
-from lightning_flatness.precision import allclose_at_scale
 from lightning_flatness.recording.graph import Captures, Cut
 from lightning_flatness.recording.operation import Operation
 from lightning_flatness.recording.operators import Trait
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
-# How far samples are moved, in multiples of the map's spread: units become active at different heights, and may
-# become inactive again further up.
-_OFFSETS = torch.tensor([1.0, 5.0, 30.0])
+# How many features a filter may have, and how many all filters together if one has several. A filter's features take a
+# backward pass each; all together take work that grows with their square, from 2048 in a ResNet-50 to four times that.
+_FEATURES_PER_FILTER, _FEATURES = 32, 4096
 
 
 @dataclass(frozen=True)
@@ -32,48 +39,68 @@ class Certificate:
     """What was found to hold for a tail.
 
     Attributes:
+        pooled: the pooled features on the record.
         signature: what must not change for it to stay valid, see `signature_of`.
         captures: of the graph that was certified.
         connections: indices of captured values that could connect filters: they must stay equal.
         call: which call of the convolution reaches the pooled features.
-        feature_index: `pi`, the feature that each filter feeds, shape (k,).
-        inactive: filters that reached no feature where the tail was certified, shape (k,).
-        is_fed: filters whose feature is known, shape (k,).
+        feature_index: the features that the filters feed, `features_per_filter` for each filter in turn, shape (f,).
+        is_fed: which of them are known, shape (f,); a filter may feed fewer than another.
+        inactive: those that no filter reached where the tail was certified, shape (f,).
         any_inactive: whether there are some, known to the host; they may become active in later batches.
+        features_per_filter: the largest number of features that a filter feeds.
+        cotangents: of the features, each row with one feature of every filter at most, shape (features per filter, j).
+            A further row has the features that moved with no filter, which may become active.
         scales: magnitude of the largest first and second derivative.
         has_second_derivative: whether the tail is curved.
         is_value_independent: whether what depends on what is the same for all values; if not, each batch is certified.
     """
 
+    pooled: Cut
     signature: tuple[Any, ...]
     captures: Captures
     connections: tuple[int, ...]
     call: int
     feature_index: Tensor
-    inactive: Tensor
     is_fed: Tensor
+    inactive: Tensor
     any_inactive: bool
+    features_per_filter: int
+    cotangents: Tensor
     scales: tuple[Tensor, Tensor]
     has_second_derivative: bool
     is_value_independent: bool
 
+    def differentiates_as(self, other: Certificate) -> bool:
+        """Return whether the derivatives that one certificate asks for are those of the other."""
+        same_number = self.features_per_filter == other.features_per_filter
+        return same_number and torch.equal(self.cotangents, other.cotangents)
+
+
+class TooManyFeatures(Refusal):
+    """The verdict that features depend on one filter each, but are too many; behind them there may be fewer."""
+
 
 class _Finding(NamedTuple):
-    """What was found at one choice of values for the maps; attributes as in `Certificate`."""
+    """What was found at one choice of values for the maps; attributes as in `Certificate`.
+
+    Here `slots` and `inactive` have a row for each filter, shape (k, features per filter).
+    """
 
     call: int
-    feature_index: Tensor
+    slots: Tensor
     inactive: Tensor
     scales: tuple[Tensor, Tensor]
     is_curved: bool
+    cotangents: Tensor
     holds_elsewhere: bool = True
 
 
 def certify(recorded: RecordedPass, pooled: Cut, at_random_points: bool = True) -> Certificate | Refusal:
     """Certify that each pooled feature depends on the map of one filter alone, and position by position if curved.
 
-    The recorded operations are differentiated with random cotangents `r`: `d(r p) / dz_k` must equal
-    `r_pi(k) dp / dz_k` for every filter, position and sample.
+    The recorded operations are differentiated with random cotangents `r`: `d(r p) / dz_k` must equal the sum of
+    `r_j dp_j / dz_k` over the features `j` of filter `k`, for every filter, position and sample.
 
     Args:
         recorded: one pass.
@@ -124,14 +151,12 @@ def connections_of(recorded: RecordedPass, pooled: Cut) -> tuple[int, ...]:
     )
 
 
-def _width(recorded: RecordedPass, pooled: Cut) -> int:
-    return recorded.graph.tensor_of(pooled.node).shape[1:].numel()
-
-
-def _refusal(recorded: RecordedPass, reason: str, cause: Exception | None = None) -> Refusal:
-    return Refusal(
-        f"The closed form needs every filter of `{recorded.layer}` to reach one pooled feature "
-        f"on its own (normalisation in eval mode, activation, skip, pooling): {reason}.\n"
+def _refusal(
+    recorded: RecordedPass, reason: str, cause: Exception | None = None, kind: type[Refusal] = Refusal
+) -> Refusal:
+    return kind(
+        f"The closed form needs every pooled feature to depend on one filter of `{recorded.layer}` alone "
+        f"(normalisation in eval mode, activation, skip, pooling): {reason}.\n"
         f"  path: {recorded.path}\n"
         f"  {recorded.remedy}",
         cause,
@@ -140,17 +165,20 @@ def _refusal(recorded: RecordedPass, reason: str, cause: Exception | None = None
 
 def _certificate(recorded: RecordedPass, pooled: Cut, finding: _Finding) -> Certificate:
     """Return the certificate, with what does not depend on the values."""
-    index, is_fed = _completed(finding.feature_index, finding.inactive, _width(recorded, pooled))
+    index, is_fed = _completed(finding.slots, finding.inactive, finding.cotangents.shape[1])
     operations = recorded.graph.operations[: pooled.end]
     return Certificate(
+        pooled=pooled,
         signature=signature_of(recorded, pooled),
         captures=recorded.graph.captures,
         connections=connections_of(recorded, pooled),
         call=finding.call,
-        feature_index=index,
-        inactive=finding.inactive,
-        is_fed=is_fed,
+        feature_index=index.flatten(),
+        is_fed=is_fed.flatten(),
+        inactive=finding.inactive.flatten(),
         any_inactive=bool(finding.inactive.any()),
+        features_per_filter=index.shape[1],
+        cotangents=finding.cotangents,
         scales=finding.scales,
         has_second_derivative=finding.is_curved,
         is_value_independent=finding.holds_elsewhere
@@ -158,46 +186,67 @@ def _certificate(recorded: RecordedPass, pooled: Cut, finding: _Finding) -> Cert
     )
 
 
-def _completed(index: Tensor, inactive: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """Return the index, with the features that no active filter feeds given to the inactive filters, and who is fed.
+def _completed(slots: Tensor, inactive: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """Return the slots, with the features that no active filter feeds given to the inactive filters, and who is fed.
 
     That is known only where each feature belongs to one of the filters: none comes from a skip connection.
     """
-    if len(index) != features:
-        return index, ~inactive
-    is_free = torch.ones(features, dtype=torch.bool, device=index.device)
-    is_free[index[~inactive]] = False
-    index = index.clone()
-    index[inactive.nonzero().flatten()] = is_free.nonzero().flatten()
-    return index, torch.ones_like(inactive)
+    if slots.shape != (features, 1):
+        return slots, ~inactive
+    is_free = torch.ones(features, dtype=torch.bool, device=slots.device)
+    is_free[slots[~inactive]] = False
+    slots = slots.clone()
+    slots[inactive] = is_free.nonzero().flatten()
+    return slots, torch.ones_like(inactive)
 
 
 def _found(recorded: RecordedPass, pooled: Cut, at_random_points: bool) -> _Finding | Refusal:
+    """Return what holds, first with one feature for each filter, then with several, or the step that breaks it."""
+    found = _found_with(recorded, pooled, at_random_points)
+    if found is None and (owner := owners(recorded, pooled, at_random_points)) is not None:
+        slots = slots_of(owner, recorded.calls[0].weight.shape[0])
+        if slots.shape[1] > _FEATURES_PER_FILTER or slots.numel() > _FEATURES:
+            return _refusal(
+                recorded,
+                f"it takes up to {_FEATURES_PER_FILTER} features for each filter and {_FEATURES} in all, as its work "
+                f"grows with their square; there are {slots.shape[1]} and {slots.numel()}, as in a map that is "
+                "flattened; pool it to fewer cells",
+                kind=TooManyFeatures,
+            )
+        found = _found_with(recorded, pooled, at_random_points, slots)
+    return _refusal(recorded, _breaking_step(recorded, pooled)) if found is None else found
+
+
+def _found_with(
+    recorded: RecordedPass, pooled: Cut, at_random_points: bool, slots: Tensor | None = None
+) -> _Finding | Refusal | None:
+    """Return what holds at all points, for known slots or for one feature each; None if a feature is mixed."""
     generator = torch.Generator().manual_seed(0)
     if not at_random_points:
-        return _found_at(recorded, pooled, recorded.points(), generator)
+        return _found_at(recorded, pooled, recorded.points(), generator, slots)
     findings: list[_Finding] = []
-    for points in _random_points(recorded, generator):
+    for points in random_points(recorded, generator):
         # If every unit is inactive at a point, its derivatives are pure rounding error: they are judged against the
         # magnitudes found at the first point.
-        verdict = _found_at(recorded, pooled, points, generator, findings[0].scales if findings else None)
-        if isinstance(verdict, Refusal):
+        scales = findings[0].scales if findings else None
+        verdict = _found_at(recorded, pooled, points, generator, slots, scales)
+        if not isinstance(verdict, _Finding):
             return verdict
         findings.append(verdict)
     return _merged(recorded, pooled, findings)
 
 
-def _merged(recorded: RecordedPass, pooled: Cut, findings: list[_Finding]) -> _Finding | Refusal:
+def _merged(recorded: RecordedPass, pooled: Cut, findings: list[_Finding]) -> _Finding | Refusal | None:
     """Return what holds at all points: which feature a filter feeds is known from where it is active."""
     first, *others = findings
-    index, inactive = first.feature_index, first.inactive
+    slots, inactive = first.slots, first.inactive
     for other in others:
-        if (index != other.feature_index)[~(inactive | other.inactive)].any():
-            return _refusal(recorded, "which feature a filter reaches depends on the values")
-        index = torch.where(inactive, other.feature_index, index)
+        if (slots != other.slots)[~(inactive | other.inactive)].any():
+            return None  # which feature a filter reaches depends on the values
+        slots = torch.where(inactive, other.slots, slots)
         inactive = inactive & other.inactive
-    if not _is_injective(index, inactive):
-        return _refusal(recorded, "several filters reach one feature, at different values")
+    if not is_injective(slots, inactive):
+        return None  # several filters reach one feature, at different values
     if inactive.all() and _moves(recorded, pooled):
         # All random points may lie where a clamp cuts; the recorded ones need not.
         verdict = _found(recorded, pooled, at_random_points=False)
@@ -206,18 +255,14 @@ def _merged(recorded: RecordedPass, pooled: Cut, findings: list[_Finding]) -> _F
         if not verdict.inactive.all():
             return verdict._replace(holds_elsewhere=False)
         return _refusal(recorded, "no derivative reaches the map; a step may round, or take a gradient of its own")
-    return first._replace(feature_index=index, inactive=inactive)
+    return first._replace(slots=slots, inactive=inactive)
 
 
 def _moves(recorded: RecordedPass, pooled: Cut) -> bool:
     """Return whether the features move with the map, by whatever derivative: dead units do not, rounded ones do."""
     generator = torch.Generator().manual_seed(0)
-    first, *others = [features_at(recorded, pooled, points) for points in _random_points(recorded, generator)]
+    first, *others = [features_at(recorded, pooled, points) for points in random_points(recorded, generator)]
     return not all(torch.equal(first, other) for other in others)
-
-
-def _is_injective(index: Tensor, inactive: Tensor) -> bool:
-    return index[~inactive].unique().numel() == int((~inactive).sum())
 
 
 def _found_at(
@@ -225,27 +270,34 @@ def _found_at(
     pooled: Cut,
     points: dict[int, Tensor],
     generator: torch.Generator,
+    slots: Tensor | None,
     scales: tuple[Tensor, Tensor] | None = None,
-) -> _Finding | Refusal:
+) -> _Finding | Refusal | None:
     features = features_at(recorded, pooled, points)
-    used = [0]
-    if len(points) > 1:
-        gradients = torch.autograd.grad(features.sum(), list(points.values()), retain_graph=True, allow_unused=True)
-        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    used = _used(features, points)
     if len(used) != 1:
         reason = f"{len(used)} calls of `{recorded.layer}` reach the loss in one step"
         return _refusal(recorded, reason)
     point = list(points.values())[used[0]]
     first, second = scales or (point.new_zeros(()), point.new_zeros(()))
-    index, inactive, first = _feature_index(features, point, generator, first)
-    if index is None:
-        return _refusal(recorded, _breaking_step(recorded, pooled, used[0]))
+    found, inactive, first = traced(features, point, generator, first, slots)
+    if found is None:
+        return None
     is_curved = not all(operation.is_piecewise_linear for operation in recorded.graph.operations[: pooled.end])
     if is_curved:
-        by_position, second = _acts_by_position(features, point, generator, second)
+        by_position, second = acts_by_position(features, point, generator, second)
         if not by_position:
             return _refusal(recorded, "a curved activation acts on several positions of a map at once")
-    return _Finding(used[0], index, inactive, (first, second), is_curved)
+    cotangents = features.new_ones(1, features.shape[1]) if slots is None else cotangents_of(slots, features.shape[1])
+    return _Finding(used[0], found, inactive, (first, second), is_curved, cotangents.to(features))
+
+
+def _used(features: Tensor, points: dict[int, Tensor]) -> list[int]:
+    """Return which of the calls reach the features."""
+    if len(points) == 1:
+        return [0]
+    gradients = torch.autograd.grad(features.sum(), list(points.values()), retain_graph=True, allow_unused=True)
+    return [i for i, gradient in enumerate(gradients) if gradient is not None]
 
 
 def _is_value_independent(recorded: RecordedPass, operation: Operation) -> bool:
@@ -254,7 +306,7 @@ def _is_value_independent(recorded: RecordedPass, operation: Operation) -> bool:
     With two dependent arguments, one may be saturated at a point and hide what the other does elsewhere. A captured
     tensor with a row per sample, such as a mask, may connect filters in one sample and not in another.
     """
-    if len(operation.nodes) != 1:
+    if len(operation.nodes) != 1 and Trait.JOINS not in operation.traits:
         return False
     if not (operation.is_piecewise_linear or Trait.POINTWISE in operation.traits):
         return False
@@ -264,110 +316,30 @@ def _is_value_independent(recorded: RecordedPass, operation: Operation) -> bool:
     return not any(value.dim() > 1 and len(value) == len(recorded) for value in values)
 
 
-def _random_points(recorded: RecordedPass, generator: torch.Generator) -> Iterator[dict[int, Tensor]]:
-    """Yield values of the maps at which units become active.
-
-    Neighbours are moved up and down in turn, then all above the largest value, then all below the least. What two
-    samples or positions share shows only where both are active.
-    """
-    perturbed = {node: _perturbed(point.detach(), generator) for node, point in recorded.points().items()}
-    for points in zip(*perturbed.values(), strict=True):
-        yield {node: point.requires_grad_() for node, point in zip(perturbed, points, strict=True)}
-
-
-def _spread(value: Tensor) -> Tensor:
-    """Return the mean deviation of each channel from its mean, shape (1, k, 1): filters may differ by orders."""
-    flat = value.detach().flatten(2)
-    spread = (flat - flat.mean((0, 2), keepdim=True)).abs().mean((0, 2), keepdim=True)
-    overall = spread.mean()
-    return torch.where(spread > 0, spread, torch.where(overall > 0, overall, 1.0))
-
-
-def _perturbed(value: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield `value` moved by several of its spreads: up and down in turn, up from the largest, down from the least."""
-    flat, n = value.flatten(2), len(value)
-    spread = _spread(value)
-    samples = torch.arange(n).reshape(-1, 1, 1)
-    flip = torch.rand((1, flat.shape[1], 1), generator=generator) - 0.5
-    turn = (flip.sign() * (1 - 2 * ((samples + torch.arange(flat.shape[2])) % 2))).to(value)
-    drawn = torch.rand(flat.shape, generator=generator)
-    yield (flat + turn * spread * 10 ** (2.5 * drawn - 1).to(value)).reshape(value.shape)
-    for shift in range(len(_OFFSETS) if n < 2 * len(_OFFSETS) else 1):  # two samples for each offset
-        offset = _OFFSETS[(samples // 2 + shift) % len(_OFFSETS)].to(value)
-        rise = spread * offset * (1 + drawn / 2).to(value)
-        yield (flat.amax((0, 2), keepdim=True) + rise).reshape(value.shape)
-        yield (flat.amin((0, 2), keepdim=True) - rise).reshape(value.shape)
-
-
-def _feature_index(
-    output: Tensor, point: Tensor, generator: torch.Generator, scale: Tensor
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Find which channel of `output` each channel of `point` feeds.
-
-    Args:
-        output: a function of the point, shape (n, j, ...).
-        point: the map, shape (n, k, *positions).
-        generator: of the random cotangents.
-        scale: the largest derivative seen before.
-
-    Returns:
-        The index, shape (k,), None if a channel does not feed one alone; the inactive channels, shape (k,); the
-        largest derivative, here or before.
-    """
-    n, channels = output.shape[:2]
-    dims = [1] * (output.dim() - 2)
-    weight, by_sample = (
-        torch.rand(shape, generator=generator, dtype=torch.float64).to(output) + 0.5
-        for shape in (output.shape, (n, 1, *dims))
-    )
-
-    spread = _spread(point)  # of derivatives those count alike that move the output alike
-
-    def pulled_back(code: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(output, point, weight * code, retain_graph=True)
-        return gradient.flatten(2) * spread
-
-    ones = pulled_back(torch.ones_like(output))
-    reach = ones.abs().amax((0, 2))
-    scale = torch.maximum(reach.max(), scale)
-    inactive = reach <= torch.finfo(ones.dtype).eps * scale
-    numbers = torch.randperm(channels, generator=generator)
-    coded = pulled_back((numbers + 1).to(output).reshape(1, -1, *dims))
-    ratio = (coded * ones).sum((0, 2)) / ones.square().sum((0, 2)).clamp_min(torch.finfo(ones.dtype).tiny)
-    position = (ratio.nan_to_num().round().long() - 1).clamp(0, channels - 1)
-    index = numbers.argsort().to(point.device)[position]
-    code = torch.randn(channels, generator=generator, dtype=torch.float64).to(output)
-    expected = by_sample.reshape(n, 1, 1) * code[index].reshape(1, -1, 1) * ones
-    consistent = allclose_at_scale(pulled_back(code.reshape(1, -1, *dims) * by_sample), expected, scale)
-    return (index if consistent and _is_injective(index, inactive) else None), inactive, scale
-
-
-def _acts_by_position(
-    features: Tensor, point: Tensor, generator: torch.Generator, scale: Tensor
-) -> tuple[bool, Tensor]:
-    """Return whether the second derivative is diagonal over positions, and its largest value, here or before."""
-    (jacobian,) = torch.autograd.grad(features.sum(), point, create_graph=True)
-    if not jacobian.requires_grad:
-        return True, scale
-    direction = torch.rand(point.shape, generator=generator, dtype=torch.float64).to(point) + 0.5
-    (ones,) = torch.autograd.grad(jacobian.sum(), point, retain_graph=True, materialize_grads=True)
-    (turned,) = torch.autograd.grad((jacobian * direction).sum(), point, materialize_grads=True)
-    scale = torch.maximum(ones.abs().max(), scale)
-    return allclose_at_scale(turned, direction * ones, scale), scale
-
-
-def _breaking_step(recorded: RecordedPass, pooled: Cut, used: int) -> str:
+def _breaking_step(recorded: RecordedPass, pooled: Cut) -> str:
     """Name the first step after which a channel no longer depends on one filter alone."""
     if (step := mixing_step(recorded, pooled.end)) is not None:
         return step
     generator = torch.Generator().manual_seed(1)
-    node, points = recorded.calls[used].node, next(_random_points(recorded, generator))
+    points = next(random_points(recorded, generator))
+    point = list(points.values())[_used(features_at(recorded, pooled, points), points)[0]]
     for end, operation in enumerate(recorded.graph.operations[: pooled.end], start=1):
         outputs = recorded.graph.replay(points, end)
         for result in operation.results:
             output = outputs[result]
-            if not output.numel() or not output.requires_grad or output.dim() < 2 or len(output) != len(points[node]):
+            if not output.numel() or not output.requires_grad or output.dim() < 2 or len(output) != len(point):
                 continue
-            if _feature_index(output, points[node], generator, output.new_zeros(()))[0] is None:
+            if not _is_separate(recorded, Cut(end, result), output, point, generator):
                 return f"step {end}, `{operation.name}`, mixes the filters (its output has shape {tuple(output.shape)})"
-    return "the steps after it mix filters"
+    return "which filters a feature depends on changes with the values"
+
+
+def _is_separate(recorded: RecordedPass, cut: Cut, output: Tensor, point: Tensor, generator: torch.Generator) -> bool:
+    """Return whether each channel of a tensor on the record depends on one filter alone."""
+    scale = output.new_zeros(())
+    if traced(output, point, generator, scale)[0] is not None:
+        return True
+    if (owner := owners(recorded, cut)) is None:
+        return False
+    slots = slots_of(owner, point.shape[1])
+    return slots.shape[1] > _FEATURES_PER_FILTER or traced(output, point, generator, scale, slots)[0] is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from itertools import combinations_with_replacement
+from math import isqrt, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from lightning_flatness.precision import full_precision
 class _Flatness(NamedTuple):
     """What one pass over the samples yields; the first dimension of every entry is that of the samples."""
 
-    filter_squared_norm: Tensor
+    products: Tensor  # of the gradients of each filter's features, see `HadamardGram.pairs_of_a_filter`
     relative: Tensor
     scaled: Tensor
 
@@ -38,10 +39,10 @@ def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
     """
     loss, logits, target = derivatives.loss, derivatives.logits, derivatives.target
     flatness = _flatness(derivatives)
-    diagonal = _curvature_diagonal(derivatives)
+    diagonal = _curvature_diagonal(derivatives, derivatives.head)
     uncertainty = loss.curvature_trace(logits, target)
     return SampleQuantities(
-        hessian_trace=_hessian_trace(derivatives, flatness.filter_squared_norm, diagonal),
+        hessian_trace=_hessian_trace(derivatives, flatness.products, diagonal),
         relative_flatness=flatness.relative,
         confidence=uncertainty,
         **_scale_free(derivatives, flatness),
@@ -81,8 +82,10 @@ def _of_a_linear_head(
 ) -> dict[str, Any]:
     if not derivatives.is_linear:
         return {}
+    pairs = combinations_with_replacement(range(derivatives.features_per_filter), 2)
+    squares = [number for number, (i, j) in enumerate(pairs) if i == j]
     return {
-        "feature_squared_norm": flatness.filter_squared_norm.sum(-1),
+        "feature_squared_norm": flatness.products[..., squares].sum((1, 2)),
         "head_squared_norm": derivatives.used_head.square().sum(),
         "kernel_squared_norm": derivatives.kernel_gram.diagonal().sum(),
         "affine_hessian_trace": LF.affine_trace(derivatives.features, uncertainty),
@@ -106,14 +109,14 @@ def _margins(derivatives: PooledDerivatives) -> dict[str, Any]:
 
 def _margin_part(derivatives: PooledDerivatives, flatness: _Flatness, diagonal: Tensor) -> dict[str, Any]:
     """Return the Gauss-Newton trace, and its part of the true class against the others where labels have one class."""
-    loss, logits, used = derivatives.loss, derivatives.logits, derivatives.feature_index
-    norms = flatness.filter_squared_norm * derivatives.is_fed
-    values = {"gauss_newton_trace": LF.hessian_trace(norms, diagonal[:, used])}
+    loss, logits = derivatives.loss, derivatives.logits
+    values = {"gauss_newton_trace": _gauss_newton_trace(derivatives, flatness.products, diagonal)}
     if isinstance(loss, CrossEntropy) and (label := loss.hard_label(derivatives.target)) is not None:
         with full_precision(logits.device):
             row = LF.margin_row(logits, label, derivatives.used_head)
         weight = loss.label_weight(logits, derivatives.target)
-        values["margin_trace"] = weight * LF.hessian_trace(norms, row.square())
+        margin = _sum_over_filters(flatness.products, lambda first, second: row[:, first] * row[:, second])
+        values["margin_trace"] = weight * margin
     return values
 
 
@@ -125,8 +128,8 @@ def hessian_trace(derivatives: PooledDerivatives) -> Float[Tensor, " n"]:
     Args:
         derivatives: of one batch.
     """
-    (squared_norm,) = _by_chunks(derivatives, lambda chunk: (_gram(chunk).squared_norms(),))
-    return _hessian_trace(derivatives, squared_norm, _curvature_diagonal(derivatives))
+    (products,) = _by_chunks(derivatives, lambda chunk: (_gram(chunk).pairs_of_a_filter(),))
+    return _hessian_trace(derivatives, products, _curvature_diagonal(derivatives, derivatives.head))
 
 
 def relative_flatness(derivatives: PooledDerivatives) -> Float[Tensor, "n u"]:
@@ -144,17 +147,53 @@ def relative_flatness(derivatives: PooledDerivatives) -> Float[Tensor, "n u"]:
     return torch.cat([flatness.relative.unsqueeze(1), flatness.scaled], 1)
 
 
-def _hessian_trace(derivatives: PooledDerivatives, squared_norm: Tensor, diagonal: Tensor) -> Tensor:
-    trace = LF.hessian_trace(squared_norm, diagonal[:, derivatives.feature_index] * derivatives.is_fed)
-    if derivatives.head_curvature is not None:
-        bent = derivatives.head_curvature.diagonal(dim1=1, dim2=2)[:, derivatives.feature_index] * derivatives.is_fed
-        trace = trace + LF.hessian_trace(squared_norm, bent)
+def _hessian_trace(
+    derivatives: PooledDerivatives, products: Float[Tensor, "n k p"], diagonal: Float[Tensor, "n j"]
+) -> Float[Tensor, " n"]:
+    trace, bent = _gauss_newton_trace(derivatives, products, diagonal), derivatives.head_curvature
+    if bent is not None:
+        index, fed = derivatives.feature_index, derivatives.is_fed
+        trace = trace + _sum_over_filters(
+            products, lambda first, second: bent[:, index[first], index[second]] * fed[first] * fed[second]
+        )
     if derivatives.second_derivative is None:
         return trace
     with full_precision(derivatives.logits.device):
         return trace + _label_term(
             derivatives, derivatives.logits.unsqueeze(-1), _activation_curvature(derivatives)
         ).squeeze(1)
+
+
+def _gauss_newton_trace(
+    derivatives: PooledDerivatives, products: Float[Tensor, "n k p"], diagonal: Float[Tensor, "n j"]
+) -> Float[Tensor, " n"]:
+    head, own = derivatives.used_head, diagonal[:, derivatives.feature_index] * derivatives.is_fed
+
+    def curvature(first: slice, second: slice) -> Float[Tensor, "n k"]:
+        if first == second:
+            return own[:, first]
+        # What is off the diagonal of `Q` follows from that of the sum of two columns of the head.
+        both = _curvature_diagonal(derivatives, head[..., first] + head[..., second])
+        return (both - own[:, first] - own[:, second]) / 2
+
+    return _sum_over_filters(products, curvature)
+
+
+def _sum_over_filters(
+    products: Float[Tensor, "n k p"], curvature: Callable[[slice, slice], Float[Tensor, "n k"]]
+) -> Float[Tensor, " n"]:
+    """Return the sum of `R_ff' C_ff'` over all pairs of features of the same filter.
+
+    Args:
+        products: `R` of each pair, see `HadamardGram.pairs_of_a_filter`.
+        curvature: `C` of two features of every filter, which the slices take of all features.
+    """
+    count = (isqrt(8 * products.shape[-1] + 1) - 1) // 2
+    parts = [slice(i, None, count) for i in range(count)]
+    total = products.new_zeros(len(products))
+    for product, (first, second) in zip(products.unbind(-1), combinations_with_replacement(parts, 2), strict=True):
+        total = total + (1 + (first != second)) * LF.hessian_trace(product, curvature(first, second))
+    return total
 
 
 def _flatness(derivatives: PooledDerivatives) -> _Flatness:
@@ -170,19 +209,18 @@ def _chunk_flatness(derivatives: PooledDerivatives) -> _Flatness:
     loss, target = derivatives.loss, derivatives.target
     flatness = loss.relative_flatness(scaled, derivatives.used_head, gram, target) / taus.square()
     if derivatives.second_derivative is not None:
-        added = _activation_curvature(derivatives) * derivatives.kernel_gram.diagonal()
+        squares = derivatives.kernel_gram.diagonal().repeat_interleave(derivatives.features_per_filter)
+        added = _activation_curvature(derivatives) * squares
         flatness = flatness + _label_term(derivatives, scaled, added) / taus
-    if derivatives.head_curvature is not None:
-        index, fed = derivatives.feature_index, derivatives.is_fed
-        bent = derivatives.head_curvature[:, index][:, :, index] * fed * fed.unsqueeze(-1)
+    if (bent := derivatives.used_head_curvature) is not None:
         flatness = flatness + gram.contraction(bent).unsqueeze(1)
-    return _Flatness(gram.squared_norms(), flatness[:, 0], flatness[:, 1:])
+    return _Flatness(gram.pairs_of_a_filter(), flatness[:, 0], flatness[:, 1:])
 
 
-def _curvature_diagonal(derivatives: PooledDerivatives) -> Float[Tensor, "n j"]:
-    """Return `Q_jj` of all inputs of the classifier."""
+def _curvature_diagonal(derivatives: PooledDerivatives, head: Float[Tensor, "*n c j"]) -> Float[Tensor, "n j"]:
+    """Return `Q_jj` for columns of the head."""
     with full_precision(derivatives.logits.device):
-        return derivatives.loss.curvature_diagonal(derivatives.logits, derivatives.head, derivatives.target)
+        return derivatives.loss.curvature_diagonal(derivatives.logits, head, derivatives.target)
 
 
 def _gram(derivatives: PooledDerivatives) -> LF.HadamardGram:
@@ -190,8 +228,8 @@ def _gram(derivatives: PooledDerivatives) -> LF.HadamardGram:
     return LF.HadamardGram(derivatives.kernel_gram, *factors)
 
 
-def _activation_curvature(derivatives: PooledDerivatives) -> Float[Tensor, "n k"]:
-    """Return `sum_s (d2 p_k / d z_ks^2) |P_s|^2`, the trace of feature k's own Hessian in its filter."""
+def _activation_curvature(derivatives: PooledDerivatives) -> Float[Tensor, "n f"]:
+    """Return `sum_s (d2 p_f / d z_fs^2) |P_s|^2`, the trace of feature f's own Hessian in its filter."""
     geometry, second = derivatives.geometry, derivatives.second_derivative
     assert second is not None
     grouped = second.unflatten(1, (geometry.groups, -1))
@@ -200,13 +238,13 @@ def _activation_curvature(derivatives: PooledDerivatives) -> Float[Tensor, "n k"
 
 
 def _label_term(
-    derivatives: PooledDerivatives, logits: Float[Tensor, "n c t"], added: Float[Tensor, "n k"]
+    derivatives: PooledDerivatives, logits: Float[Tensor, "n c t"], added: Float[Tensor, "n f"]
 ) -> Float[Tensor, "n t"]:
-    """Return `sum_k t_k`: what the curvature of the activation adds through the gradient of the loss in the logits."""
+    """Return `sum_f t_f`: what the curvature of the activation adds through the gradient of the loss in the logits."""
     return derivatives.loss.logit_gradient_product(logits, _pushed(added, derivatives.used_head), derivatives.target)
 
 
-def _pushed(vectors: Float[Tensor, "n k"], head: Float[Tensor, "*n c k"]) -> Float[Tensor, "n c"]:
+def _pushed(vectors: Float[Tensor, "n f"], head: Float[Tensor, "*n c f"]) -> Float[Tensor, "n c"]:
     return (head @ vectors.unsqueeze(-1)).squeeze(-1)
 
 
@@ -235,6 +273,8 @@ def _bytes_per_sample(derivatives: PooledDerivatives) -> int:
     rows = classes if pairs_pay(classes, filters, temperatures) else classes + temperatures
     numbers = 3 * rows * filters + 3 * temperatures * classes
     numbers += pixels * min(2 * pixels, weights) + 2 * filters * min(pixels, weights)
+    if derivatives.features_per_filter > 1:
+        numbers += 3 * rows * len(derivatives.kernel_gram) * min(pixels, weights)
     if derivatives.logits.is_cuda:  # where a block of the Gram matrix holds all samples of a chunk
         numbers += min(BLOCK_ROWS, filters) * filters
     return numbers * derivatives.jacobian.element_size()

@@ -20,16 +20,19 @@ CHUNK_BYTES = 64 * 2**20
 class PooledDerivatives:
     r"""What follows a convolution under global pooling, `z -> ... -> p -> phi = V p + b`, and its derivatives.
 
+    The features that the filters feed, axis f, come filter by filter, the same number for each; `z_f` is the map of the
+    filter that feeds feature f.
+
     Attributes:
         inputs: `A`, the input of the monitored convolution, shape (n, channels, *space).
-        jacobian: `M_ks = d p_{pi(k)} / d z_ks`, shape (n, k, s).
-        second_derivative: `d2 p_{pi(k)} / d z_ks^2`, shape (n, k, s); None where the tail is piecewise linear.
+        jacobian: `M_fs = d p_{pi(f)} / d z_fs`, shape (n, f, s).
+        second_derivative: `d2 p_{pi(f)} / d z_fs^2`, shape (n, f, s); None where the tail is piecewise linear.
         features: `p`, the pooled features, shape (n, j).
         logits: `phi`, shape (n, c).
         kernel_gram: `W W^T`, inner products of the convolution's filters, shape (k, k).
         head: `d phi / d p`, shape (c, j); (n, c, j) where it differs between samples.
-        feature_index: `pi`, the feature that each filter feeds, shape (k,).
-        is_fed: filters whose feature is known, shape (k,).
+        feature_index: `pi`, where the features that the filters feed lie among all features, shape (f,).
+        is_fed: which of them are known, shape (f,).
         geometry: of the convolution.
         loss: of each sample in its logits.
         target: what the loss reads; None if it is in the loss.
@@ -38,14 +41,14 @@ class PooledDerivatives:
     """
 
     inputs: Float[Tensor, "n i ..."]
-    jacobian: Float[Tensor, "n k s"]
-    second_derivative: Float[Tensor, "n k s"] | None
+    jacobian: Float[Tensor, "n f s"]
+    second_derivative: Float[Tensor, "n f s"] | None
     features: Float[Tensor, "n j"]
     logits: Float[Tensor, "n c"]
     kernel_gram: Float[Tensor, "k k"]
     head: Float[Tensor, "*n c j"]
-    feature_index: Int[Tensor, " k"]
-    is_fed: Bool[Tensor, " k"]
+    feature_index: Int[Tensor, " f"]
+    is_fed: Bool[Tensor, " f"]
     geometry: ConvGeometry
     loss: Form = field(default_factory=CrossEntropy)
     target: Int[Tensor, " n"] | Float[Tensor, "n c"] | None = None
@@ -76,9 +79,22 @@ class PooledDerivatives:
         return replace(self, **changes, loss=self.loss.select(samples))
 
     @property
-    def used_head(self) -> Float[Tensor, "*n c k"]:
+    def features_per_filter(self) -> int:
+        """How many features each filter feeds."""
+        return len(self.feature_index) // len(self.kernel_gram)
+
+    @property
+    def used_head(self) -> Float[Tensor, "*n c f"]:
         """The columns of the head in the order of the filters that feed them; zero where that is not known."""
         return self.head[..., self.feature_index] * self.is_fed
+
+    @property
+    def used_head_curvature(self) -> Float[Tensor, "n f f"] | None:
+        """The rows and columns of the head's curvature in the same order; None for a piecewise linear head."""
+        if self.head_curvature is None:
+            return None
+        used = self.head_curvature[:, self.feature_index][:, :, self.feature_index]
+        return used * self.is_fed * self.is_fed.unsqueeze(-1)
 
     @property
     def is_linear(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from lightning_flatness.curvature.objective import ObjectiveReader
 from lightning_flatness.curvature.pooled.certificate import (
     Certificate,
+    TooManyFeatures,
     certify,
     connections_of,
     features_at,
@@ -27,6 +29,8 @@ from lightning_flatness.precision import allclose_for_dtype, full_precision, upc
 from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.graph import Cut
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
+
+_CANDIDATES = 3  # tensors that are tried for the pooled features
 
 
 class PooledMethod:
@@ -80,46 +84,28 @@ class PooledMethod:
 
     def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> PooledDerivatives:
         """Return the tensors from which the quantities follow; arguments and errors are those of `quantities`."""
-        with ExitStack() as stack:
-            for context in (not_recorded(), torch.inference_mode(False), torch.enable_grad()):
-                stack.enter_context(context)
-            stack.enter_context(torch.autocast(recorded.calls[0].weight.device.type, enabled=False))
-            try:
-                return self._derivatives(recorded, samples)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # what cannot be repeated, or has no second derivative
-                raise Refusal(
-                    f"The steps from `{recorded.layer}` to the loss must be repeatable and differentiable; {error}.\n"
-                    f"  path: {recorded.path}\n  {recorded.remedy}",
-                    error,
-                ).error() from error
+        with differentiating(recorded):
+            return self._derivatives(recorded, samples)
 
     def _derivatives(self, recorded: RecordedPass, samples: slice) -> PooledDerivatives:
-        _require_finite(recorded)
-        pooled = _require(_pooled_features(recorded))
-        certificate = self._certified(recorded, pooled)
-        call = recorded.calls[certificate.call]
-        points = recorded.points()
-        features = features_at(recorded, pooled, points)
+        require_finite(recorded)
+        certificate = self._certified(recorded)
+        pooled, call = certificate.pooled, recorded.calls[certificate.call]
+        features, jacobian, second, newly_active = _differentiated(recorded, certificate)
         _require_same(recorded, pooled, features)
-        point = points[call.node]
-        (jacobian,) = torch.autograd.grad(features.sum(), point, create_graph=certificate.has_second_derivative)
-        second = None
-        if certificate.has_second_derivative and jacobian.requires_grad:
-            (second,) = torch.autograd.grad(jacobian.sum(), point, materialize_grads=True)
-        newly_active = certificate.any_inactive and jacobian[:, certificate.inactive].any()
         if newly_active or not certificate.is_value_independent:  # what holds for these very values
-            certificate = _require(certify(recorded, pooled, at_random_points=False))
-        goal = _require(self._reader.read(recorded, pooled, features))
-        _require_numbers(goal.logits)
+            known, certificate = certificate, require(certify(recorded, pooled, at_random_points=False))
+            if not known.differentiates_as(certificate):
+                features, jacobian, second, _ = _differentiated(recorded, certificate)
+        goal = require(self._reader.read(recorded, pooled, features))
+        require_numbers(goal.logits)
         chosen = torch.zeros_like(goal.counted)
         chosen[samples] = True
         dtype = jacobian.dtype
         derivatives = PooledDerivatives(
             inputs=upcast(recorded.graph.captures.value(call.inputs)).to(dtype),
-            jacobian=jacobian.detach().flatten(2).contiguous(),  # of one number, where the pooling follows at once
-            second_derivative=None if second is None else second.flatten(2),
+            jacobian=jacobian,
+            second_derivative=second,
             features=features.detach(),
             logits=goal.logits.to(dtype),
             kernel_gram=self._kernel_gram.of(call.weight).to(dtype),
@@ -135,30 +121,112 @@ class PooledMethod:
         kept = chosen & goal.counted
         return derivatives if bool(kept.all()) else derivatives.select(kept)
 
-    def _certified(self, recorded: RecordedPass, pooled: Cut) -> Certificate:
-        """Return the certificate of this tail: the last one if everything that it depends on is equal."""
-        known = self._certificate
-        if known is not None and known.signature == signature_of(recorded, pooled):
-            pairs = zip(known.connections, connections_of(recorded, pooled), strict=True)
+    def _certified(self, recorded: RecordedPass) -> Certificate:
+        """Return the certificate of this tail: the last one if everything that it depends on is equal.
+
+        If the first candidate for the pooled features has too many of them, the next ones are tried.
+        """
+        known, cuts = self._certificate, require(_pooled_features(recorded))
+        if known is not None and known.pooled in cuts and known.signature == signature_of(recorded, known.pooled):
+            pairs = zip(known.connections, connections_of(recorded, known.pooled), strict=True)
             if all(known.captures.same(old, recorded.graph.captures, new) for old, new in pairs):
                 return known
-        self._certificate = _require(certify(recorded, pooled))
+        verdicts: list[Certificate | Refusal] = []
+        for cut in cuts:
+            verdicts.append(certify(recorded, cut))
+            if not isinstance(verdicts[-1], TooManyFeatures):
+                break
+        self._certificate = verdicts[-1] if isinstance(verdicts[-1], Certificate) else require(verdicts[0])
         return self._certificate
 
 
-def _pooled_features(recorded: RecordedPass) -> Cut | Refusal:
-    """Return the first tensor with one row per sample through which all influence on the loss passes."""
+def _pooled_features(recorded: RecordedPass) -> list[Cut] | Refusal:
+    """Return the first tensors with one row per sample through which all influence on the loss passes."""
+    found = []
     for cut in recorded.cuts[:-1]:
         shape = recorded.graph.tensor_of(cut.node).shape
         if len(shape) >= 2 and shape[0] == len(recorded) and shape[2:].numel() == 1:
-            return cut
-    return Refusal(
+            found.append(cut)
+    return found[:_CANDIDATES] or Refusal(
         f"All influence of `{recorded.layer}` on the loss must pass through one tensor with a row per sample, as a "
         f"global pooling makes; none was found.\n  path: {recorded.path}\n  {recorded.remedy}"
     )
 
 
-def _require_numbers(logits: Tensor) -> None:
+def _differentiated(
+    recorded: RecordedPass, certificate: Certificate
+) -> tuple[Tensor, Tensor, Tensor | None, bool | Tensor]:
+    """Differentiate the pooled features by the map at the recorded values.
+
+    Returns:
+        The features, shape (n, j); their first derivative, shape (n, f, s), and their second one, if there is any; and
+        whether a feature moves that moved with no filter where the tail was certified.
+    """
+    points, count = recorded.points(), certificate.features_per_filter
+    features, point = features_at(recorded, certificate.pooled, points), points[recorded.calls[certificate.call].node]
+    first: list[Tensor] = []
+    second: list[Tensor | None] = []
+    is_curved = certificate.has_second_derivative
+    for number, cotangent in enumerate(certificate.cotangents.to(features), start=1):
+        is_last = number == len(certificate.cotangents)
+        (gradient,) = torch.autograd.grad(
+            features,
+            point,
+            cotangent.expand_as(features),
+            retain_graph=is_curved or not is_last,
+            create_graph=is_curved,
+        )
+        first.append(gradient.detach())
+        if gradient.requires_grad:
+            second += torch.autograd.grad(gradient.sum(), point, retain_graph=not is_last, materialize_grads=True)
+        else:
+            second.append(None)
+    jacobian = _side_by_side(first[:count])
+    newly_active = any(bool(gradient.any()) for gradient in first[count:]) or (
+        certificate.any_inactive and jacobian[:, certificate.inactive].any()
+    )
+    if not any(part is not None for part in second[:count]):
+        return features, jacobian, None, newly_active
+    curvature = [torch.zeros_like(point) if part is None else part for part in second[:count]]
+    return features, jacobian, _side_by_side(curvature), newly_active
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Return maps of the features of each filter, filter by filter, shape (n, f, s)."""
+    if len(parts) == 1:
+        return parts[0].flatten(2).contiguous()  # of one number, where the pooling follows at once
+    return torch.stack([part.flatten(2) for part in parts], 2).flatten(1, 2)
+
+
+@contextmanager
+def differentiating(recorded: RecordedPass) -> Iterator[None]:
+    """Differentiate the record within: nothing of it is recorded, and what cannot be done is refused.
+
+    Raises:
+        UnsupportedTailError: if an operation cannot be repeated, or has no second derivative.
+    """
+    with ExitStack() as stack:
+        for context in (not_recorded(), torch.inference_mode(False), torch.enable_grad()):
+            stack.enter_context(context)
+        stack.enter_context(torch.autocast(recorded.calls[0].weight.device.type, enabled=False))
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise Refusal(
+                f"The steps from `{recorded.layer}` to the loss must be repeatable and differentiable; {error}.\n"
+                f"  path: {recorded.path}\n  {recorded.remedy}",
+                error,
+            ).error() from error
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Refuse logits that are NaN.
+
+    Raises:
+        NonFiniteError: says in how many samples.
+    """
     if broken := int(logits.isnan().any(1).sum()):
         raise NonFiniteError(
             f"A measurement needs numbers; got logits that are NaN in {broken} of {len(logits)} samples. "
@@ -166,8 +234,12 @@ def _require_numbers(logits: Tensor) -> None:
         )
 
 
-def _require_finite(recorded: RecordedPass) -> None:
-    """Refuse a pass whose numbers are none; on an accelerator that would make the host wait."""
+def require_finite(recorded: RecordedPass) -> None:
+    """Refuse a pass whose numbers are none; on an accelerator that would make the host wait.
+
+    Raises:
+        NonFiniteError: names the first tensor with NaN.
+    """
     loss = recorded.graph.tensor_of(recorded.loss)
     if loss.is_cuda or not bool(loss.isnan().any()):
         return
@@ -215,7 +287,7 @@ class _KernelGram:
         return self._known[1]
 
 
-def _require(verdict: Any) -> Any:
+def require(verdict: Any) -> Any:
     """Return the verdict; this is where a refusal is raised."""
     if isinstance(verdict, Refusal):
         raise verdict.error()

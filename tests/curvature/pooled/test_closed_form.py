@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import SUPPORTED, Case
-from networks import Net, conv2d, residual
+from networks import Net, average_and_max, conv2d, residual
 from recorded import Measured
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": lambda: Net(conv2d(32, inputs=32), tail=residual, head=nn.Linear(32, 10)),
     "silu": lambda: Net(conv2d(32, inputs=16), nn.SiLU(), head=nn.Linear(32, 10)),
     "depthwise": lambda: Net(conv2d(32, inputs=32, groups=32), head=nn.Linear(32, 10)),
+    "two poolings": lambda: Net(conv2d(32, inputs=16), nn.SiLU(), pool=average_and_max, head=nn.Linear(64, 10)),
 }
 
 
@@ -90,7 +91,9 @@ LOSSES: dict[str, tuple[object, Callable[[Tensor, Tensor], Tensor], Tensor | Non
 }
 
 
-@pytest.mark.parametrize("name", ["relu", "silu without norm", "channel shuffle", "conv is classifier silu"])
+@pytest.mark.parametrize(
+    "name", [*"relu/silu without norm/channel shuffle/conv is classifier silu/average and cells silu".split("/")]
+)
 @pytest.mark.parametrize(("given", "function", "target"), LOSSES.values(), ids=LOSSES)
 def test_every_loss_equals_the_oracle(
     name: str, given: object, function: Callable[[Tensor, Tensor], Tensor], target: Tensor | None
@@ -113,6 +116,25 @@ def test_every_loss_equals_the_oracle(
         torch.testing.assert_close(quantities.affine_hessian_trace, trace, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["average and cells silu", "dense block of two poolings"])
+def test_gradients_of_all_features_count(name: str) -> None:
+    """`Tr R` is the squared norm of all derivatives of the features by the filters."""
+    case = {case.name: case for case in SUPPORTED}[name]
+    model, (x, y) = case.model().eval(), case.data()
+    with torch.no_grad(), Measured(model) as recorder:
+        model(x)
+        quantities = recorder.quantities(y)
+
+    def features(weight: Tensor) -> Tensor:
+        model.head = nn.Identity()
+        return torch.func.functional_call(model, {"conv.weight": weight}, x)
+
+    jacobian = torch.autograd.functional.jacobian(features, model.conv.weight.detach())
+    expected = jacobian.square().sum(tuple(range(1, jacobian.dim())))
+    torch.testing.assert_close(quantities.feature_squared_norm, expected, rtol=1e-9, atol=0)
+    assert quantities.kernel_squared_norm.item() == pytest.approx(model.conv.weight.square().sum().item())
+
+
 def test_an_empty_batch_has_no_values() -> None:
     empty = sample_quantities(derivatives_of("silu", 1.0).select(slice(0)))
     for name in ("hessian_trace", "relative_flatness", "confidence", "output_margin", "margin_bound"):
@@ -120,8 +142,9 @@ def test_an_empty_batch_has_no_values() -> None:
     assert empty.scaled_flatness.shape[0] == 0
 
 
-def test_chunks_do_not_matter() -> None:
-    whole = derivatives_of("silu", 1.0).to(torch.float64)
+@pytest.mark.parametrize("name", ["silu", "two poolings"])
+def test_chunks_do_not_matter(name: str) -> None:
+    whole = derivatives_of(name, 1.0).to(torch.float64)
     values = vars(sample_quantities(replace(whole, chunk_bytes=1)))
     for name, reference in vars(sample_quantities(whole)).items():
         if name == "curvature":
@@ -130,7 +153,7 @@ def test_chunks_do_not_matter() -> None:
         torch.testing.assert_close(values[name], reference, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["relu", "silu"])
+@pytest.mark.parametrize("name", ["relu", "silu", "two poolings"])
 def test_one_quantity_alone_is_the_same(name: str) -> None:
     derivatives = derivatives_of(name, 1.0).to(torch.float64)
     quantities = sample_quantities(derivatives)

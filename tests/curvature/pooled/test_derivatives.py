@@ -29,4 +29,16 @@ def test_used_columns_are_those_that_the_filters_feed() -> None:
     """A dense block: the first features are not the convolution's."""
     whole = derivatives("dense block")
     assert torch.equal(whole.used_head, whole.head[:, 3:])
+    assert whole.features_per_filter == 1
     assert derivatives("relu").second_derivative is None
+
+
+def test_features_of_a_filter_follow_each_other() -> None:
+    whole = derivatives("average and max")
+    assert whole.features_per_filter == 2
+    assert torch.equal(whole.used_head, whole.head[:, [0, 4, 1, 5, 2, 6, 3, 7]])
+    some = derivatives("two features for some filters")
+    columns = some.head[:, [0, 0, 1, 4, 2, 5, 3, 0]] * torch.tensor([1, 0, 1, 1, 1, 1, 1, 0])
+    assert torch.equal(some.used_head, columns)
+    curved = derivatives("layer norm on two poolings")
+    assert torch.equal(curved.used_head_curvature[:, 2:4, 2:4], curved.head_curvature[:, [1, 5]][:, :, [1, 5]])

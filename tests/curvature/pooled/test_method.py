@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 import torch
 from cases import SUPPORTED, UNSUPPORTED, Case
-from recorded import recorded
+from recorded import recorded, required
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_flatness import PooledMethod, RecordedPass, UnsupportedTailError, oracle
 from lightning_flatness.curvature.pooled.certificate import certify
+from lightning_flatness.curvature.pooled.method import _pooled_features
 
 CASES = {case.name: case for case in (*SUPPORTED, *UNSUPPORTED)}
 
@@ -47,6 +51,74 @@ def test_what_depends_on_the_values_is_certified_in_every_pass() -> None:
         for count in (2, 3):
             method.quantities(record)
             assert spy.call_count == count
+
+
+@pytest.mark.parametrize("name", ["average and max", "dense block of two poolings", "pyramid", "2 x 2 cells"])
+def test_several_features_of_a_filter_are_certified_once(name: str) -> None:
+    method, record = PooledMethod(), one_pass(CASES[name])
+    with mock.patch("lightning_flatness.curvature.pooled.method.certify", wraps=certify) as spy:
+        method.quantities(record)
+        method.quantities(record)
+        assert spy.call_count == 1
+
+
+def test_a_later_tensor_is_tried_where_the_first_is_refused() -> None:
+    """With one filter the map itself is a row per sample: too many features, before the pooling makes one of them."""
+    method, record = PooledMethod(), one_pass(CASES["many positions of one filter"])
+    first, second, *_ = required(_pooled_features(record))
+    assert "there are 80 and 80" in certify(record, first).message
+    with mock.patch("lightning_flatness.curvature.pooled.method.certify", wraps=certify) as spy:
+        method.quantities(record)
+        method.quantities(record)
+        assert [call.args[1] for call in spy.call_args_list].count(first) == 1
+        assert spy.call_args.args[1] == second
+
+
+def test_the_first_reason_is_the_one_that_is_told() -> None:
+    record = one_pass(CASES["flattened large map"])
+    assert len(required(_pooled_features(record))) > 1
+    with pytest.raises(UnsupportedTailError, match="there are 80 and 320"):
+        PooledMethod().quantities(record)
+
+
+class Waking(nn.Module):
+    """Behind the average stand features that become active where the map is a thousand times as large."""
+
+    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.features, self.head = nn.Conv2d(2, 3, 2), features, nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.conv(x)
+        return self.head(torch.cat([a.mean((2, 3)), a.amax((2, 3)), self.features(a.amin((2, 3)) - 1000)], 1))
+
+
+WAKING: dict[str, Callable[[Tensor], Tensor]] = {
+    "one for each filter": F.relu,
+    "for some": lambda p: F.relu(p[:, 1:]),
+    "all of two filters": lambda p: F.relu(p).cumsum(1),
+    "never": lambda p: F.relu(p - 1e9),
+}
+
+
+@pytest.mark.parametrize("name", WAKING)
+def test_features_that_become_active_later(name: str) -> None:
+    torch.manual_seed(1)
+    x, y, method = torch.randn(4, 2, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0]), PooledMethod()
+    model = Waking(WAKING[name]).double().eval()
+    model(x)
+    for scale in (1, 1e4, 1):
+        images = x.abs() * scale
+        model.head.weight.data.div_(scale)
+        with torch.no_grad():
+            model.conv.weight.abs_()
+        try:
+            value = method.quantities(recorded(model, images, y)).hessian_trace
+        except UnsupportedTailError:
+            assert (name, scale) == ("all of two filters", 1e4)
+        else:
+            torch.testing.assert_close(value, oracle.hessian_trace(model, "conv", images, y), rtol=1e-9, atol=0)
+        model.head.weight.data.mul_(scale)
 
 
 @pytest.mark.parametrize("name", ["layer norm before pooling", "shared weight"])

@@ -1,0 +1,285 @@
+r"""Measures the classifier's own weight in closed form: exact for every network that ends in a linear layer.
+
+With the classifier's input \(x\), its weight \(V\), its output \(\phi = V x + b\) and the curvature \(h\) of the loss
+with respect to \(\phi\), the Hessian of the loss with respect to \(V\) is \(h \otimes x x^\top\), whatever the network
+does to make \(x\).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import lightning_flatness.functional as LF
+from lightning_flatness.curvature.objective import Objective, ObjectiveReader
+from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
+from lightning_flatness.curvature.pooled.method import differentiating, require, require_finite, require_numbers
+from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.errors import Refusal, UnsupportedTailError, require_counts
+from lightning_flatness.losses import CrossEntropy, Differentiated, Form
+from lightning_flatness.precision import allclose_at_scale, full_precision, upcast
+from lightning_flatness.recording.dispatch import not_recorded
+from lightning_flatness.recording.graph import Cut
+from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
+
+
+class ClassifierMethod:
+    r"""The exact Hessian trace and relative flatness of the classifier's own weight, for every sample.
+
+    $$\operatorname{Tr} H = \Vert x \Vert^2 \operatorname{Tr} h, \qquad
+    \kappa = \Vert x \Vert^2 \sum_{c,c'} h_{cc'} \langle V_c, V_{c'} \rangle$$
+
+    with the classifier's input \(x\), its weight \(V\) with rows \(V_c\), and the curvature
+    \(h = \partial^2 \ell / \partial \phi^2\) of the loss of one sample with respect to the classifier's own output
+    \(\phi\), whatever follows it: a softmax, a temperature, any loss. The bias is no part of them. The trace over
+    weight and bias is the quantity `affine_hessian_trace`.
+
+    Args:
+        chunk_bytes: how much memory temporary tensors may take at once.
+
+    Raises:
+        ValueError: if `chunk_bytes` is not a whole number, at least 1.
+
+    Example:
+        >>> method = ClassifierMethod()
+        >>> method.quantities(recorder.take_pass(loss)).hessian_trace  # doctest: +SKIP
+    """
+
+    name = "classifier"
+
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        """Check the argument."""
+        require_counts(chunk_bytes=chunk_bytes)
+        self._chunk_bytes = chunk_bytes
+        self._reader = ObjectiveReader()
+
+    def quantities(self, recorded: RecordedPass, samples: slice = slice(None)) -> SampleQuantities:
+        """Return the quantities of a recorded pass, for the samples that the loss depends on.
+
+        Args:
+            recorded: the pass, from the classifier's own output on, as a `ClassifierRecorder` makes it.
+            samples: which of its samples to measure.
+
+        Raises:
+            UnsupportedTailError: if the record does not hold all that the weight acts on, or the loss is no sum over
+                samples.
+            NonFiniteError: if the logits hold NaN.
+        """
+        with differentiating(recorded):
+            head = _head(self._reader, recorded, samples)
+        with not_recorded(), torch.inference_mode(False), full_precision(head.features.device):
+            return _quantities(head, self._chunk_bytes)
+
+
+class _Head(NamedTuple):
+    """What follows the input of the classifier.
+
+    Attributes:
+        features: `x`, shape (n, j).
+        rows: `V / scale`, shape (k, d): one row per output; d is j, or k if that is less, with the same inner products.
+        scale: the largest number in `V`; squares of small weights vanish in float32.
+        logits: shape (n, c).
+        jacobian: `d logits / d phi`, shape (c, k) or (n, c, k); None: the identity.
+        loss: of each sample in its logits.
+        target: what the loss reads.
+        head_curvature: see `Objective`, shape (n, k, k).
+    """
+
+    features: Tensor
+    rows: Tensor
+    scale: Tensor
+    logits: Tensor
+    jacobian: Tensor | None
+    loss: Form
+    target: Tensor | None
+    head_curvature: Tensor | None
+
+    def select(self, samples: slice | Tensor) -> _Head:
+        """Return what follows the inputs of some of the samples."""
+        per_sample = {name: getattr(self, name) for name in ("features", "logits", "target", "head_curvature")}
+        changes: dict[str, Any] = {name: value[samples] for name, value in per_sample.items() if value is not None}
+        if self.jacobian is not None and self.jacobian.dim() == 3:
+            changes["jacobian"] = self.jacobian[samples]
+        return self._replace(**changes, loss=self.loss.select(samples))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the logits are affine in the input, and in the same way for all samples."""
+        return self.head_curvature is None and (self.jacobian is None or self.jacobian.dim() == 2)
+
+    @property
+    def logit_rows(self) -> Tensor:
+        """The rows of `d logits / d x / scale`, shape (c, d) or (n, c, d)."""
+        return self.rows if self.jacobian is None else self.jacobian @ self.rows
+
+
+class _Euclidean(LF.HadamardGram):
+    """The inner product of rows that are vectors in the space of the weights."""
+
+    def inner_products(self, vectors: Tensor) -> Tensor:
+        return vectors @ vectors.mT
+
+    def quadratic_forms(self, vectors: Tensor) -> Tensor:
+        return vectors.square().sum(-1)
+
+
+def _head(reader: ObjectiveReader, recorded: RecordedPass, samples: slice) -> _Head:
+    require_finite(recorded)
+    call = _only_call(recorded)
+    features, output, point = _on_rows(recorded, call)
+    goal: Objective = require(reader.read(recorded, output, point))
+    if not recorded.is_alone and not _is_affine(goal):
+        raise Refusal(
+            f"A network must end in its classifier; what follows `{recorded.layer}` takes more from the layers before "
+            f"it than its output. Name another linear layer (`classifier=...`).\n  path: {recorded.path}"
+        ).error()
+    require_numbers(goal.logits)
+    chosen = torch.zeros_like(goal.counted)
+    chosen[samples] = True
+    dtype = features.dtype
+    rows = _reduced(call.weight.double())
+    scale = rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)
+    head = _Head(
+        features=features.double(),
+        rows=(rows / scale).to(dtype),
+        scale=scale,
+        logits=goal.logits.to(dtype),
+        jacobian=None if goal.cut == output else goal.head.to(dtype),
+        loss=goal.loss,
+        target=None if goal.target is None else goal.target.to(dtype),
+        head_curvature=None if goal.head_curvature is None else goal.head_curvature.to(dtype),
+    )
+    kept = chosen & goal.counted
+    return head if bool(kept.all()) else head.select(kept)
+
+
+def _only_call(recorded: RecordedPass) -> ConvolutionCall:
+    """Return the one call through which the weight acts on the loss; refuse a weight that acts in several ways."""
+    operations = (recorded.graph.operations[number] for number in recorded.ancestry)
+    read = {node.index for operation in operations for node in operation.nodes}
+    used = [call for call in recorded.calls if call.node in read]
+    if len(used) == 1 and not recorded.weight_is_shared:
+        return used[0]
+    reason = "is shared with another module" if recorded.weight_is_shared else f"acts {len(used)} times"
+    raise Refusal(
+        f"The classifier's weight must act once on each sample; that of `{recorded.layer}` {reason}. Name another "
+        f"linear layer (`classifier=...`).\n  path: {recorded.path}"
+    ).error()
+
+
+def _on_rows(recorded: RecordedPass, call: ConvolutionCall) -> tuple[Tensor, Cut, Tensor]:
+    """Return input and output of the classifier with one row per sample, shape (n, j) and (n, k), and their cut.
+
+    A classifier that ran on several positions s of a sample is one on their weighted sum, if that is what follows:
+    a mean, or the choice of one position.
+    """
+    graph, phi = recorded.graph, recorded.cuts[0]
+    inputs = upcast(graph.captures.value(call.inputs)).reshape(-1, call.weight.shape[1])
+    outputs = upcast(graph.captures.value(call.output)).reshape(-1, len(call.weight))
+    samples = call.geometry["samples"]
+    if len(inputs) == samples:
+        return inputs, phi, outputs
+    for cut in recorded.cuts[1:]:
+        if tuple(graph.tensor_of(cut.node).shape) == (samples, len(call.weight)):
+            break
+    else:
+        raise _not_one_row(recorded)
+    point = outputs.detach().requires_grad_()
+    value = point.reshape(graph.tensor_of(phi.node).shape)
+    needed = recorded.ancestry
+    pooled = graph.replay({phi.node: value}, cut.end, start=phi.end, only=needed)[cut.node]
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.rand(pooled.shape, generator=generator, dtype=torch.float64).to(pooled) + 0.5
+    (ones,) = torch.autograd.grad(pooled.sum(), point, create_graph=True)
+    (drawn,) = torch.autograd.grad(pooled, point, cotangent)
+    weights, by_cotangent = (
+        ones.detach().reshape(samples, -1, len(call.weight)),
+        drawn.reshape(samples, -1, len(call.weight)),
+    )
+    expected = weights[..., :1] * cotangent.unsqueeze(1)
+    if ones.requires_grad or not allclose_at_scale(by_cotangent, expected, weights.abs().max()):
+        raise _not_one_row(recorded)
+    weighted = torch.einsum("ns,nsj->nj", weights[..., 0], inputs.reshape(samples, -1, inputs.shape[1]))
+    return weighted, cut, pooled.detach()
+
+
+def _not_one_row(recorded: RecordedPass) -> UnsupportedTailError:
+    return Refusal(
+        f"The classifier must act on one row per sample; `{recorded.layer}` acts on several positions, and what "
+        f"follows is neither their mean nor one of them.\n  path: {recorded.path}"
+    ).error()
+
+
+def _is_affine(goal: Objective) -> bool:
+    """Return whether the logits are known to be affine in the output, and in the same way for all samples."""
+    return goal.head.dim() == 2 and goal.head_curvature is None and not isinstance(goal.loss, Differentiated)
+
+
+def _reduced(weight: Tensor) -> Tensor:
+    """Return rows with the same inner products, as short as possible."""
+    if weight.shape[1] <= weight.shape[0]:
+        return weight
+    return torch.linalg.qr(weight.mT, mode="r").R.mT
+
+
+def _quantities(head: _Head, chunk_bytes: int) -> SampleQuantities:
+    loss, logits, target = head.loss, head.logits, head.target
+    square, uncertainty = head.features.square().sum(-1), loss.curvature_trace(logits, target)
+    gauss_newton = uncertainty
+    if head.jacobian is not None:
+        gauss_newton = loss.curvature_diagonal(logits, head.jacobian, target).sum(-1)
+    trace = gauss_newton
+    flatness = _flatness(head, chunk_bytes)
+    if head.head_curvature is not None:
+        trace = trace + head.head_curvature.diagonal(dim1=1, dim2=2).sum(-1)
+        bent = (head.head_curvature * (head.rows @ head.rows.mT)).sum((1, 2))
+        flatness = flatness + bent.unsqueeze(1)
+    flatness = flatness * (square * head.scale.square()).unsqueeze(1)
+    values: dict[str, Any] = {"gauss_newton_trace": square * gauss_newton}
+    if not isinstance(loss, Differentiated):
+        values["logit_mean_square"] = loss.logit_mean_square(logits)
+        if head.head_curvature is None:
+            values["scaled_flatness"] = flatness[:, 1:]
+        if target is not None:
+            values |= {
+                "prediction": loss.prediction(logits),
+                "output_margin": loss.output_margin(logits, target),
+                "softmax_margin": loss.softmax_margin(logits, target),
+            }
+            if head.is_linear:
+                values["margin_bound"] = LF.affine_trace(head.features, loss.trace_bound(logits, target))
+    if isinstance(loss, CrossEntropy) and (label := loss.hard_label(target)) is not None:
+        jacobian = torch.eye(logits.shape[1]).to(logits) if head.jacobian is None else head.jacobian
+        margin = LF.margin_row(logits, label, jacobian).square().sum(-1)
+        values["margin_trace"] = square * loss.label_weight(logits, target) * margin
+    if head.is_linear:
+        values |= {
+            "feature_squared_norm": square,
+            "head_squared_norm": head.scale.square() * head.logit_rows.square().sum(),
+            "affine_hessian_trace": LF.affine_trace(head.features, uncertainty),
+            "head_relative_flatness": flatness[:, 0],
+        }
+    return SampleQuantities(square * trace, flatness[:, 0], uncertainty, **values)
+
+
+def _flatness(head: _Head, chunk_bytes: int) -> Tensor:
+    """Return relative flatness of the predictor itself and, where it has a meaning, at all temperatures.
+
+    It is that for inputs and weights of unit size: `|x|` and `scale` are left out.
+    """
+    taus = LF.TEMPERATURES.new_ones(1).to(head.logits)
+    if not isinstance(head.loss, Differentiated) and head.head_curvature is None:
+        taus = torch.cat([taus, LF.TEMPERATURES.to(head.logits)])
+    numbers = 3 * (head.logits.shape[1] + len(taus)) * (sum(head.rows.shape) + head.logits.shape[1])
+    step = max(1, chunk_bytes // (numbers * head.logits.element_size()))
+    parts = []
+    for start in range(0, max(1, len(head.logits)), step):
+        chunk = head.select(slice(start, start + step))
+        ones = chunk.logits.new_ones(len(chunk.logits), 1, 1)
+        gram = _Euclidean(chunk.rows, ones, ones)
+        scaled = chunk.logits.unsqueeze(-1) / taus
+        flatness = chunk.loss.relative_flatness(scaled, chunk.logit_rows, gram, chunk.target)
+        parts.append(flatness / taus.square())
+    return torch.cat(parts)

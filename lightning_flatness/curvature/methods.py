@@ -1,0 +1,191 @@
+"""Which method measures a network: the decision, and the methods by their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from lightning_flatness.curvature.classifier import ClassifierMethod
+from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
+from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.errors import Refusal
+from lightning_flatness.recording.both import BothRecorder, RecordedPasses, joined, verdict
+from lightning_flatness.recording.classifier import ClassifierRecorder
+from lightning_flatness.recording.layers import modules_by_name
+from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.recording.recorder import ForwardRecorder
+
+MethodName: TypeAlias = Literal["auto", "pooled", "classifier"]
+"""What can be asked for."""
+METHODS: tuple[MethodName, ...] = ("auto", "pooled", "classifier")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method that measures a network.
+
+    Attributes:
+        name: of the method, `"pooled"` or `"classifier"`.
+        layer: name of the layer that it measures.
+        reason: why it was chosen, one sentence.
+    """
+
+    name: str
+    layer: str
+    reason: str
+
+
+class AutoMethod:
+    """Chooses the method by the first pass that one can measure, see `select_method`, and keeps it from then on.
+
+    Args:
+        recorder: the recorder of the passes; it is told to follow the chosen layer alone.
+        chunk_bytes: how much memory the contractions may take at once.
+
+    Attributes:
+        choice: what was chosen; None: nothing so far.
+    """
+
+    name = "auto"
+
+    def __init__(self, recorder: BothRecorder | None = None, chunk_bytes: int = CHUNK_BYTES) -> None:
+        """Start without a choice."""
+        self._recorder = recorder
+        self._pooled, self._classifier = PooledMethod(chunk_bytes), ClassifierMethod(chunk_bytes)
+        self.choice: Choice | None = None
+
+    def quantities(self, recorded: RecordedPass | RecordedPasses, samples: slice = slice(None)) -> SampleQuantities:
+        """Return the quantities of a recorded pass by the chosen method; arguments and errors are those of a method."""
+        if isinstance(recorded, RecordedPass):
+            chosen = self._classifier if self.choice and self.choice.name == "classifier" else self._pooled
+            return chosen.quantities(recorded, samples)
+        pooled = _measured(self._pooled, recorded.pooled, samples)
+        if not isinstance(pooled, Refusal):
+            self._choose(
+                Choice(self._pooled.name, pooled[0], "Every step from the convolution to the loss is certified.")
+            )
+            return pooled[1]
+        own = _measured(self._classifier, recorded.classifier, samples)
+        if isinstance(own, Refusal):
+            raise joined([pooled, own]).error()
+        self._choose(Choice(self._classifier.name, own[0], pooled.message.splitlines()[0]))
+        return own[1]
+
+    def _choose(self, choice: Choice) -> None:
+        self.choice = choice
+        if self._recorder is not None:
+            self._recorder.follow(ForwardRecorder if choice.name == PooledMethod.name else ClassifierRecorder)
+
+
+Recorder: TypeAlias = ForwardRecorder | BothRecorder
+Method: TypeAlias = PooledMethod | ClassifierMethod | AutoMethod
+
+
+def select_method(recorded: RecordedPasses) -> Choice:
+    """Return which method measures a network, on which layer, and why.
+
+    The first of these that is exact is taken:
+
+    1. **`"pooled"`**: the last convolution that runs on a map larger than 1 x 1, in closed form, if every link from it
+       to the loss is certified: each of its filters reaches one pooled feature on its own, as under normalisation in
+       eval mode, activations, skips and a global pooling.
+    2. **`"classifier"`**: the classifier's own weight, in closed form. The classifier is the last linear layer that the
+       loss depends on; what lies before it may be anything (attention, gates, recurrence), and what lies behind it any
+       differentiable function of its output that is a sum over samples.
+    3. Neither: the refusal, with the reasons of both.
+
+    Args:
+        recorded: one pass, as a `BothRecorder` takes it.
+
+    Raises:
+        UnsupportedTailError: if no method is exact.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_flatness import BothRecorder, select_method
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+        >>> with BothRecorder(network) as recorder, torch.no_grad():
+        ...     loss = nn.functional.cross_entropy(network(torch.ones(2, 1, 2, 2)), torch.tensor([0, 1]))
+        ...     choice = select_method(recorder.take_pass(loss))
+        >>> choice.name, choice.layer
+        ('classifier', '3')
+        >>> print(choice.reason)
+        A forward pass must run a convolution on a map larger than 1 x 1; none did. The model has no convolution.
+    """
+    method = AutoMethod()
+    method.quantities(recorded, slice(1))
+    assert method.choice is not None
+    return method.choice
+
+
+def method_for(
+    model: nn.Module,
+    method: str = "auto",
+    layer: str | None = None,
+    classifier: str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Recorder, Method]:
+    """Return a recorder of a model and the method that measures its passes.
+
+    Args:
+        model: any module whose forward pass will run.
+        method: `"auto"`: see `select_method`, but a named layer is not replaced by another one; `"pooled"`;
+            `"classifier"`.
+        layer: name of the convolution; None: found.
+        classifier: name of the linear classifier; None: found.
+        chunk_bytes: how much memory the contractions may take at once.
+
+    Raises:
+        ValueError: if the method is unknown or measures no named layer, or a named module is not there.
+    """
+    require_method(method, layer)
+    if method == ClassifierMethod.name:
+        return ClassifierRecorder(model, classifier), ClassifierMethod(chunk_bytes)
+    if method == PooledMethod.name or layer is not None:
+        return ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes)
+    recorder = BothRecorder(model, classifier)
+    return recorder, AutoMethod(recorder, chunk_bytes)
+
+
+def encoded_choice(choice: Choice | None, model: nn.Module) -> int:
+    """Return a choice as a number, which processes can exchange: 0 for none; the layer of a classifier is in it."""
+    if choice is None:
+        return 0
+    return 1 if choice.name == PooledMethod.name else 2 + list(modules_by_name(model)).index(choice.layer)
+
+
+def known_choice(code: int, model: nn.Module) -> Choice:
+    """Return the choice that another process has made; see `encoded_choice`."""
+    reason = "Another process has chosen it."
+    if code == 1:
+        return Choice(PooledMethod.name, "", reason)
+    return Choice(ClassifierMethod.name, list(modules_by_name(model))[code - 2], reason)
+
+
+def require_method(method: str, layer: str | None) -> None:
+    """Refuse the name of a method that does not exist, or that does not measure the named layer.
+
+    Raises:
+        ValueError: if it is refused.
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {list(METHODS)}; got {method!r}.")
+    if method == ClassifierMethod.name and layer is not None:
+        raise ValueError(
+            f'`method="classifier"` measures the classifier, not a convolution; got `layer={layer!r}`. Name the '
+            "linear layer with `classifier=...`, or leave `layer` out."
+        )
+
+
+def _measured(
+    method: PooledMethod | ClassifierMethod, recorded: RecordedPass | Refusal, samples: slice
+) -> tuple[str, SampleQuantities] | Refusal:
+    """Return the name of the layer and its quantities, or why there are none."""
+    if isinstance(recorded, Refusal):
+        return recorded
+    quantities: SampleQuantities | Refusal = verdict(lambda: method.quantities(recorded, samples))
+    return quantities if isinstance(quantities, Refusal) else (recorded.layer, quantities)

@@ -1,0 +1,298 @@
+"""Hooks on a model that record its forward passes, from the classifier's own output to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import Refusal, UnsupportedTailError
+from lightning_flatness.recording.builder import PassBuilder
+from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
+from lightning_flatness.recording.graph import OperationGraph
+from lightning_flatness.recording.layers import CLASSIFIERS
+from lightning_flatness.recording.network_call import NetworkCall
+from lightning_flatness.recording.operation import named_arguments, tensors
+from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
+from lightning_flatness.recording.recorder import ForwardRecorder, weight_is_shared
+from lightning_flatness.recording.weights import WeightCopies
+
+_KEPT = 4  # layers: what runs behind the classifier need not reach the loss
+_PRODUCTS = {"addmm": ("mat1", "mat2"), "mm": ("self", "mat2"), "linear": ("input", "weight")}
+
+
+class _Candidate(NamedTuple):
+    """A layer that may be the last one, and what has been recorded from its output on; `calls` if it is linear."""
+
+    name: str
+    tracer: GraphTracer
+    calls: list[ConvolutionCall]
+    copies: WeightCopies
+    network_call: NetworkCall | None
+
+
+class _LinearWatch(ConvolutionWatch):
+    """Waits for the operation of a linear layer or a convolution within a module's call.
+
+    Args:
+        on_product: called with the input, the output and the weight of the product, one row per output; None in the
+            place of the weight for a convolution that is no linear layer.
+    """
+
+    def __init__(self, on_product: Callable[[Tensor, Tensor, Tensor | None], None]) -> None:
+        super().__init__(self._of_convolution)
+        self._on_product = on_product
+
+    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Keep the arguments of a product or a convolution."""
+        known = func.overloadpacket.__name__ in _PRODUCTS
+        return (args, kwargs) if known else super().before(func, args, kwargs)
+
+    def after(self, func: Any, encoded: tuple[Any, Any] | None, result: Any) -> None:
+        """Hand a product on."""
+        name = func.overloadpacket.__name__
+        if encoded is None or name not in _PRODUCTS:
+            super().after(func, encoded, result)
+            return
+        named = named_arguments(func, *encoded)
+        if named.get("beta", 1) == named.get("alpha", 1) == 1:
+            inputs, weight = (named[argument] for argument in _PRODUCTS[name])
+            self._on_product(inputs, result, weight if name == "linear" else weight.t())
+
+    def _of_convolution(self, inputs: Tensor, output: Tensor, arguments: dict[str, Any]) -> None:
+        """Hand a convolution on: one that sees all of its input at once, from a single position, is a linear layer."""
+        weight = arguments["weight"]
+        sees_all = inputs.shape[1:].numel() == weight.shape[1:].numel() and output.shape[2:].numel() == 1
+        is_linear = sees_all and arguments["groups"] == 1 and not any(arguments["padding"])
+        self._on_product(inputs, output, weight if is_linear else None)
+
+
+class ClassifierBuilder(PassBuilder):
+    """What has been recorded so far, from each of the last layers on.
+
+    The classifier is the last layer that the loss depends on, if that is a linear one. Which one that is shows only
+    when the loss is known, so the last few that ran are followed, each with a record of its own.
+    """
+
+    def __init__(self, wanted: str | None, copies: WeightCopies | None) -> None:
+        """Start with nothing."""
+        super().__init__(wanted, copies)
+        self.candidates: list[_Candidate] = []
+
+    def before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Wait for the product within the call of a module."""
+        samples = next((len(tensor) for tensor in tensors([args, kwargs]) if tensor.dim()), 0)
+
+        def begin(inputs: Tensor, output: Tensor, weight: Tensor | None) -> None:
+            try:
+                self._begin_layer(name, module, samples, inputs, output, weight)
+            except UnsupportedTailError:  # its weight is sharded; another one's need not be
+                self._drop(name)
+            except Exception as error:  # the user's forward pass must go on
+                self.fail(error)
+
+        self._end_watch()  # a layer within another one
+        self._watch = _LinearWatch(begin)
+        dispatcher().attach(self._watch)
+        self._set_running(name, True)
+
+    def after_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End the wait when the module's call has ended."""
+        self._end_watch()
+        self._set_running(name, False)
+
+    def stop(self) -> None:
+        """Record no more."""
+        for candidate in self.candidates:
+            candidate.tracer.stop()
+        self._end_watch()
+
+    def refusal(self, modules: dict[str, nn.Module]) -> Refusal | None:
+        """Return why there is nothing to measure; None if there is."""
+        if self.failure is not None or self.tracer is not None:
+            return super().refusal(modules)
+        there = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        remedy = f"Name one that runs with `classifier=...`: {there}." if there else "The model has none."
+        return Refusal(f"A forward pass must run a linear layer with its own weight; none did. {remedy}")
+
+    def _begin_layer(
+        self, name: str, module: nn.Module, samples: int, inputs: Tensor, output: Tensor, weight: Tensor | None
+    ) -> None:
+        if self._watch is None or not (weight is None or _is_own_weight(module, weight)):
+            return
+        if len(output) == 0:
+            raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
+        dispatcher().detach(self._watch)
+        found = next((candidate for candidate in self.candidates if candidate.name == name), None)
+        if found is None:
+            if name in self._have_run:  # and is followed no more: not all of its calls would be on the record
+                return
+            found = self._followed(name, module)
+        graph = found.tracer.graph
+        node, captured = graph.add_input(output)
+        if weight is not None:
+            weights, geometry = found.copies.of(module), {"samples": samples}
+            found.calls.append(ConvolutionCall(node, captured, graph.captures.add(inputs), *weights, geometry))
+        self.tracer, self.layer = found.tracer, name
+
+    def _followed(self, name: str, module: nn.Module) -> _Candidate:
+        """Follow a layer, and no longer the one that ran first."""
+        copies = self.copies if self._keeps_copies else WeightCopies()
+        tracer = GraphTracer(finds_functions=not self._keeps_copies)
+        found = _Candidate(name, tracer, [], copies, self._open_call)
+        self._have_run.add(name)
+        self.candidates.append(found)
+        found.tracer.is_convolving = True
+        for own in (cast(Tensor, module.weight), *module.parameters()):
+            if own.dim() > 1:
+                found.tracer.forbid_storage(own)
+        found.tracer.start()
+        for old in self.candidates[:-_KEPT]:
+            self._drop(old.name)
+        return found
+
+    def _finish(self, call: NetworkCall, output: Any) -> None:
+        """Keep what a call returned, for each layer that ran during it."""
+        self.candidates = [
+            each._replace(network_call=call.finished(output, each.tracer.graph)) if each.network_call is call else each
+            for each in self.candidates
+        ]
+
+    def _set_running(self, name: str, is_running: bool) -> None:
+        for candidate in self.candidates:
+            if candidate.name == name:
+                candidate.tracer.is_convolving = is_running
+
+    def _drop(self, name: str) -> None:
+        """Follow a layer no more."""
+        for candidate in [candidate for candidate in self.candidates if candidate.name == name]:
+            candidate.tracer.stop()
+            self.candidates.remove(candidate)
+        last = self.candidates[-1] if self.candidates else None
+        self.tracer, self.layer = (None, None) if last is None else (last.tracer, last.name)
+
+
+class ClassifierRecorder(ForwardRecorder):
+    """Records the forward passes of a model from its classifier on, without touching them.
+
+    The classifier is the last layer that the loss depends on, which must be linear; a convolution that sees all of its
+    input at once is. Use it as a `ForwardRecorder`.
+
+    Args:
+        model: any module whose forward pass will run.
+        classifier: name of the linear layer; None: found.
+
+    Raises:
+        ValueError: if the named module does not exist or is of the wrong kind; lists the candidates.
+
+    Example:
+        >>> with ClassifierRecorder(model) as recorder:  # doctest: +SKIP
+        ...     loss = criterion(model(images), labels)
+        ...     recorded = recorder.take_pass(loss)
+    """
+
+    _builder_type = ClassifierBuilder
+
+    def __init__(self, model: nn.Module, classifier: str | None = None) -> None:
+        """Check the name against the model."""
+        super().__init__(model, None, classifier)
+        self.layer = classifier
+        self._builder = ClassifierBuilder(classifier, None)
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Return whether a tensor depends on one of the last linear layers, and not only in steps."""
+        return any(_reaches(candidate, tensor) for candidate in self._candidates)
+
+    @property
+    def _candidates(self) -> list[_Candidate]:
+        return cast(ClassifierBuilder, self._builder).candidates
+
+    def _verdict(self, loss: Tensor) -> RecordedPass | Refusal:
+        found = [candidate for candidate in self._candidates if _reaches(candidate, loss)]
+        if not found or loss.numel() != 1:
+            names = [candidate.name for candidate in self._candidates]
+            what = f"has shape {tuple(loss.shape)}" if found else "does not"
+            return Refusal(
+                f"The loss must be one number that depends on the output of one of the last layers, which are {names}; "
+                f"it {what}. Return it from the step, or name the classifier (`classifier=...`)."
+            )
+        name, tracer, calls, copies, network_call = found[-1]
+        if not calls:
+            return Refusal(
+                f"A network must end in a linear layer; the last layer that the loss depends on is `{name}`, which is "
+                f"none. Name another one with `classifier=...`."
+            )
+        if tracer.graph.out_of_memory is not None:
+            raise tracer.graph.out_of_memory
+        for candidate in found:
+            candidate.tracer.finalize()
+        graph, module = tracer.graph, self._modules[name]
+        node = cast(int, graph.node(loss))
+        if not self._settled:
+            self._copies, self._settled, self.layer, self.classifier = copies, True, name, name
+            self._weight_is_shared = weight_is_shared(module, self._modules)
+            self._uninstall()
+            self._install()
+        cuts = tuple(graph.cuts([call.node for call in calls], node))
+        others = tuple(candidate.tracer.graph for candidate in found[:-1])
+        return RecordedPass(
+            graph,
+            name,
+            module,
+            tuple(calls),
+            node,
+            cuts,
+            weight_is_shared=self._weight_is_shared,
+            network_call=network_call,
+            is_alone=not any(map(partial(_reads_of, graph), others)),
+        )
+
+    def _install(self) -> None:
+        linear = {
+            name
+            for name, module in self._modules.items()
+            if isinstance(module, CLASSIFIERS) and self.layer in (None, name)
+        }
+        paths = [name.split(".") for name in linear if name]
+        holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
+        for name, module in self._modules.items():
+            if name in linear:
+                before, after = (self._guarded(hook, name) for hook in ("before_layer", "after_layer"))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(after, always_call=True))
+            if name in holders or (name == "" and name in linear):
+                before, after = (self._guarded(hook, name) for hook in ("before_network", "after_network"))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(after))
+
+
+def _reaches(candidate: _Candidate, tensor: Tensor) -> bool:
+    graph = candidate.tracer.graph
+    node = graph.node(tensor)
+    return node is not None and graph.is_moved(node)
+
+
+def _reads_of(graph: OperationGraph, other: OperationGraph) -> bool:
+    """Return whether an operation of a graph uses floating numbers that only the other graph computed."""
+    captured = {each.index for operation in graph.operations for each in operation.captured}
+    return any(
+        original.is_floating_point() and other.node(original) is not None
+        for original in map(graph.captures.original, captured)
+    )
+
+
+def _is_own_weight(module: nn.Module, used: Tensor) -> bool:
+    """Return whether a product uses the weight of the module: itself, computed anew, or in the dtype of autocast."""
+    weight = cast(Tensor, module.weight)
+    if used.shape != weight.shape:
+        return False
+    if "weight" not in module._parameters:  # computed, as by a parametrization
+        return True
+    if used.stride() != weight.stride():  # of a square weight, its transpose
+        return False
+    if used.dtype == weight.dtype:
+        return used.data_ptr() == weight.data_ptr()
+    return weight.is_cuda or torch.equal(used, weight.detach().to(used.dtype))
