@@ -79,7 +79,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
         "3",
         "model has no convolution",
     ),
-    "vision transformer": (Transformer, "classifier", "head", "every filter of `patches`"),
+    "vision transformer": (Transformer, "classifier", "head", "one filter of `patches`"),
     "recurrent": (Recurrent, "classifier", "head", "model has no convolution"),
     "squeeze and excitation": (Excited, "classifier", "head", "`addmm`, mixes the filters"),
     "convnext": (ConvNeXt, "classifier", "head", "native_layer_norm|permute"),
@@ -93,9 +93,15 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
     ),
     "flattened": (
         sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3)),
+        "pooled",
+        "0",
+        "certified",
+    ),
+    "flattened large map": (
+        sequential(nn.Conv2d(2, 4, 3), nn.Upsample(scale_factor=4), nn.Flatten(), nn.Linear(256, 3)),
         "classifier",
-        "2",
-        "mixes the filters",
+        "3",
+        "up to 32 features for each filter",
     ),
     "fully connected convolution": (
         sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 5, 2), nn.SiLU(), nn.Conv2d(5, 3, 1), nn.Flatten()),
@@ -178,13 +184,13 @@ def test_batches_add_up_and_all_have_one_method() -> None:
 
 def test_neither_method_is_a_refusal_with_both_reasons() -> None:
     model, (x, y) = network(sequential(nn.Conv2d(2, 3, 3), nn.Softmax(1), *POOL)), batch()
-    with pytest.raises(UnsupportedTailError, match=r"(?s)every filter of `0`.*must end in a linear layer"):
+    with pytest.raises(UnsupportedTailError, match=r"(?s)one filter of `0`.*must end in a linear layer"):
         measure(model, [(x, y)])
 
 
 def test_a_named_convolution_is_not_replaced() -> None:
     model, (x, y) = network(Excited), batch()
-    with pytest.raises(UnsupportedTailError, match="every filter of `conv`"):
+    with pytest.raises(UnsupportedTailError, match="one filter of `conv`"):
         measure(model, [(x, y)], layer="conv")
     assert measure(model, [(x, y)], classifier="head").layer == "head"
     report = measure(model, [(x, y)], method="classifier")
