@@ -15,6 +15,7 @@ from lightning_flatness.curvature.methods import Choice, Method, MethodName, Rec
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.churn import PredictionChurn
+from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import CHURN, keys_of
 from lightning_flatness.losses import as_loss
@@ -63,6 +64,8 @@ class FlatnessMonitor(Callback):
             number.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
+        verify: once per run and loader, call the network again on a few samples with moved filters, and compare it
+            with what the record predicts; see `docs/concepts/assumptions.md`. Everything is restored to the last bit.
         chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted
             in groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
             take, which grows with the batch.
@@ -92,6 +95,7 @@ class FlatnessMonitor(Callback):
         loss: str | nn.Module | Callable[[Any, Any], Tensor] | None = None,
         name: str | None = None,
         strict: bool = False,
+        verify: bool = True,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Check the arguments; the model is looked at when the run starts."""
@@ -118,12 +122,14 @@ class FlatnessMonitor(Callback):
         self.loss = None if loss is None else as_loss(loss)
         self.name = name if name is not None else "train" if data == "train" else ""
         self.strict = strict
+        self.verify = verify
         self.chunk_bytes = chunk_bytes
         self._suffix = f"/{self.name}" if self.name else ""
         _require_called(rules)
         self._runner = RuleRunner(rules, self._suffix)
         self._failures = Failures(strict, self.name)
         self._schedule = Schedule(every_n_validations)
+        self._verification = Verification(verify)
         self._choice: Choice | None = None  # of the method, in this run
         self._stage = "fit"  # what the Trainer does
         self._earlier: list[Alert] = []  # alerts of the trainings before
@@ -145,6 +151,7 @@ class FlatnessMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor of the same keys; begin anew if a training starts."""
+        self._verification = Verification(self.verify)
         self._stage, self._logged, self._layers, self._choice, self._churn = stage, set(), {}, None, PredictionChurn()
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
@@ -183,6 +190,7 @@ class FlatnessMonitor(Callback):
                 self.max_samples,
                 self.target,
                 self.loss,
+                self._verification,
                 self._churn,
             )
 
@@ -223,6 +231,8 @@ class FlatnessMonitor(Callback):
         self._choice = validation.choice
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
+            for assumption in self._verification.assumed:
+                failures.info_once(f"{failures.label}: {assumption}.")
         if self._choice is not None:
             given = keys_of(self._choice.name)
             lacking = [f"{key}{self._suffix}" for key in keys_of(self.method) if key not in given]

@@ -15,6 +15,7 @@ from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.passes import ASSUMED, device_of, measured_batches, preserved_state
+from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
 from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
 from lightning_flatness.losses import Loss, as_loss
@@ -117,6 +118,7 @@ def measure(
     per_sample: bool = False,
     target: Callable[[Any], Tensor] | None = None,
     loss: str | nn.Module | Loss | Callable[[Any, Any], Tensor] | None = None,
+    verify: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> FlatnessReport:
     """Measure the exact Hessian trace and relative flatness of one layer: a pooled convolution, or the classifier.
@@ -140,6 +142,8 @@ def measure(
         loss: the training loss: `"cross_entropy"`, `"bce_with_logits"`, a loss module of torch, or any function of
             what the model returns and the targets that returns one number. None: cross-entropy, and the report says
             that it is assumed.
+        verify: call the network again on a few samples with moved filters, and compare its loss with what the record
+            predicts; see `docs/concepts/assumptions.md`. The weight is restored to the last bit.
         chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted in
             groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
             take, which grows with the batch.
@@ -170,9 +174,11 @@ def measure(
     recorder, measuring = method_for(model, method, layer, classifier, chunk_bytes)
     criterion = None if loss is None else as_loss(loss)
     evaluation = Evaluation(device_of(model), measuring.name, is_shared=False)
+    verification = Verification(verify)
     parts: list[SampleQuantities] = []
     with preserved_state(model):
-        for quantities in measured_batches(recorder, measuring, model, batches, max_samples, target, criterion):
+        options = max_samples, target, criterion, verification
+        for quantities in measured_batches(recorder, measuring, model, batches, *options):
             evaluation.update(quantities)
             if per_sample:
                 parts.append(quantities)
@@ -182,7 +188,8 @@ def measure(
             "only once."
         )
     samples = _per_sample(parts) if per_sample else None
-    return _report(recorder, measuring, evaluation, samples, (ASSUMED,) if loss is None else ())
+    assumed = *((ASSUMED,) if loss is None else ()), *verification.assumed
+    return _report(recorder, measuring, evaluation, samples, assumed)
 
 
 def _report(

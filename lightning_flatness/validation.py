@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_flatness.curvature.methods import AutoMethod, Choice, Method, Recorder, encoded_choice, known_choice
+from lightning_flatness.curvature.methods import AutoMethod, Choice, Method, Recorder, common_choice, encoded_choice
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_targets, is_empty
 from lightning_flatness.data.churn import PredictionChurn
@@ -23,11 +23,15 @@ from lightning_flatness.data.passes import (
     preserved_state,
     transferred,
 )
+from lightning_flatness.data.repetition import verify_call
 from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_limit
+from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.keys import CHURN
 from lightning_flatness.losses import Loss
 from lightning_flatness.metrics.evaluation import Evaluation
+from lightning_flatness.recording.both import RecordedPasses
+from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.reporting.loggers import LAYER
 
@@ -93,6 +97,7 @@ class MeasuredValidation:
         max_samples: of the `FlatnessMonitor`.
         target: of the `FlatnessMonitor`.
         loss: of the `FlatnessMonitor`.
+        verification: says for which loaders the record is still to be verified.
         churn: has the predictions of the previous validation; None: there is none.
 
     Attributes:
@@ -111,12 +116,14 @@ class MeasuredValidation:
         max_samples: int | None,
         target: Callable[[Any], Tensor] | None,
         loss: Loss | Callable[[Any, Any], Tensor] | None,
+        verification: Verification,
         churn: PredictionChurn | None = None,
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools, self.choice = failures, tools, choice
         self._trainer, self._module = trainer, pl_module
         self._data, self._max_samples, self._target, self._loss = data, max_samples, target, loss
+        self._verification = verification
         self._logged = LoggedValues(pl_module)
         self._count = loader_count(trainer, data)
         self._batches = [0] * self._count
@@ -176,9 +183,10 @@ class MeasuredValidation:
         table = torch.tensor(numbers, dtype=torch.int64, device=self._module.device)
         sums = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
         samples, failed, counts, unknown = (sums[row * self._count : (row + 1) * self._count] for row in range(4))
-        has_one_choice = self._has_one_choice(*sums[-3:])
         failures.failed |= {index for index in loaders if failed[index]}
-        valid = [index for index in loaders if has_one_choice and samples[index] and not failed[index]]
+        with failures.contained():
+            self.choice = common_choice(self.choice, self._module, *sums[-3:])
+        valid = [index for index in loaders if samples[index] and not failures.excludes(index)]
         self._churned = {index: counts[index] / samples[index] for index in valid if not unknown[index]}
         self._churn.finish([] if self._trainer.sanity_checking else valid)
         return valid
@@ -198,24 +206,6 @@ class MeasuredValidation:
     def layers(self, suffix: str) -> dict[str, str]:
         """Return the names of the measured layers, by hyperparameter of a logger: one for each loader."""
         return {f"{LAYER}{suffix}{_ending(index, self._count)}": layer for index, layer in sorted(self._layers.items())}
-
-    def _has_one_choice(self, total: int, squares: int, choosers: int) -> bool:
-        """Take the choice of the other processes if this one has none; return whether they have chosen alike.
-
-        Args:
-            total: sum of the choices as numbers, over all processes.
-            squares: sum of their squares.
-            choosers: how many processes have chosen.
-        """
-        if choosers * squares != total**2:
-            self.choice = None
-            self._failures.failed.add(None)
-            message = "All processes must measure the same layer; they have chosen different ones. Name the method, as "
-            self._failures.report(ValueError(f'{message}`method="classifier"`.'))
-            return False
-        if choosers and self.choice is None:
-            self.choice = known_choice(total // choosers, self._module)
-        return True
 
     @property
     def is_part(self) -> bool:
@@ -247,7 +237,11 @@ class MeasuredValidation:
         if loss is None:
             return
         recorded = recorder.take_pass(loss)
-        self._add(cast(Any, self._method).quantities(recorded, slice(left)), loader)
+        quantities = cast(Any, self._method).quantities(recorded, slice(left))
+        if self._verification.is_due(loader):
+            chosen = _chosen(recorded, self._method)
+            self._verification.note(loader, verify_call(chosen, self._trainer.precision_plugin.val_step_context))
+        self._add(quantities, loader)
         if recorded.takes_probabilities:
             self._failures.warn_once(f"{self._failures.label} {SQUASHED}")
         self._note_success(recorder, self._method, loader)
@@ -292,7 +286,8 @@ class MeasuredValidation:
             if description := getattr(batches, "description", ""):
                 self._assumed = f", on {description}"
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
-            for quantities in measured_batches(recorder, method, model, prepared, limit, self._target, self._loss):
+            options = limit, self._target, self._loss, self._verification
+            for quantities in measured_batches(recorder, method, model, prepared, *options):
                 self._add(quantities, 0)
                 self._note_success(recorder, method, 0)
 
@@ -306,6 +301,13 @@ class MeasuredValidation:
         """Return how many more samples this process may measure; None: no limit."""
         limit = sample_limit(self._trainer, loader, self._max_samples)
         return None if limit is None else max(0, limit - self._evaluations[loader].samples)
+
+
+def _chosen(recorded: RecordedPass | RecordedPasses, method: Method) -> RecordedPass:
+    """Return the record that was measured; of two it is that of the method that was chosen."""
+    if isinstance(recorded, RecordedPass):
+        return recorded
+    return cast(RecordedPass, getattr(recorded, cast(Choice, cast(AutoMethod, method).choice).name))
 
 
 def _why(choice: Choice | None) -> str:
@@ -334,4 +336,7 @@ def _is_number(value: Any) -> TypeGuard[Tensor]:
 
 
 def _batch_counts(trainer: Trainer) -> Sequence[float]:
-    return trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    """Return how many batches each loader has; loaders whose batches come together count as one, as for Lightning."""
+    counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    loop = trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
+    return counts if loop._is_sequential else [min(counts)]  # private, as seen in Lightning 2.5.3 to 2.6.6

@@ -495,7 +495,7 @@ def test_each_loader_of_a_transformer_is_measured_at_the_same_layer(tmp_path: An
 
 def test_pooled_alone_refuses_a_transformer(tmp_path: Any) -> None:
     run = trainer(tmp_path, FlatnessMonitor(method="pooled"))
-    with pytest.warns(UserWarning, match="did not measure: The closed form needs every filter"):
+    with pytest.warns(UserWarning, match="did not measure: The closed form needs every pooled feature"):
         run.fit(attentive())
     assert not any(key.startswith("flatness") for key in run.callback_metrics)
 

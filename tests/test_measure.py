@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import SUPPORTED, UNSUPPORTED, Case
 from networks import Net, StandardizedConv
+from recorded import brute_force
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -247,10 +248,10 @@ def test_leaves_everything_as_it_was_after_an_error(where: str) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_same_in_every_grad_mode(mode: Any) -> None:
     case = CASES["silu in place without norm"]
-    expected = measure(case.model(), [case.data()])
+    expected, model = measure(case.model(), [case.data()]), case.model()
     with mode():
         x, y = case.data()
-        report = measure(case.model(), [(x.clone(), y.clone())])
+        report = measure(model, [(x.clone(), y.clone())])
     assert report.to_dict() == expected.to_dict()
 
 
@@ -314,3 +315,23 @@ def test_a_layer_whose_tail_has_another_convolution_is_refused() -> None:
     case = CASES["relu"]
     with pytest.raises(UnsupportedTailError, match="conv"):
         measure(case.model(), [case.data()], layer="stem.0")
+
+
+def focal(phi: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(phi, y, reduction="none")
+    return ((1 - (-each).exp()).square() * each).mean()
+
+
+@pytest.mark.parametrize("max_samples", [None, 4])
+def test_negative_samples_stay_in_the_sums(max_samples: int | None) -> None:
+    model = Net(act=nn.SiLU(), head=nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))).double().eval()
+    x, y = torch.randn(9, 2, 5, 4, dtype=torch.float64), torch.arange(9) % 3
+    report = measure(model, [(x[:5], y[:5]), (x[5:], y[5:])], loss=focal, per_sample=True, max_samples=max_samples)
+    for name in ("hessian_trace", "relative_flatness"):
+        values = report.samples[name]
+        assert values.min() < 0 < values.max()
+        assert getattr(report, name) == pytest.approx(float(values.mean()), rel=1e-12)
+    n = len(report.samples["hessian_trace"])
+    trace, kappa = brute_force(model, "conv", lambda model, x, y: focal(model(x), y), x[:n], y[:n])
+    assert report.hessian_trace == pytest.approx(float(trace), rel=1e-9)
+    assert report.relative_flatness == pytest.approx(float(kappa), rel=1e-9)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import CombinedLoader
 from lightning_runs import Classifier, assert_same, hooks, images, report_of, trainer, values_of
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, ForwardRecorder, PooledMethod, Rule
+from lightning_flatness.data.verification import Verification
 from lightning_flatness.reporting.failures import Failures
-from lightning_flatness.validation import MeasuredValidation
+from lightning_flatness.validation import LoggedValues, MeasuredValidation
 
 
 class Measures(Callback):
@@ -29,7 +32,7 @@ class Measures(Callback):
 
         self.failures = Failures(strict=True)
         self.validation = MeasuredValidation(
-            self.failures, tools, None, run, module, self.data, self.max_samples, None, None
+            self.failures, tools, None, run, module, self.data, self.max_samples, None, None, Verification()
         )
 
     def on_validation_batch_start(self, run: Any, module: Any, batch: Any, index: int, loader: int = 0) -> None:
@@ -62,6 +65,87 @@ def test_each_loader_has_values_over_its_own_samples(tmp_path: Any, max_samples:
         expected = report_of(module, loader, max_samples=max_samples)
         for key, value in expected.items():
             assert float(values[f"{key}/mine/dataloader_idx_{index}"]) == pytest.approx(value, rel=1e-12)
+
+
+class Together(Classifier):
+    """The batches of two loaders come together, and the network sees one of them."""
+
+    def __init__(self, mode: Any, names: bool) -> None:
+        super().__init__(lambda module, batch: module.loss(batch["a" if names else 0]))
+        self.mode, self.names = mode, names
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.step(self, batch), batch_size=4)
+
+    def val_dataloader(self) -> Any:
+        first, second = DataLoader(images(8, 2), batch_size=4), DataLoader(images(8, 3), batch_size=4)
+        return CombinedLoader({"a": first, "b": second} if self.names else [first, second], self.mode)
+
+
+@pytest.mark.parametrize("names", [True, False])
+@pytest.mark.parametrize("mode", ["max_size_cycle", "max_size", "min_size"])
+def test_loaders_whose_batches_come_together_have_one_value(tmp_path: Any, mode: str, names: bool) -> None:
+    module = Together(mode, names)
+    run = trainer(tmp_path, FlatnessMonitor(strict=True))
+    run.fit(module)
+    assert_same(values_of(run), report_of(module, DataLoader(images(8, 2), batch_size=4)))
+    assert not [key for key in run.callback_metrics if "dataloader_idx" in key]
+    run.validate(module, verbose=False)
+    assert_same(values_of(run), report_of(module, DataLoader(images(8, 2), batch_size=4)))
+
+
+def counted(module: Any, name: str, value: Any, **_: Any) -> None:
+    module.counted.append(name)
+
+
+class Logs(Classifier):
+    """Has a `log` of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: list[str] = []
+
+
+class LogsByMethod(Logs):
+    def log(self, name: str, value: Any, **_: Any) -> None:
+        self.counted.append(name)
+
+
+class LogsByAttribute(Logs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = partial(counted, self)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", [LogsByMethod, LogsByAttribute, Classifier])
+def test_a_log_of_the_modules_own_is_called_and_stays(kind: Any, fails: bool) -> None:
+    module = kind()
+    own, logged = module.__dict__.get("log"), LoggedValues(module)
+    for _ in range(2):
+        logged.start()
+        if kind is not Classifier:
+            module.log("loss", torch.ones(1), prog_bar=True)
+            module.log("text", 1.0)
+            assert [name for name, _ in logged.values] == ["loss"]
+        if not fails:
+            logged.stop()  # else `start` does so, at the next batch
+    logged.stop()
+    assert module.__dict__.get("log") is own
+    assert getattr(module, "counted", None) in (None, ["loss", "text"] * 2)
+
+
+@pytest.mark.parametrize("kind", [LogsByMethod, LogsByAttribute])
+def test_what_a_log_of_the_modules_own_is_given_is_measured(tmp_path: Any, kind: Any) -> None:
+    values, module = [], kind()
+    for callback in (FlatnessMonitor(strict=True), None):
+        run = trainer(tmp_path, *([callback] if callback else []))
+        module.counted.clear()
+        run.validate(module, verbose=False)
+        values.append([name for name in module.counted if name == "val_loss"])  # the monitor's values come there too
+        if callback:
+            assert_same(callback._values, callback._values | report_of(module, module.val_dataloader()))
+    assert values[0] == values[1]
 
 
 def test_own_batches_are_measured_once_before_the_first_batch(tmp_path: Any) -> None:

@@ -158,9 +158,27 @@ def encoded_choice(choice: Choice | None, model: nn.Module) -> int:
     return 1 if choice.name == PooledMethod.name else 2 + list(modules_by_name(model)).index(choice.layer)
 
 
-def known_choice(code: int, model: nn.Module) -> Choice:
-    """Return the choice that another process has made; see `encoded_choice`."""
-    reason = "Another process has chosen it."
+def common_choice(own: Choice | None, model: nn.Module, total: int, squares: int, choosers: int) -> Choice | None:
+    """Return the choice of all processes: that of the others if this one has none.
+
+    Args:
+        own: the choice of this process.
+        model: the network.
+        total: sum of the choices as numbers, see `encoded_choice`, over all processes.
+        squares: sum of their squares.
+        choosers: how many processes have chosen.
+
+    Raises:
+        ValueError: if they have chosen different layers.
+    """
+    if choosers * squares != total**2:
+        raise ValueError(
+            "All processes must measure the same layer; they have chosen different ones. Name the method, as "
+            '`method="classifier"`.'
+        )
+    if own is not None or not choosers:
+        return own
+    code, reason = total // choosers, "Another process has chosen it."
     if code == 1:
         return Choice(PooledMethod.name, "", reason)
     return Choice(ClassifierMethod.name, list(modules_by_name(model))[code - 2], reason)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_flatness.curvature.methods import Method, Recorder
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
-from lightning_flatness.data.verification import verify
+from lightning_flatness.data.verification import Repetition, Verification, verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS
 from lightning_flatness.recording.recorded_pass import RecordedPass
@@ -42,6 +42,7 @@ def measured_batches(
     max_samples: int | None = None,
     target: Callable[[Any], Tensor] | None = None,
     loss: Loss | Callable[[Any, Any], Tensor] | None = None,
+    verification: Verification | None = None,
 ) -> Iterator[SampleQuantities]:
     """Run the model on each batch and yield its quantities, of no more than `max_samples` samples in all.
 
@@ -53,12 +54,13 @@ def measured_batches(
         max_samples: stop after so many samples; None: all.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: of the training; None: cross-entropy of the logits, which is assumed.
+        verification: says whether the record is still to be verified; None: it is not verified.
 
     Raises:
         ValueError: if a batch or its targets are not what they must be.
     """
     left = max_samples
-    device, is_verified = device_of(model), False
+    device, warned = device_of(model), False
     with recorder:
         for batch in batches:
             try:
@@ -73,11 +75,11 @@ def measured_batches(
                 value = step(recorder, inputs, targets)
             recorded = recorder.take_pass(value)
             quantities = method.quantities(cast(Any, recorded), slice(left))
-            if not is_verified:
-                if recorded.takes_probabilities:
-                    rank_zero_warn(f"lightning-flatness {SQUASHED}", category=UserWarning)
-                _verify_on_few(recorder, step, inputs, targets)
-                is_verified = True
+            if recorded.takes_probabilities and not warned:
+                rank_zero_warn(f"lightning-flatness {SQUASHED}", category=UserWarning)
+                warned = True
+            if verification is not None and verification.is_due(0):
+                verification.note(0, _verified_on_few(recorder, step, inputs, targets))
             yield quantities
             left = None if left is None else left - len(quantities)
             if left is not None and left <= 0:
@@ -99,22 +101,29 @@ def _loss_of(model: nn.Module, loss: Any, recorder: Recorder | None, inputs: Any
     return computed_loss(loss, output, targets)
 
 
-def _verify_on_few(recorder: Recorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> None:
-    """Verify the record on a few samples where the batch can be cut, else on all of them."""
+def _verified_on_few(recorder: Recorder, step: Callable[..., Tensor], inputs: Any, targets: Any) -> str | None:
+    """Verify the record on a few samples where the batch can be cut, else on all; return why that is not possible."""
     if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) == len(targets):
         inputs, targets = inputs[:_FEW], targets[:_FEW]
     with torch.no_grad(), only_for(recorder):
         value = step(recorder, inputs, targets)
     if not bool(value.isfinite()):
         recorder.clear()
-        return
-    recorded = recorder.take_pass(value)
+        return "the loss of the first samples is not finite"
+    recorded = cast(RecordedPass, recorder.take_pass(value))  # one: the method has been chosen
 
-    def repeat() -> Tensor:
-        with torch.no_grad(), only_for(repeat):
-            return step(None, inputs, targets)
+    def run() -> list[Tensor]:
+        with torch.no_grad(), only_for(run):
+            return [step(None, inputs, targets)]
 
-    verify(cast(RecordedPass, recorded), repeat)  # one: the method has been chosen
+    def differentiate(use: Callable[..., Any]) -> Any:
+        with torch.inference_mode(False), torch.enable_grad(), only_for(run):
+            # Copies of what was made in inference mode can be differentiated by.
+            copies = (each.clone() if isinstance(each, Tensor) else each for each in (inputs, targets))
+            return use([step(None, *copies)])
+
+    end, observed = len(recorded.graph.operations), [value.detach()]
+    return verify(recorded, Repetition("the loss", [recorded.loss], end, observed, slice(None), run, differentiate))
 
 
 def computed_loss(loss: Loss | Callable[[Any, Any], Tensor] | None, output: Any, targets: Any) -> Tensor:
@@ -176,7 +185,7 @@ class _Buffers:
         self.tensors = dict(module._buffers.items())
         self.temporary = set(module._non_persistent_buffers_set)
         with torch.inference_mode(False), torch.no_grad():
-            self.values = {name: value.clone() for name, value in self.tensors.items() if _is_plain(value)}
+            self.values = {name: value.clone() for name, value in self.tensors.items() if is_plain(value)}
 
     def restore(self) -> None:
         """Bind the same tensors to the same names in the same order, and copy back the values that have changed."""
@@ -192,10 +201,10 @@ class _Buffers:
         if self.module._non_persistent_buffers_set != self.temporary:
             self.module._non_persistent_buffers_set = self.temporary
         for name, value in self.values.items():
-            _write(cast(Tensor, self.tensors[name]), value)
+            write(cast(Tensor, self.tensors[name]), value)
 
 
-def _is_plain(buffer: Tensor | None) -> TypeGuard[Tensor]:
+def is_plain(buffer: Tensor | None) -> TypeGuard[Tensor]:
     """Return whether a buffer holds plain numbers: it is not None, lazy, sparse, quantised or on the meta device."""
     return (
         isinstance(buffer, Tensor)
@@ -205,7 +214,7 @@ def _is_plain(buffer: Tensor | None) -> TypeGuard[Tensor]:
     )
 
 
-def _write(buffer: Tensor, value: Tensor) -> None:
+def write(buffer: Tensor, value: Tensor) -> None:
     """Give the buffer its earlier value. One that has it stays untouched: a graph may need it for its backward pass."""
     with torch.inference_mode(buffer.is_inference()), torch.no_grad():
         fits = (buffer.shape, buffer.dtype, buffer.device) == (value.shape, value.dtype, value.device)

@@ -47,7 +47,7 @@ class Randomness:
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Leave all generators of the CPU as they were."""
-        states = [(generator, _state(generator)) for generator in self._generators()]
+        states = [(generator, state_of(generator)) for generator in self._generators()]
         everywhere = isolate_rng(include_cuda=False)
         everywhere.__enter__()
         try:
@@ -56,7 +56,7 @@ class Randomness:
             # Without the exception: given one, the context manager would not restore the generators.
             everywhere.__exit__(None, None, None)
             for generator, state in states:
-                _restore(generator, state)
+                restore(generator, state)
 
     def _generators(self) -> list[Any]:
         if self._own is None:
@@ -69,7 +69,8 @@ def _numpy() -> Any:
     return sys.modules.get("numpy")
 
 
-def _is_generator(each: Any) -> bool:
+def is_generator(each: Any) -> bool:
+    """Return whether an object is a random generator with a state."""
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if numpy := _numpy():
         kinds += (numpy.random.Generator, numpy.random.RandomState)
@@ -90,7 +91,7 @@ def _generators_in(holder: Any) -> Iterator[Any]:
         if _isa(each, _PLAIN) or id(each) in seen:
             continue
         seen[id(each)] = each
-        if _is_generator(each):
+        if is_generator(each):
             yield each
         else:
             queue.extend(_parts(each))
@@ -127,17 +128,19 @@ def _read_by(function: FunctionType) -> list[Any]:
     return cells + [
         each
         for each in named
-        if _is_generator(each) or (_isa(each, FunctionType) and each.__module__ == function.__module__)
+        if is_generator(each) or (_isa(each, FunctionType) and each.__module__ == function.__module__)
     ]
 
 
-def _state(generator: Any) -> Any:
+def state_of(generator: Any) -> Any:
+    """Return the state of a generator of torch, NumPy or the standard library."""
     if hasattr(generator, "bit_generator"):  # of NumPy
         return generator.bit_generator.state
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
-def _restore(generator: Any, state: Any) -> None:
+def restore(generator: Any, state: Any) -> None:
+    """Put a generator in a state that `state_of` returned."""
     if hasattr(generator, "bit_generator"):
         generator.bit_generator.state = state
     elif isinstance(generator, random.Random):

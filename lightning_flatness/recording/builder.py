@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.depth import LayerChoice, has_several_positions
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
 from lightning_flatness.recording.layers import CONVOLUTIONS, program_kind
+from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.operation import tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, LinearCall
 from lightning_flatness.recording.weights import WeightCopies
@@ -38,6 +40,7 @@ class PassBuilder:
         convolution_calls: its calls.
         linear_calls: calls of linear modules on what depends on it.
         outputs: what the modules around it returned, by name, in order.
+        network_call: the outermost call of a module during which it ran; None if that was not kept.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
         passed_over: name of the last convolution that was not followed as its output is a single position.
@@ -54,12 +57,14 @@ class PassBuilder:
         self.convolution_calls: list[ConvolutionCall] = []
         self.linear_calls: list[LinearCall] = []
         self.outputs: list[tuple[str, Any]] = []
+        self.network_call: NetworkCall | None = None
         self.is_ignored = False
         self.failure: Exception | None = None
         self.passed_over: str | None = None
         self._have_run: set[str] = set()
         self._not_own: set[str] = set()  # names of modules that did not convolve with their own weight
         self._has_convolved = False  # whether the module that runs did
+        self._open_call: NetworkCall | None = None  # the outermost one that has not ended
         self._watch: ConvolutionWatch | None = None
 
     def before_convolution(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -102,10 +107,31 @@ class PassBuilder:
         if before is not None and after is not None and has_rows:
             self.linear_calls.append(LinearCall(name, before, after, *self.copies.of(module)))
 
+    def before_network(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the outermost call of a module around the measured layer, in the first pass.
+
+        A module whose `forward` was replaced is no network: with several processes, Lightning calls steps in this way.
+        """
+        if self._keeps_copies or self._open_call is not None:
+            return
+        if getattr(module.forward, "__func__", None) is type(module).forward:
+            with suppress(Exception):  # a pass whose inputs cannot be copied is measured all the same
+                self._open_call = NetworkCall(name, module, args, kwargs)
+
     def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a module around the convolution returned."""
         if self.layer is not None and self.layer.startswith(f"{name}." if name else ""):
             self.outputs.append((name, output))
+        call = self._open_call
+        if call is not None and call.module is module:
+            self._open_call = None
+            with suppress(Exception):
+                self._finish(call, output)
+
+    def _finish(self, call: NetworkCall, output: Any) -> None:
+        """Keep what a call returned, if the convolution ran during it."""
+        if self.tracer is not None and call is self.network_call:
+            self.network_call = call.finished(output, self.tracer.graph)
 
     def fail(self, error: Exception) -> None:
         """Record no more, because of this error."""
@@ -196,7 +222,8 @@ class PassBuilder:
         if not self._keeps_copies:
             self.copies = WeightCopies()
         self.convolution_calls, self.linear_calls, self.outputs, self.passed_over = [], [], [], None
-        self.tracer, self.layer = GraphTracer(), name
+        self.tracer, self.layer = GraphTracer(finds_functions=not self._keeps_copies), name
+        self.network_call = self._open_call
         self.tracer.is_convolving = True
         for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
             if weight.dim() > 1:

@@ -14,6 +14,7 @@ from lightning_flatness.recording.builder import PassBuilder
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
 from lightning_flatness.recording.graph import OperationGraph
 from lightning_flatness.recording.layers import CLASSIFIERS
+from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.operation import named_arguments, tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
 from lightning_flatness.recording.recorder import ForwardRecorder, guarded, weight_is_shared
@@ -30,6 +31,7 @@ class _Candidate(NamedTuple):
     tracer: GraphTracer
     calls: list[ConvolutionCall]
     copies: WeightCopies
+    network_call: NetworkCall | None
 
 
 class _LinearWatch(ConvolutionWatch):
@@ -140,7 +142,8 @@ class ClassifierBuilder(PassBuilder):
     def _followed(self, name: str, module: nn.Module) -> _Candidate:
         """Follow a layer, and no longer the one that ran first."""
         copies = self.copies if self._keeps_copies else WeightCopies()
-        found = _Candidate(name, GraphTracer(), [], copies)
+        tracer = GraphTracer(finds_functions=not self._keeps_copies)
+        found = _Candidate(name, tracer, [], copies, self._open_call)
         self._have_run.add(name)
         self.candidates.append(found)
         found.tracer.is_convolving = True
@@ -151,6 +154,13 @@ class ClassifierBuilder(PassBuilder):
         for old in self.candidates[:-_KEPT]:
             self._drop(old.name)
         return found
+
+    def _finish(self, call: NetworkCall, output: Any) -> None:
+        """Keep what a call returned, for each layer that ran during it."""
+        self.candidates = [
+            each._replace(network_call=call.finished(output, each.tracer.graph)) if each.network_call is call else each
+            for each in self.candidates
+        ]
 
     def _set_running(self, name: str, is_running: bool) -> None:
         for candidate in self.candidates:
@@ -210,7 +220,7 @@ class ClassifierRecorder(ForwardRecorder):
                 f"The loss must be one number that depends on the output of one of the last layers, which are {names}; "
                 f"it {what}. Return it from the step, or name the classifier (`classifier=...`)."
             )
-        name, tracer, calls, copies = found[-1]
+        name, tracer, calls, copies, network_call = found[-1]
         if not calls:
             return Refusal(
                 f"A network must end in a linear layer; the last layer that the loss depends on is `{name}`, which is "
@@ -237,6 +247,7 @@ class ClassifierRecorder(ForwardRecorder):
             node,
             cuts,
             weight_is_shared=self._weight_is_shared,
+            network_call=network_call,
             is_alone=not any(map(partial(_reads_of, graph), others)),
         )
 
@@ -254,7 +265,9 @@ class ClassifierRecorder(ForwardRecorder):
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(after, always_call=True))
             if name in holders or (name == "" and name in linear):
-                self._handles.append(module.register_forward_hook(guarded(self, "after_network", name)))
+                before, after = (guarded(self, hook, name) for hook in ("before_network", "after_network"))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(after))
 
 
 def _reaches(candidate: _Candidate, tensor: Tensor) -> bool:

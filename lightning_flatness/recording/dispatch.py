@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import currentframe
 from typing import Any, Protocol
 
 import torch
@@ -32,14 +33,18 @@ class GraphTracer:
     It works below autograd, autocast and inference mode: nothing that the user's code computes, returns or can
     observe changes. Gradients are taken later, on a replay of the graph.
 
+    Args:
+        finds_functions: whether to note which operations run within a custom `torch.autograd.Function`.
+
     Attributes:
         graph: what has been recorded.
         is_convolving: whether the monitored convolution runs, which may read its weight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finds_functions: bool = False) -> None:
         """Start with an empty graph."""
         self.graph = OperationGraph()
+        self._finds_functions = finds_functions
         self._forbidden: dict[int, Tensor] = {}  # by storage; alive, or their memory would be given to others
         self._has_read_numbers = False
         self.is_convolving = False  # whether the monitored convolution runs, which may read its weight
@@ -55,6 +60,14 @@ class GraphTracer:
     def stop(self) -> None:
         """Trace no more."""
         dispatcher().detach(self)
+
+    def is_listening(self) -> bool:
+        """Return whether operations are still seen: an inference mode that ends takes the dispatch mode with it."""
+        count, tensor = len(self.graph.operations), self.graph.tensor_of(0)
+        tensor.view(tensor.shape)
+        is_seen = len(self.graph.operations) > count
+        del self.graph.operations[count:]
+        return is_seen
 
     def finalize(self) -> None:
         """Trace no more, and make the graph independent of what happens to the network later."""
@@ -79,6 +92,8 @@ class GraphTracer:
             return
         try:
             results = tuple(self.graph.add_node(item) for item in tensors(result))
+            if self._finds_functions and (name := _custom_function()) is not None:
+                self.graph.functions[len(self.graph.operations)] = name
             self.graph.operations.append(Operation(func, *encoded, results))
         except Exception as error:  # such as a result without memory of its own kind
             self._note_error(func, error)
@@ -135,6 +150,18 @@ class ConvolutionWatch:
             named = named_arguments(func, *encoded)
             if not named.get("transposed"):
                 self._on_convolution(named.pop("input"), result, named)
+
+
+def _custom_function() -> str | None:
+    """Return the name of the `torch.autograd.Function` that runs, other than torch's own; its backward may be any."""
+    frame = currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename == torch.autograd.function.__file__:
+            function = frame.f_locals["cls"]
+            if function.__module__.partition(".")[0] != "torch":
+                return str(function.__name__)
+        frame = frame.f_back
+    return None
 
 
 class Listener(Protocol):

@@ -119,6 +119,7 @@ class OperationGraph:
     Attributes:
         operations: in order.
         captures: the values that the operations used beside the nodes.
+        functions: the custom `torch.autograd.Function` within which an operation ran, by the operation's number.
         out_of_memory: the exception that ended the record, if it was one; it says nothing about the network.
     """
 
@@ -126,6 +127,7 @@ class OperationGraph:
         """Start with no input."""
         self.operations: list[Operation] = []
         self.captures = Captures()
+        self.functions: dict[int, str] = {}
         self.out_of_memory: torch.OutOfMemoryError | None = None
         self._gaps: list[tuple[int, str]] = []  # from which operation on, and why, the record is incomplete
         self._nodes: dict[int, int] = {}  # id of a live tensor -> its node

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.precision import upcast
 from lightning_flatness.recording.graph import Cut, OperationGraph
+from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.operation import Captured, Node, map_tree
 from lightning_flatness.recording.operators import Trait
 
@@ -73,6 +74,7 @@ class RecordedPass:
         is_alone: whether no operation uses numbers that a layer before this one computed in another way; only a record
             from the classifier on knows.
         passed_over: name of a later convolution that was not followed, as its output is a single position.
+        network_call: the outermost call of a module during which the convolution ran, in a recorder's first pass.
     """
 
     graph: OperationGraph
@@ -85,6 +87,7 @@ class RecordedPass:
     weight_is_shared: bool = False
     is_alone: bool = True
     passed_over: str | None = None
+    network_call: NetworkCall | None = None
 
     def __len__(self) -> int:
         """Return the number of samples that the convolution saw."""

@@ -136,7 +136,14 @@ class ForwardRecorder:
         builder = self._builder
         if (refusal := builder.refusal(self._modules)) is not None:
             raise refusal.error()
-        graph = cast(GraphTracer, builder.tracer).graph
+        tracer = cast(GraphTracer, builder.tracer)
+        graph = tracer.graph
+        if not tracer.is_listening():
+            raise Refusal(
+                f"The loss must be computed in the same inference mode, or compiled call, as the output of "
+                f"`{builder.layer}`; that has ended before, and the record with it. Compute both in one "
+                "`torch.inference_mode()`, or use `torch.no_grad()`."
+            ).error()
         if (gap := graph.incomplete_because(len(graph.operations) + 1)) is not None:
             raise Refusal(f"All that follows `{builder.layer}` must be recorded; {gap}.").error()
 
@@ -192,6 +199,7 @@ class ForwardRecorder:
             linear_calls=tuple(linear),
             weight_is_shared=self._weight_is_shared,
             passed_over=builder.passed_over,
+            network_call=builder.network_call,
         )
 
     def _settle(self, layer: str, linear: list[LinearCall]) -> None:
@@ -224,7 +232,9 @@ class ForwardRecorder:
                 hook = guarded(self, "after_linear", name)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             if name in holders:
-                self._handles.append(module.register_forward_hook(guarded(self, "after_network", name)))
+                before, after = (guarded(self, hook, name) for hook in ("before_network", "after_network"))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(after))
 
 
 def guarded(recorder: ForwardRecorder, hook: str, name: str) -> Callable[..., None]:

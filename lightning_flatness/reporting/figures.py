@@ -215,9 +215,11 @@ def _draw(axes: Axes, positions: list[float], values: list[float], panel: Panel)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     measured = [(x, y) for x, y in zip(positions, values, strict=True) if math.isfinite(y)]
     note = panel.note
-    if panel.log and measured and min(y for _, y in measured) > 0:
-        note += ", log scale"
-        _log_scale(axes, [y for _, y in measured])
+    if panel.log and measured:
+        is_positive = min(y for _, y in measured) > 0
+        note += ", log scale" if is_positive else ", linear scale: not all are positive"
+        if is_positive:
+            _log_scale(axes, [y for _, y in measured])
     axes.text(0, 1.04, note, transform=axes.transAxes, fontsize=8.5, color=_FAINT)
     if measured:
         _mark(axes, measured[-1], panel)

@@ -104,3 +104,12 @@ def test_attribution_multiplies_to_relative_flatness(factors: tuple[float, ...],
     assert list(values) == ["confidence", "head", "kernel", "features", "alignment"]
     assert values["alignment"] == alignment
     assert math.prod(map(float, values.values())) == factors[0]
+
+
+@pytest.mark.parametrize(("relative", "confidence"), [(-6.0, 0.5), (-6.0, -0.5), (6.0, -0.5), (-6.0, 0.0)])
+def test_attribution_of_negative_flatness(relative: float, confidence: float) -> None:
+    """Curved heads and losses such as focal loss may have either sign; the product holds unless a factor is zero."""
+    found = attribution(*map(torch.tensor, (relative, confidence, 2.0, 3.0, 4.0)))
+    product = math.prod(float(factor) for factor in found.values())
+    assert product == pytest.approx(relative if confidence else 0.0)
+    assert all(math.isfinite(factor) for factor in found.values())

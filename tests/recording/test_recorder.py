@@ -479,10 +479,23 @@ def test_a_single_sample_without_a_batch(mode: Any) -> None:
         run(model, x[0], mode, recorder, y[:1])
         with contextlib.suppress(UnsupportedTailError):
             assert_same(recorder.quantities().hessian_trace, expected(case)[:1])
-    with Measured(model) as recorder:
-        run(model, x[0], mode)
-        with pytest.raises(ValueError, match="two logits or more; got one"):
-            recorder.quantities(y[:1])
+    with Measured(model) as recorder, pytest.raises(ValueError, match="two logits or more; got one"):
+        run(model, x[0], mode, recorder, y[:1])
+
+
+def test_an_inference_mode_that_ends_before_the_loss_is_named() -> None:
+    model, x = Net().eval(), torch.randn(5, 2, 5, 4)
+    with ForwardRecorder(model) as recorder:
+        with torch.inference_mode():
+            model(x)
+            recorder.require_recorded()
+        with pytest.raises(UnsupportedTailError, match=r"same inference mode.*`conv`.*torch\.no_grad"):
+            recorder.require_recorded()
+        recorder.clear()
+        with torch.no_grad():
+            logits = model(x)
+        recorder.require_recorded()
+        assert recorder.take_pass(logits.square().mean()).graph.operations
 
 
 def test_names_that_do_not_exist() -> None:

@@ -119,3 +119,12 @@ def test_every_eigenvalue_is_in_a_bar_of_its_side(eigenvalues: list[float], side
 def test_eigenvalues_must_have_a_logarithm(eigenvalues: list[float]) -> None:
     with pytest.raises(ValueError, match="finite and not zero"):
         eigenvalue_density(eigenvalues, "conv")
+
+
+@pytest.mark.parametrize(("values", "is_log"), [([9.0, 4.0], True), ([9.0, -4.0], False), ([0.0, 4.0], False)])
+def test_a_logarithmic_axis_needs_positive_values_and_says_so(values: list[float], is_log: bool) -> None:
+    (axes,) = flatness_curves({"epoch": [0, 1], "flatness/trace": values}).axes
+    assert axes.get_yscale() == ("log" if is_log else "linear")
+    (note,) = [text.get_text() for text in axes.texts if "scale" in text.get_text()]
+    assert note.endswith(", log scale" if is_log else ", linear scale: not all are positive")
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), values)

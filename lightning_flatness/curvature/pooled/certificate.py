@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_flatness.curvature.pooled.mixing import mixing_step
 from lightning_flatness.curvature.pooled.owners import (
     acts_by_position,
     cotangents_of,
@@ -127,7 +128,7 @@ def features_at(recorded: RecordedPass, pooled: Cut, points: dict[int, Tensor]) 
     Raises:
         GraphError: if the recorded operations cannot be repeated, or the batch is folded on the way.
     """
-    features = recorded.graph.replay(points, pooled.end)[pooled.node]
+    features = recorded.graph.replay(points, pooled.end, detach=True)[pooled.node]
     if len(features) != len(next(iter(points.values()))):
         raise GraphError("the batch is folded between the convolution and the pooled features")
     return features.flatten(1)
@@ -317,6 +318,8 @@ def _is_value_independent(recorded: RecordedPass, operation: Operation) -> bool:
 
 def _breaking_step(recorded: RecordedPass, pooled: Cut) -> str:
     """Name the first step after which a channel no longer depends on one filter alone."""
+    if (step := mixing_step(recorded, pooled.end)) is not None:
+        return step
     generator = torch.Generator().manual_seed(1)
     points = next(random_points(recorded, generator))
     point = list(points.values())[_used(features_at(recorded, pooled, points), points)[0]]
