@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +96,12 @@ class Captures:
         """Return the tensor that was captured, whose value may have changed since."""
         return self._captures[index].original
 
+    def of_storages(self, storages: set[int]) -> Iterator[int]:
+        """Yield the values that lay in this memory."""
+        for index, capture in enumerate(self._captures):
+            if capture.original.numel() and storage_of(capture.original) in storages:
+                yield index
+
     def is_overwritten(self, index: int) -> bool:
         """Return whether the network changed the value in place."""
         return self._captures[index].overwritten
@@ -140,6 +146,11 @@ class OperationGraph:
         node = self.add_node(tensor)
         self._inputs[node] = index
         return node, index
+
+    @property
+    def inputs(self) -> dict[int, int]:
+        """The index of the captured value of each input, by node."""
+        return dict(self._inputs)
 
     def add_node(self, tensor: Tensor) -> int:
         """Return the node of a tensor that depends on an input, a new one if it has none."""
@@ -203,6 +214,16 @@ class OperationGraph:
     def _is_floating(self, node: int) -> bool:
         return self._alive[node].is_floating_point() or self._alive[node].is_complex()
 
+    def sharing_memory(self, nodes: Collection[int]) -> list[int]:
+        """Return every node that lies in memory of one of these."""
+        used = {storage_of(self._alive[node]) for node in nodes if self._alive[node].numel()}
+        return [n for n, tensor in enumerate(self._alive) if tensor.numel() and storage_of(tensor) in used]
+
+    def is_overwritten(self, node: int, after: int) -> bool:
+        """Return whether an operation later than number `after` changes the memory of a node in place."""
+        later = self.operations[after + 1 :]
+        return any(self._writes_into(operation, {node}) for operation in later)
+
     def _writes_into(self, operation: Operation, nodes: set[int]) -> bool:
         """Return whether the operation changes one of the nodes through another view of its memory."""
         if not operation.function._schema.is_mutable:
@@ -242,6 +263,8 @@ class OperationGraph:
         only: Collection[int] | None = None,
         dtype: torch.dtype | None = None,
         detach: bool = False,
+        repeat: Callable[[int, Operation, tuple[Any, ...], dict[str, Any]], Any] | None = None,
+        captured: Callable[[int, Tensor], Tensor] | None = None,
     ) -> dict[int, Tensor]:
         """Repeat recorded operations with other values for some nodes, under autograd.
 
@@ -254,6 +277,8 @@ class OperationGraph:
             only: numbers of the operations to repeat; None: all.
             dtype: compute in this floating dtype; None: in that of the values.
             detach: whether `detach` makes a constant, as for gradients; False: it is the identity, as in the function.
+            repeat: called with number, operation and arguments instead of repeating the operation; returns its results.
+            captured: returns what to use for a captured value, given its index and the value.
 
         Returns:
             Every tensor that depends on an input, by node, with its graph back to the inputs.
@@ -272,7 +297,8 @@ class OperationGraph:
                 return known[item.index] if item.index in known else _cast(self._alive[item.index].detach(), dtype)
             if isinstance(item, Captured):
                 if item.index not in values:
-                    values[item.index] = _cast(self.captures.value(item.index), dtype)
+                    value = _cast(self.captures.value(item.index), dtype)
+                    values[item.index] = captured(item.index, value) if captured else value
                 return values[item.index]
             if isinstance(item, torch.dtype) and item.is_floating_point:
                 return dtype or (torch.float32 if item in LOW_PRECISION else item)
@@ -286,7 +312,7 @@ class OperationGraph:
                 operation = self.operations[number]
                 operation.require_repeatable()
                 args, kwargs = map_tree(operation.args, decode), map_tree(operation.kwargs, decode)
-                results = operation.repeat(args, kwargs, detach)
+                results = repeat(number, operation, args, kwargs) if repeat else operation.repeat(args, kwargs, detach)
                 known.update(zip(operation.results, tensors(results), strict=True))
         return known
 
