@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -52,6 +52,7 @@ class ConvolutionCall(NamedTuple):
     geometry: dict[str, Any]
 
 
+@runtime_checkable
 class RecordedLoss(Protocol):
     """What is read of a record to say what the loss is as a function of a cut."""
 

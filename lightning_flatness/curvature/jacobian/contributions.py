@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -33,41 +34,52 @@ def arranged(tensor: Tensor, samples: int, layout: Layout, lead: int = 0) -> Ten
     return tensor.unflatten(lead, (-1, samples)).transpose(lead, lead + 1)
 
 
-def layout_of(cotangents: Tensor, weights: Tensor, factors: Tensor, has_channels: bool) -> Layout | None:
-    """Return where the samples are in the cotangents of a tap; None if they are coupled.
+class Structure:
+    """Where the samples are in a tap; proves that the logits of one do not depend on another.
 
-    The last cotangent is that of a sum of the others, with a random factor for each sample. Where nothing depends on
-    the logits of another sample, it is the sum of the others times the factor of the own sample.
+    The last cotangent is a sum of the others, with a random factor for each sample. Where nothing depends on the logits
+    of another sample, what it gives is the same sum of what the others give, times the factor of the own sample. Both
+    are compared in a random projection.
 
     Args:
-        cotangents: shape (m + 1, *shape of the tap).
-        weights: of the others in the sum, shape (m,).
+        weights: of the cotangents in the sum, shape (m,).
         factors: of the samples, shape (n,).
-        has_channels: whether the second dimension has channels.
     """
-    samples, shape = len(factors), cotangents.shape[1:]
-    total = torch.tensordot(weights, cotangents[:-1], 1)
-    bound = 1e4 * torch.finfo(total.dtype).eps * cotangents[-1].abs().max()
-    possible: list[Layout] = []
-    if shape[0] % samples == 0:
-        possible += ["major", "minor"] if shape[0] > samples > 1 else ["major"]
-    if samples > 1 and not has_channels and len(shape) > 2 and shape[1] == samples:
-        possible.append("second")
-    for layout in possible:
-        expected = arranged(total, samples, layout)
-        expected = expected * factors.reshape(-1, *[1] * (expected.dim() - 1))
-        if bool(((arranged(cotangents[-1], samples, layout) - expected).abs() <= bound).all()):
-            return layout
-    return None
+
+    def __init__(self, weights: Tensor, factors: Tensor) -> None:
+        self._weights, self._factors = weights, factors
+
+    def layout(self, cotangents: Sequence[Tensor], has_channels: bool) -> Layout | None:
+        """Return where the samples are; None if they are coupled.
+
+        Args:
+            cotangents: m + 1, of the tap's shape.
+            has_channels: whether its second dimension has channels.
+        """
+        samples, shape = len(self._factors), cotangents[0].shape
+        possible: list[Layout] = []
+        if shape[0] % samples == 0:
+            possible += ["major", "minor"] if shape[0] > samples > 1 else ["major"]
+        if samples > 1 and not has_channels and len(shape) > 2 and shape[1] == samples:
+            possible.append("second")
+        return next((layout for layout in possible if self._fits(cotangents, layout)), None)
+
+    def _fits(self, cotangents: Sequence[Tensor], layout: Layout) -> bool:
+        samples, first = len(self._factors), cotangents[0]
+        generator = torch.Generator().manual_seed(4)
+        direction = torch.randn(first.numel() // samples, generator=generator, dtype=torch.float64).to(first)
+        found = torch.stack([arranged(one, samples, layout).flatten(1) @ direction for one in cotangents])
+        difference = found[-1] - (self._weights @ found[:-1]) * self._factors
+        return bool((difference.abs() <= 1e4 * torch.finfo(found.dtype).eps * found[-1].abs().max()).all())
 
 
 def vector(tap: Tap, use: Use, cotangents: Tensor, layout: Layout, shape: torch.Size) -> Tensor | None:
-    """Return the gradients with respect to a bias, a scale or a copy of a parameter, shape (m, n, *shape).
+    """Return the gradient with respect to a bias, a scale or a copy of a parameter, shape (n, *shape).
 
     Args:
         tap: where it acts.
         use: how.
-        cotangents: arranged, shape (m, n, v, ...).
+        cotangents: arranged, shape (n, v, ...).
         layout: of the tap.
         shape: of the argument.
     """
@@ -77,14 +89,13 @@ def vector(tap: Tap, use: Use, cotangents: Tensor, layout: Layout, shape: torch.
         if kept[axis] != 1:
             return None  # rows of its own for each sample
         del kept[axis]
-        return cotangents.sum(2).sum_to_size(*cotangents.shape[:2], *kept)
+        return cotangents.sum(1).sum_to_size(len(cotangents), *kept)
     if use.role == "scale":
         assert tap.inputs is not None
-        cotangents = cotangents * arranged(tap.inputs, cotangents.shape[1], layout)
+        cotangents = cotangents * arranged(tap.inputs, len(cotangents), layout)
     if tap.has_channels:
-        return cotangents.sum((2, *range(4, cotangents.dim())))
-    spanned = tap.normalized or 1
-    return cotangents.sum(tuple(range(2, cotangents.dim() - spanned)))
+        return cotangents.sum((1, *range(3, cotangents.dim())))
+    return cotangents.sum(tuple(range(1, cotangents.dim() - (tap.normalized or 1))))
 
 
 def layer_rows(use: Use, argument: Tensor) -> Tensor:
@@ -93,15 +104,15 @@ def layer_rows(use: Use, argument: Tensor) -> Tensor:
 
 
 def as_convolution(tap: Tap, use: Use, cotangents: Tensor, layout: Layout) -> tuple[Tensor, Tensor, ConvGeometry]:
-    """Return a layer's inputs (n v, i, ...), cotangents (n v, m, k, s) and geometry."""
+    """Return a layer's inputs (n v, i, ...), cotangents (n v, m, k, s) and geometry; cotangents have shape (n, m, v, ...)."""
     assert tap.inputs is not None
-    inputs = arranged(tap.inputs, cotangents.shape[1], layout)
+    inputs = arranged(tap.inputs, len(cotangents), layout)
     if not tap.is_convolution:
-        rows = cotangents.flatten(2, -2)  # (m, n, s, k)
-        return inputs.flatten(1, -2).mT, rows.permute(1, 0, 3, 2), ConvGeometry.linear()
+        return inputs.flatten(1, -2).mT, cotangents.flatten(2, -2).mT, ConvGeometry.linear()
     kernel = tap.arguments[use.argument].shape[2:]
-    geometry = ConvGeometry.of_call(kernel, *(tap.arguments[name] for name in ("stride", "padding", "dilation", "groups")))
-    return inputs.flatten(0, 1), cotangents.flatten(1, 2).flatten(3).transpose(0, 1), geometry
+    given = (tap.arguments[name] for name in ("stride", "padding", "dilation", "groups"))
+    geometry = ConvGeometry.of_call(kernel, *given)
+    return inputs.flatten(0, 1), cotangents.transpose(1, 2).flatten(0, 1).flatten(3), geometry
 
 
 def layer_flatness(
@@ -110,10 +121,10 @@ def layer_flatness(
     """Return what the cotangents contribute to trace and relative flatness of a layer, shape (n, m).
 
     Args:
-        calls: of the layer: taps, uses, arranged cotangents and layouts; gradients of several are added, then squared.
+        calls: of the layer: taps, uses, cotangents (n, m, v, ...) and layouts; gradients of several are added first.
         kernel_gram: of the weight; None: the relative flatness is not wanted.
     """
-    samples = calls[0][2].shape[1]
+    samples = len(calls[0][2])
     parts = [as_convolution(*call) for call in calls]
     if len(parts) == 1 and len(parts[0][0]) == samples:
         return flatness_of_cotangents(*parts[0], kernel_gram)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.curvature.jacobian.contributions import Layout, arranged, layer_flatness, layer_rows, layout_of, vector
+from lightning_flatness.curvature.jacobian.contributions import Layout, Structure, arranged, layer_flatness, vector
 from lightning_flatness.curvature.jacobian.plan import Plan, Use
 from lightning_flatness.curvature.jacobian.replay import Replay, Tap
 from lightning_flatness.curvature.objective import Objective, objective
@@ -109,7 +109,7 @@ class JacobianMethod:
         """
         device = recorded.graph.tensor_of(recorded.loss).device
         with ExitStack() as stack:
-            for context in (not_recorded(), torch.inference_mode(False), full_precision(device), torch.enable_grad()):
+            for context in (not_recorded(), torch.inference_mode(False), full_precision(device)):
                 stack.enter_context(context)
             try:
                 return self._quantities(_network(recorded), samples)
@@ -169,7 +169,8 @@ def _network(recorded: RecordedLayers) -> _Network:
             f"A measurement needs numbers; got logits that are NaN in {broken} of {len(values)} samples. "
             "Look for an overflow in the network."
         )
-    goal = objective(recorded, cut, values.flatten(1))
+    with torch.enable_grad():
+        goal = objective(recorded, cut, values.flatten(1))
     if isinstance(goal, Refusal):
         raise goal.error()
     plan = Plan(recorded, cut, len(values))
@@ -270,61 +271,56 @@ def _chunk(network: _Network, part: slice, chunk_bytes: int) -> dict[str, tuple[
         found = _of_columns(network, replay, columns[group])
         for name, values in found.items():
             if signs is not None:
-                values = tuple(value * signs[group] for value in values)
-            added = tuple(value.double().sum(0) for value in values)
+                values = tuple(value * signs[group].T for value in values)
+            added = tuple(value.double().sum(1) for value in values)
             before = sums.get(name, (0.0, 0.0))
             sums[name] = before[0] + added[0], before[1] + added[1]
     return sums
 
 
 def _of_columns(network: _Network, replay: Replay, columns: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return trace and relative flatness that each column contributes to each parameter, shape (m, n)."""
-    plan, samples = network.plan, columns.shape[1]
+    """Return trace and relative flatness that each column contributes to each parameter, shape (n, m)."""
+    plan, graph, samples = network.plan, network.recorded.graph, columns.shape[1]
     generator = torch.Generator().manual_seed(3)
     drawn = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 for size in (len(columns), samples))
     weights, factors = (values.to(columns) for values in drawn)
+    structure = Structure(weights, factors)
     tested = (torch.tensordot(weights, columns, 1) * factors.unsqueeze(1)).unsqueeze(0)
-    outputs = torch.cat([columns, tested]).reshape(-1, *replay.output.shape)
+    pulled = _pulled_back(replay, torch.cat([columns, tested]).reshape(-1, *replay.output.shape))
     layers: dict[str, list[tuple[Tap, Use, Tensor, Layout]]] = {}
     vectors: dict[str, Tensor] = {}
-    for tap, cotangents in zip(replay.taps, _pulled_back(replay, outputs), strict=True):
-        layout = layout_of(cotangents, weights, factors, tap.has_channels)
-        if layout is None:
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for tap in replay.taps:
+        cotangents = pulled.pop(0)
+        if (layout := structure.layout(cotangents, tap.has_channels)) is None:
             raise GraphError("the logits of one sample depend on another sample")
-        chosen = arranged(cotangents[:-1], samples, layout, 1)
+        chosen = [arranged(one, samples, layout) for one in cotangents[:-1]]
+        del cotangents
         for use in tap.uses:
             if use.role == "weight":
-                layers.setdefault(use.parameter, []).append((tap, use, chosen, layout))
+                layers.setdefault(use.parameter, []).append((tap, use, torch.stack(chosen, 1), layout))
                 continue
-            shape = network.recorded.graph.tensor_of(use.node).shape
-            if (gradient := vector(tap, use, chosen, layout, shape)) is None:
+            shape = graph.tensor_of(use.node).shape
+            gradients = [vector(tap, use, one, layout, shape) for one in chosen]
+            if any(gradient is None for gradient in gradients):
                 plan.left_out[use.parameter] = "each sample has numbers of its own in it"
-            else:
-                gradient = gradient.flatten(2)
-                vectors[use.parameter] = vectors[use.parameter] + gradient if use.parameter in vectors else gradient
-    found = {name: (gradient.square().sum(2),) * 2 for name, gradient in vectors.items() if name not in plan.left_out}
-    for name, calls in layers.items():
-        if name not in plan.left_out:
-            trace, relative = layer_flatness(calls, network.grams.get(name))
-            found[name] = trace.T, (trace if relative is None else relative).T
-    return found
+                continue
+            gradient = torch.stack([one.flatten(1) for one in gradients if one is not None], 1)
+            vectors[use.parameter] = vectors[use.parameter] + gradient if use.parameter in vectors else gradient
+        for name in [name for name, calls in layers.items() if len(calls) == len(plan.uses_of(name))]:
+            trace, relative = layer_flatness(layers.pop(name), network.grams.get(name))
+            found[name] = trace, trace if relative is None else relative
+    found |= {name: (gradient.square().sum(2),) * 2 for name, gradient in vectors.items()}
+    return {name: values for name, values in found.items() if name not in plan.left_out}
 
 
-def _pulled_back(replay: Replay, outputs: Tensor) -> tuple[Tensor, ...]:
-    """Return the cotangents at every tap, each of shape (m, *shape of the tap)."""
+def _pulled_back(replay: Replay, outputs: Tensor) -> list[list[Tensor]]:
+    """Return the cotangents at every tap, one of its shape for each output."""
     values = [tap.value for tap in replay.taps]
-
-    def pulled(rows: Tensor, is_batched: bool) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            replay.output, values, rows, retain_graph=True, is_grads_batched=is_batched, materialize_grads=True
-        )
-
-    try:
-        return pulled(outputs, True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # an operator that cannot take several cotangents at once
-        return tuple(map(torch.stack, zip(*(pulled(row, False) for row in outputs), strict=True)))
+    rows = (
+        torch.autograd.grad(replay.output, values, row, retain_graph=True, materialize_grads=True) for row in outputs
+    )
+    return list(map(list, zip(*rows, strict=True)))
 
 
 def _of_layer(network: _Network, weight: str, trace: Tensor, relative: Tensor, kept: Tensor) -> SampleQuantities:
