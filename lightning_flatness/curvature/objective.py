@@ -16,7 +16,7 @@ from lightning_flatness.curvature.forms import EXACT, RecordedFunction, count_fa
 from lightning_flatness.errors import Refusal
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form, logit_gradient
 from lightning_flatness.recording.graph import Captures, Cut
-from lightning_flatness.recording.recorded_pass import RecordedLoss
+from lightning_flatness.recording.recorded_pass import RecordedLoss, RecordedPass
 
 _LabelledForm: TypeAlias = tuple[CrossEntropy | BinaryCrossEntropy, Tensor]
 
@@ -90,7 +90,7 @@ class ObjectiveReader:
         """Start with nothing proved."""
         self._known: _Known | None = None
 
-    def read(self, recorded: RecordedLoss, pooled: Cut, features: Tensor) -> Objective | Refusal:
+    def read(self, recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | Refusal:
         """Return what `objective` returns; arguments are the same."""
         if self._known is not None and (again := _again(self._known, recorded, pooled, features)) is not None:
             return again
@@ -99,7 +99,7 @@ class ObjectiveReader:
         return verdict
 
 
-def _known(recorded: RecordedLoss, pooled: Cut, features: Tensor, goal: Objective) -> _Known | None:
+def _known(recorded: RecordedPass, pooled: Cut, features: Tensor, goal: Objective) -> _Known | None:
     if isinstance(goal.loss, Differentiated) or goal.head.dim() > 2 or goal.cut == pooled:
         return None
     operations = recorded.graph.operations[pooled.end : goal.cut.end]
@@ -109,7 +109,7 @@ def _known(recorded: RecordedLoss, pooled: Cut, features: Tensor, goal: Objectiv
     return _Known(pooled, goal.cut, steps, recorded.graph.captures, used, goal.head, shift)
 
 
-def _again(known: _Known, recorded: RecordedLoss, pooled: Cut, features: Tensor) -> Objective | None:
+def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | None:
     """Return the objective if what is known of the head holds for this pass as well."""
     if pooled != known.pooled or _steps(recorded, pooled) != known.steps:
         return None
@@ -130,7 +130,7 @@ def _again(known: _Known, recorded: RecordedLoss, pooled: Cut, features: Tensor)
     return Objective(cut, _counted(form), logits, known.head, *form)
 
 
-def _steps(recorded: RecordedLoss, pooled: Cut) -> tuple[Any, ...]:
+def _steps(recorded: RecordedPass, pooled: Cut) -> tuple[Any, ...]:
     """Return the operations from the pooled features to the loss with their arguments and wiring."""
     return recorded.encoded(sorted(number for number in recorded.ancestry if number >= pooled.end))
 

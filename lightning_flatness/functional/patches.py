@@ -276,7 +276,7 @@ def gradient_rows(
         geometry: geometry of the convolution.
 
     Returns:
-        The gradients, shape (n, k, d). The order of the last axis depends on the geometry and the number of channels.
+        The gradients, shape (n, k, d); the last axis runs over kernel offsets, then input channels.
 
     Example:
         >>> import torch
@@ -286,8 +286,9 @@ def gradient_rows(
         tensor([[[1., 3., 5.]]])
     """
     n, filters, positions = jacobian.shape
-    if inputs.shape[1] // geometry.groups < _FEW_CHANNELS:
-        return (jacobian.unflatten(1, (geometry.groups, -1)) @ patches(inputs, geometry)).flatten(1, 2)
+    if (channels := inputs.shape[1] // geometry.groups) < _FEW_CHANNELS:
+        rows = (jacobian.unflatten(1, (geometry.groups, -1)) @ patches(inputs, geometry)).flatten(1, 2)
+        return rows.unflatten(2, (channels, -1)).mT.flatten(2)
     padded = geometry.pad(inputs).unflatten(1, (geometry.groups, -1))
     grouped = jacobian.reshape(n, geometry.groups, filters // geometry.groups, positions)
     shape = geometry.output_shape(padded.shape[3:])

@@ -125,6 +125,7 @@ class OperationGraph:
     Attributes:
         operations: in order.
         captures: the values that the operations used beside the nodes.
+        inputs: index of the captured value of each input, by its node.
         out_of_memory: the exception that ended the record, if it was one; it says nothing about the network.
     """
 
@@ -138,19 +139,14 @@ class OperationGraph:
         self._alive: list[Tensor] = []  # keeps ids from being given to other tensors
         self._storages: set[int] = set()
         self._views: dict[tuple[Any, ...], int] = {}  # where a node's numbers lie in memory -> node
-        self._inputs: dict[int, int] = {}  # node -> index of its captured value
+        self.inputs: dict[int, int] = {}
 
     def add_input(self, tensor: Tensor) -> tuple[int, int]:
         """Follow `tensor` from now on; return its node and the index of its captured value."""
         index = self.captures.add(tensor)
         node = self.add_node(tensor)
-        self._inputs[node] = index
+        self.inputs[node] = index
         return node, index
-
-    @property
-    def inputs(self) -> dict[int, int]:
-        """The index of the captured value of each input, by node."""
-        return dict(self._inputs)
 
     def add_node(self, tensor: Tensor) -> int:
         """Return the node of a tensor that depends on an input, a new one if it has none."""
@@ -197,7 +193,7 @@ class OperationGraph:
         needed, found = {output}, []
         for number in range(len(self.operations) - 1, -1, -1):
             operation = self.operations[number]
-            if needed.intersection(operation.results) or self._writes_into(operation, needed):
+            if needed.intersection(operation.results) or self.writes_into(operation, needed):
                 found.append(number)
                 read = (argument.index for argument in operation.nodes)
                 needed.update(read if in_steps else filter(self._is_floating, read))
@@ -209,22 +205,12 @@ class OperationGraph:
             return False
         numbers = self.ancestry(node)
         read = {argument.index for number in numbers for argument in self.operations[number].nodes}
-        return bool(self._inputs.keys() & (read | {node}))
+        return bool(self.inputs.keys() & (read | {node}))
 
     def _is_floating(self, node: int) -> bool:
         return self._alive[node].is_floating_point() or self._alive[node].is_complex()
 
-    def sharing_memory(self, nodes: Collection[int]) -> list[int]:
-        """Return every node that lies in memory of one of these."""
-        used = {storage_of(self._alive[node]) for node in nodes if self._alive[node].numel()}
-        return [n for n, tensor in enumerate(self._alive) if tensor.numel() and storage_of(tensor) in used]
-
-    def is_overwritten(self, node: int, after: int) -> bool:
-        """Return whether an operation later than number `after` changes the memory of a node in place."""
-        later = self.operations[after + 1 :]
-        return any(self._writes_into(operation, {node}) for operation in later)
-
-    def _writes_into(self, operation: Operation, nodes: set[int]) -> bool:
+    def writes_into(self, operation: Operation, nodes: set[int]) -> bool:
         """Return whether the operation changes one of the nodes through another view of its memory."""
         if not operation.function._schema.is_mutable:
             return False
@@ -318,9 +304,20 @@ class OperationGraph:
 
     def _own(self, node: int, value: Tensor) -> Tensor:
         """Return a value that may be overwritten where the network overwrites its node."""
-        is_overwritten = node not in self._inputs or self.captures.is_overwritten(self._inputs[node])
+        is_overwritten = node not in self.inputs or self.captures.is_overwritten(self.inputs[node])
         return value.clone() if is_overwritten else value
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return value.to(dtype) if dtype is not None and value.is_floating_point() else upcast(value)
+
+
+def sharing_memory(graph: OperationGraph, nodes: Collection[int], among: Collection[int]) -> list[int]:
+    """Return those of some nodes that lie in memory of one of others."""
+    used = {storage_of(graph.tensor_of(node)) for node in nodes if graph.tensor_of(node).numel()}
+    return [n for n in among if graph.tensor_of(n).numel() and storage_of(graph.tensor_of(n)) in used]
+
+
+def is_overwritten(graph: OperationGraph, node: int, after: int) -> bool:
+    """Return whether an operation later than number `after` changes the memory of a node in place."""
+    return any(graph.writes_into(operation, {node}) for operation in graph.operations[after + 1 :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -24,19 +25,18 @@ class LayersBuilder:
     Attributes:
         tracer: of the operations; None as long as no module has run.
         layer: the layers in words.
-        called: names of the measured layers that have run, in order.
+        nodes: of the parameters, by name.
         outputs: what the outer modules returned, by name, in order.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], layer: str) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], layer: str) -> None:
         """Start with nothing."""
         self._parameters = parameters
         self.layer = layer
         self.tracer: GraphTracer | None = None
         self.nodes: dict[str, int] = {}
-        self.called: dict[str, None] = {}
         self.outputs: list[tuple[str, Any]] = []
         self.is_ignored = False
         self.failure: Exception | None = None
@@ -50,10 +50,9 @@ class LayersBuilder:
             tracer.start()
 
     def after_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note that a measured layer has run."""
-        if isinstance(output, Tensor) and len(output) == 0:
+        """Refuse an empty batch."""
+        if isinstance(output, Tensor) and output.numel() == 0:
             raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
-        self.called[name] = None
 
     def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a module around the layers returned."""
@@ -82,7 +81,7 @@ class LayersBuilder:
             raise failure
         if failure is not None:
             return Refusal(f"Recording the forward pass failed: {failure!r}", failure)
-        if self.called:
+        if self.tracer is not None:
             return None
         kind = program_kind(modules.values())
         remedy = f"the network is {kind}; give the eager network that it was made from" if kind else "none did"
@@ -131,9 +130,7 @@ class LayersRecorder(ForwardRecorder):
         """Forget what was recorded."""
         super().clear()
         chosen = set(self._weights.values())
-        parameters = {
-            name: value for name, value in self._model.named_parameters() if self._is_whole or name in chosen
-        }
+        parameters = {name: value for name, value in self._model.named_parameters() if self._is_whole or name in chosen}
         words = "a linear layer or a convolution" if self._is_whole else ", ".join(f"`{name}`" for name in self.layers)
         self._builder = LayersBuilder(parameters, words)  # type: ignore[assignment]
 
@@ -142,8 +139,6 @@ class LayersRecorder(ForwardRecorder):
         tracer = cast(GraphTracer, builder.tracer)
         tracer.finalize()
         graph, node = tracer.graph, tracer.graph.node(loss)
-        if not self._is_whole and (missing := [name for name in self.layers if name not in builder.called]):
-            return Refusal(f"Every layer to measure must run; {missing} did not. Name others.")
         if node is None or loss.numel() != 1:
             what = "does not depend on it" if node is None else f"has shape {tuple(loss.shape)}"
             return Refusal(
@@ -154,7 +149,7 @@ class LayersRecorder(ForwardRecorder):
         return RecordedLayers(
             graph,
             builder.nodes,
-            {name: self._weights[name] for name in builder.called},
+            self._weights,
             self._is_whole,
             node,
             tuple(graph.cuts(list(builder.nodes.values()), node)),

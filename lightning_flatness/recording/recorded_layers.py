@@ -18,7 +18,7 @@ class RecordedLayers:
     Attributes:
         graph: every operation that depends on the parameters.
         parameters: node of each parameter by its name; one that several modules share has its first name.
-        layers: name of the weight of each layer to measure, by the layer's name, in the order of the first calls.
+        layers: name of the weight of each layer to measure, by the layer's name.
         is_whole: whether the parameters are all of the network's.
         loss: node of the loss, a scalar.
         cuts: the nodes through which the influence of all parameters on the loss passes, in order.

@@ -11,21 +11,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_flatness.curvature.jacobian.contributions import Layout, Structure, arranged, layer_flatness, vector
+from lightning_flatness.curvature.jacobian.factor import loss_factor
 from lightning_flatness.curvature.jacobian.plan import Plan, Use
 from lightning_flatness.curvature.jacobian.replay import Replay, Tap
 from lightning_flatness.curvature.objective import Objective, objective
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.errors import GraphError, NonFiniteError, Refusal, require_counts
-from lightning_flatness.functional import curvature_factor
-from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated
+from lightning_flatness.losses import Differentiated
 from lightning_flatness.precision import allclose_for_dtype, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
-from lightning_flatness.recording.graph import Cut
+from lightning_flatness.recording.graph import Cut, is_overwritten
 from lightning_flatness.recording.recorded_layers import RecordedLayers
 
 Curvature = Literal["hessian", "ggn"]
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 128 * 2**20
 """What the derivatives of a group of samples may take at once by default."""
+
+_FUSED = " Let attention run step by step: `torch.backends.mha.set_fastpath_enabled(False)`."
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ class JacobianMethod:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what cannot be repeated, or has no derivative
+                is_fused = "_native_multi_head" in recorded.path or "_transformer_encoder" in recorded.path
                 raise Refusal(
-                    f"The steps from the layers to the loss must be repeatable, differentiable and of each sample on "
-                    f"its own; {error}.\n  path: {recorded.path}",
+                    "The steps from the layers to the loss must be repeatable, differentiable and of each sample on "
+                    f"its own; {error}.{_FUSED if is_fused else ''}\n  path: {recorded.path}",
                     error,
                 ).error() from error
 
@@ -139,7 +142,7 @@ class JacobianMethod:
         traces = {name: trace[kept] for name, (trace, _) in sums.items() if name not in network.plan.left_out}
         by_layer = {}
         for layer, weight in network.recorded.layers.items():
-            if weight in traces:
+            if weight in traces and network.plan.is_weight(weight):
                 by_layer[layer] = _of_layer(network, weight, traces[weight], sums[weight][1][kept], kept)
         if not network.recorded.is_whole:
             return LayerQuantities(by_layer)
@@ -150,8 +153,10 @@ class JacobianMethod:
     def _by_chunks(self, network: _Network, kept: Tensor, step: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return trace and relative flatness of every parameter, shape (n,), zero where a sample is not kept."""
         n = len(kept)
-        sums = {name: (kept.new_zeros(n, dtype=torch.float64), kept.new_zeros(n, dtype=torch.float64))
-                for name in network.recorded.parameters}
+        sums = {
+            name: (kept.new_zeros(n, dtype=torch.float64), kept.new_zeros(n, dtype=torch.float64))
+            for name in network.recorded.parameters
+        }
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
             if bool(kept[part].any()):
@@ -162,7 +167,10 @@ class JacobianMethod:
 
 
 def _network(recorded: RecordedLayers) -> _Network:
-    cut = _network_end(recorded)
+    return _network_up_to(recorded, _network_end(recorded))
+
+
+def _network_up_to(recorded: RecordedLayers, cut: Cut) -> _Network:
     values = _values(recorded, cut)
     if broken := int(values.flatten(1).isnan().any(1).sum()):
         raise NonFiniteError(
@@ -173,9 +181,11 @@ def _network(recorded: RecordedLayers) -> _Network:
         goal = objective(recorded, cut, values.flatten(1))
     if isinstance(goal, Refusal):
         raise goal.error()
+    if goal.head_curvature is not None and goal.cut != cut:  # the same end whichever layers are measured
+        return _network_up_to(recorded, goal.cut)
     plan = Plan(recorded, cut, len(values))
-    if not recorded.is_whole and plan.left_out:
-        reasons = "; ".join(f"`{name}`: {reason}" for name, reason in plan.left_out.items())
+    if not recorded.is_whole and not all(map(plan.is_weight, recorded.layers.values())):
+        reasons = "; ".join(f"`{name}`: {plan.left_out.get(name, 'it is none')}" for name in recorded.layers.values())
         raise Refusal(
             f"Each layer to measure must use its weight in a linear layer or a convolution alone; {reasons}. "
             f"Name other layers.\n  path: {recorded.path}"
@@ -193,59 +203,29 @@ def _network_end(recorded: RecordedLayers) -> Cut:
     Raises:
         UnsupportedTailError: if there is none with a row for each sample.
     """
-    cuts = []
-    for cut in recorded.cuts[:-1]:
-        shape = recorded.graph.tensor_of(cut.node).shape
-        if len(shape) > 0 and shape[0] > 0 and sum(size > 1 for size in shape[1:]) <= 1:
-            cuts.append((cut, shape[1:].numel()))
-    wide = [pair for pair in cuts if pair[1] > 1 and pair[0] == pair[0]] or cuts
-    if not wide:
-        raise Refusal(
-            "All influence of the layers on the loss must pass through one tensor with a row per sample; none was "
-            f"found. A loss with a penalty of the weights is no function of the outputs.\n  path: {recorded.path}"
-        ).error()
-    return min(wide, key=lambda pair: pair[1])[0]
+    shapes = {cut: recorded.graph.tensor_of(cut.node).shape for cut in recorded.cuts[:-1]}
+    rows = {cut: shape for cut, shape in shapes.items() if shape and sum(size > 1 for size in shape[1:]) <= 1}
+    wide = {cut: shape for cut, shape in rows.items() if shape[1:].numel() > 1} or rows
+    if wide:
+        last, shape = list(wide.items())[-1]
+        plan = Plan(recorded, last, shape[0])
+        found = [cut for cut in wide if wide[cut][0] == shape[0] and not plan.is_made(cut.node)]
+        if found:
+            return min(found, key=lambda cut: wide[cut].numel())
+    raise Refusal(
+        "All influence of the layers on the loss must pass through one tensor with a row per sample; none was found. "
+        f"A loss with a penalty of the weights is no function of the outputs.\n  path: {recorded.path}"
+    ).error()
 
 
 def _values(recorded: RecordedLayers, cut: Cut) -> Tensor:
     """Return the values of the cut as the network computed them."""
     graph = recorded.graph
-    if not graph.is_overwritten(cut.node, cut.end - 1):
+    if not is_overwritten(graph, cut.node, cut.end - 1):
         return upcast(graph.tensor_of(cut.node).detach())
     inputs = {node: graph.captures.value(index) for node, index in graph.inputs.items()}
     only = frozenset(graph.ancestry(cut.node, in_steps=True))
     return graph.replay(inputs, cut.end, only=only)[cut.node].detach()
-
-
-def loss_factor(goal: Objective) -> tuple[Tensor, Tensor | None]:
-    """Return `F` with `B = F^T diag(signs) F`, the curvature of the loss at the cut, shape (m, n, j), and the signs.
-
-    Args:
-        goal: what the loss is as a function of the cut.
-    """
-    loss, logits, target = goal.loss, goal.logits, goal.target
-    if isinstance(loss, CrossEntropy) and goal.head_curvature is None:
-        rows = curvature_factor(logits) * loss.label_weight(logits, target).sqrt()[:, None, None]
-    elif isinstance(loss, BinaryCrossEntropy) and goal.head_curvature is None:
-        rows = (loss.label_weight(logits, target) * logits.sigmoid() * (-logits).sigmoid()).sqrt().diag_embed()
-    else:
-        return _differentiated_factor(goal)
-    return (rows @ goal.head).transpose(0, 1), None
-
-
-def _differentiated_factor(goal: Objective) -> tuple[Tensor, Tensor]:
-    loss, logits = goal.loss, goal.logits
-    if isinstance(loss, Differentiated):
-        curvature = loss.curvature
-    else:
-        part, _ = loss_factor(Objective(goal.counted, logits, torch.eye(logits.shape[1]).to(logits), loss, goal.target))
-        curvature = torch.einsum("mnc,mnd->ncd", part, part)
-    curvature = goal.head.mT @ curvature @ goal.head
-    if goal.head_curvature is not None:
-        curvature = curvature + goal.head_curvature
-    eigenvalues, vectors = torch.linalg.eigh((curvature + curvature.mT) / 2)
-    rows = vectors.mT * eigenvalues.abs().sqrt().unsqueeze(-1)
-    return rows.transpose(0, 1), eigenvalues.sign().T
 
 
 def _bytes_per_sample(network: _Network) -> int:
@@ -271,10 +251,10 @@ def _chunk(network: _Network, part: slice, chunk_bytes: int) -> dict[str, tuple[
         found = _of_columns(network, replay, columns[group])
         for name, values in found.items():
             if signs is not None:
-                values = tuple(value * signs[group].T for value in values)
-            added = tuple(value.double().sum(1) for value in values)
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = before[0] + added[0], before[1] + added[1]
+                values = values[0] * signs[group].T, values[1] * signs[group].T
+            trace, relative = (value.double().sum(1) for value in values)
+            before = sums.get(name)
+            sums[name] = (trace, relative) if before is None else (before[0] + trace, before[1] + relative)
     return sums
 
 
@@ -335,6 +315,7 @@ def _of_layer(network: _Network, weight: str, trace: Tensor, relative: Tensor, k
         relative_flatness=relative,
         confidence=loss.curvature_trace(logits, None if target is None else target[kept]),
         kernel_squared_norm=network.grams[weight].diagonal().sum(),
+        prediction=None if isinstance(loss, Differentiated) else loss.prediction(logits),
         curvature="hessian" if network.plan.is_exact(weight) else "ggn",
         **margins,
     )

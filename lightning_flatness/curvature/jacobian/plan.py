@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from lightning_flatness.recording.graph import Cut
+from lightning_flatness.recording.graph import Cut, is_overwritten, sharing_memory
 from lightning_flatness.recording.operation import Captured, Node, Operation, named_arguments
 from lightning_flatness.recording.operators import Trait
 from lightning_flatness.recording.recorded_layers import RecordedLayers
@@ -72,16 +72,28 @@ class Plan:
         self._made_of = {node: frozenset([name]) for name, node in recorded.parameters.items()}
         self._is_copy = set(self._made_of)
         self._is_transposed: set[int] = set()  # of matrices that are such copies
+        self._turned: set[str] = set()  # matrices whose columns are the outputs
         for number in self.numbers:
             operation = recorded.graph.operations[number]
             if sources := [node.index for node in operation.nodes if node.index in self._made_of]:
                 self._note(number, operation, sources)
         for name in recorded.parameters:
-            roles = {use.role == "weight" for use in self.uses_of(name)}
-            if len(roles) != 1:
+            uses = self.uses_of(name)
+            roles = {use.role == "weight" for use in uses}
+            if name in self._turned and (len(uses) > 1 or name in recorded.layers.values()):
+                self.left_out[name] = "its columns are the outputs of a layer"
+            elif len(roles) != 1:
                 self.left_out.setdefault(name, "it is used in several ways" if roles else "its use is not recorded")
         graph = recorded.graph
-        self.overwritten = {n for n in self.uses if graph.is_overwritten(graph.operations[n].results[0], n)}
+        self.overwritten = {n for n in self.uses if is_overwritten(graph, graph.operations[n].results[0], n)}
+
+    def is_made(self, node: int) -> bool:
+        """Return whether a node is made of parameters and constants alone."""
+        return node in self._made_of
+
+    def is_weight(self, name: str) -> bool:
+        """Return whether a parameter is covered, and the weight of layers alone."""
+        return name not in self.left_out and any(use.role == "weight" for use in self.uses_of(name))
 
     def uses_of(self, name: str) -> list[Use]:
         """Return the uses of a parameter, in order."""
@@ -90,6 +102,7 @@ class Plan:
     def is_exact(self, name: str) -> bool:
         """Return whether the network is piecewise linear in a parameter, up to the cut."""
         graph, reached = self._recorded.graph, {self._recorded.parameters[name]}
+        nodes = [node for number in self.numbers for node in graph.operations[number].results]
         for number in self.numbers:
             operation = graph.operations[number]
             if dependent := [node for node in operation.nodes if node.index in reached]:
@@ -97,7 +110,7 @@ class Plan:
                     return False
                 reached.update(operation.results)
                 if operation.function._schema.is_mutable:  # through a view of what others read
-                    reached.update(graph.sharing_memory(operation.results))
+                    reached.update(sharing_memory(graph, operation.results, nodes))
         return True
 
     def _note(self, number: int, operation: Operation, sources: list[int]) -> None:
@@ -125,7 +138,11 @@ class Plan:
         uses = []
         for argument, role in roles.items():
             node = named[argument].index
-            if node in self._is_copy or (role == "weight" and node in self._is_transposed):
+            is_turned = node in self._is_transposed
+            if role == "weight" and argument == "mat2" and node in self._is_copy:  # a matrix of its own, from the left
+                self._turned.update(self._made_of[node])
+                is_turned = True
+            if is_turned if argument == "mat2" else node in self._is_copy:
                 (name,) = self._made_of[node]
                 uses.append(Use(name, role, argument, node))
         if uses:

@@ -97,8 +97,10 @@ class Replay:
             shape = torch.broadcast_shapes(*(arg.shape for arg in args if isinstance(arg, Tensor)))
             copies = named[use.argument].expand(shape)
             copies = self._tapped(None, copies, Tap(copies, uses, named))
-            given = [copies if isinstance(a, Node) and a.index == use.node else b
-                     for a, b in zip(operation.args, args, strict=True)]
+            given = [
+                copies if isinstance(a, Node) and a.index == use.node else b
+                for a, b in zip(operation.args, args, strict=True)
+            ]
             return operation.repeat(tuple(given), kwargs)
         result = operation.repeat(args, kwargs)
         if kind is None:
@@ -138,8 +140,8 @@ def _normalized(operation: Operation, named: dict[str, Any]) -> tuple[Tensor, in
     """Return what the affine parameters of a normalisation act on, and how many last dimensions they span."""
     x = named["input"]
     if "layer_norm" in operation.name:
-        shape = list(named["normalized_shape"])
-        return F.layer_norm(x, shape, eps=named["eps"]), len(shape)
+        spanned = list(named["normalized_shape"])
+        return F.layer_norm(x, spanned, eps=named["eps"]), len(spanned)
     if "group_norm" in operation.name:
         return F.group_norm(x, named.get("num_groups") or named["group"], eps=named["eps"]), None
     eps = named.get("eps", named.get("epsilon"))
