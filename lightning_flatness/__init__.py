@@ -3,8 +3,8 @@
 from lightning_flatness.actions import FlattestCheckpoint, Notify, ReduceLR, StopTraining
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.curvature.classifier import ClassifierMethod
-from lightning_flatness.curvature.methods import Choice, select_method
 from lightning_flatness.curvature.jacobian.method import JacobianMethod, LayerQuantities
+from lightning_flatness.curvature.methods import Choice, select_method
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.errors import NonFiniteError, UnsupportedTailError

@@ -25,7 +25,7 @@ SIGMOID = (PHI.sigmoid() * (-PHI).sigmoid()).diag_embed()
     [
         (CrossEntropy(), SOFTMAX, 2),
         (BinaryCrossEntropy(), SIGMOID, 3),
-        (Differentiated(torch.zeros_like(PHI), OTHER), OTHER, 2),
+        (Differentiated(torch.zeros_like(PHI), OTHER), OTHER, 3),
     ],
 )
 def test_the_factor_gives_the_curvature(loss, curvature: Tensor, rows: int, bend: Tensor | None) -> None:
