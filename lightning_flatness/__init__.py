@@ -3,6 +3,7 @@
 from lightning_flatness.actions import FlattestCheckpoint, Notify, ReduceLR, StopTraining
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.curvature.classifier import ClassifierMethod
+from lightning_flatness.curvature.jacobian.method import JacobianMethod, LayerQuantities
 from lightning_flatness.curvature.methods import Choice, select_method
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
@@ -10,6 +11,8 @@ from lightning_flatness.errors import NonFiniteError, UnsupportedTailError
 from lightning_flatness.measure import FlatnessReport, measure
 from lightning_flatness.recording.both import BothRecorder, RecordedPasses
 from lightning_flatness.recording.classifier import ClassifierRecorder
+from lightning_flatness.recording.layers_recorder import LayersRecorder
+from lightning_flatness.recording.recorded_layers import RecordedLayers
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule
@@ -45,6 +48,10 @@ __all__ = [  # noqa: RUF022  grouped by what they are for
     "select_method",
     "Choice",
     "SampleQuantities",
+    "LayersRecorder",
+    "RecordedLayers",
+    "JacobianMethod",
+    "LayerQuantities",
     # What is raised.
     "UnsupportedTailError",
     "NonFiniteError",

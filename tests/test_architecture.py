@@ -28,7 +28,7 @@ ALONE = {"rules": OURS, "keys": OURS, "oracle": {"torch"}}
 HELPERS = {"conftest.py", "metrics/checks.py"} | {
     f"{name}.py"
     for name in """
-        cases fuzz_heads fuzz_inputs fuzz_tails lightning_runs networks recorded shape_checker wandb_files
+        cases fuzz_heads fuzz_inputs fuzz_tails layer_cases lightning_runs networks recorded shape_checker wandb_files
     """.split()
 }
 WHOLES = """

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy
 from lightning_flatness.recording.graph import Cut, OperationGraph
 from lightning_flatness.recording.operation import Captured, Operation, named_arguments
-from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.recording.recorded_pass import RecordedLoss
 
 EXACT = 1e-8
 """Relative error of a derivative in float64 that is still taken for rounding."""
@@ -21,7 +21,7 @@ EXACT = 1e-8
 class RecordedFunction:
     """A part of the record as a function of one node, in float64 and with `detach` as a constant."""
 
-    def __init__(self, recorded: RecordedPass, source: Cut, target: Cut) -> None:
+    def __init__(self, recorded: RecordedLoss, source: Cut, target: Cut) -> None:
         self._graph, self._source, self._target = recorded.graph, source, target
         self._only = recorded.ancestry
         value = recorded.graph.tensor_of(source.node)

@@ -16,7 +16,7 @@ from lightning_flatness.curvature.forms import EXACT, RecordedFunction, count_fa
 from lightning_flatness.errors import Refusal
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form, logit_gradient
 from lightning_flatness.recording.graph import Captures, Cut
-from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.recording.recorded_pass import RecordedLoss, RecordedPass
 
 _LabelledForm: TypeAlias = tuple[CrossEntropy | BinaryCrossEntropy, Tensor]
 
@@ -44,7 +44,7 @@ class Objective:
     head_curvature: Tensor | None = None
 
 
-def objective(recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | Refusal:
+def objective(recorded: RecordedLoss, pooled: Cut, features: Tensor) -> Objective | Refusal:
     """Return what the loss is as a function of the pooled features, or why that cannot be said.
 
     Args:
@@ -135,7 +135,7 @@ def _steps(recorded: RecordedPass, pooled: Cut) -> tuple[Any, ...]:
     return recorded.encoded(sorted(number for number in recorded.ancestry if number >= pooled.end))
 
 
-def _refusal(recorded: RecordedPass, reason: str) -> Refusal:
+def _refusal(recorded: RecordedLoss, reason: str) -> Refusal:
     return Refusal(
         f"The loss must be a sum over samples, each with features of its own; got one where {reason}. Such a loss has "
         f"no curvature of each sample: measure another one with `loss=lambda output, targets: ...`.\n"
@@ -150,13 +150,13 @@ def _counted(form: _LabelledForm) -> Tensor:
     return weights.sum(-1) > 0
 
 
-def _is_by_sample(recorded: RecordedPass, cut: Cut, samples: int) -> bool:
+def _is_by_sample(recorded: RecordedLoss, cut: Cut, samples: int) -> bool:
     shape = recorded.graph.tensor_of(cut.node).shape
     return len(shape) > 0 and shape[0] == samples and sum(size > 1 for size in shape[1:]) <= 1
 
 
 def _with_head(
-    recorded: RecordedPass,
+    recorded: RecordedLoss,
     pooled: Cut,
     cut: Cut,
     features: Tensor,
@@ -181,7 +181,7 @@ def _with_head(
     return Objective(cut, counted, logits.detach(), jacobian, loss, target, curvature)
 
 
-def _jacobian(recorded: RecordedPass, logits: Tensor, point: Tensor) -> tuple[Tensor, bool]:
+def _jacobian(recorded: RecordedLoss, logits: Tensor, point: Tensor) -> tuple[Tensor, bool]:
     """Return `d phi / d p`, (c, j) if it is the same for all samples, and whether the head is curved."""
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(logits.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(logits)
@@ -238,7 +238,7 @@ def _has_gradient(tail: RecordedFunction, samples: int) -> Tensor:
 
 
 def _differentiated(
-    recorded: RecordedPass, pooled: Cut, candidates: list[Cut], features: Tensor
+    recorded: RecordedLoss, pooled: Cut, candidates: list[Cut], features: Tensor
 ) -> Objective | Refusal:
     """Return the objective of another loss: its second derivatives are taken where an affine head ends, or at p."""
     loss = recorded.cuts[-1]

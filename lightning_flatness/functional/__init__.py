@@ -20,6 +20,7 @@ from lightning_flatness.functional.flatness import (
     relative_flatness,
 )
 from lightning_flatness.functional.gram import HadamardGram
+from lightning_flatness.functional.layer import flatness_of_cotangents, gradients_of_cotangents
 from lightning_flatness.functional.margin import (
     binary_margin,
     margin_bound,
@@ -66,7 +67,9 @@ __all__ = [
     "curvature_factor",
     "distribution",
     "dual_matrix",
+    "flatness_of_cotangents",
     "gradient_rows",
+    "gradients_of_cotangents",
     "gram_factors",
     "head_rank_bound",
     "head_relative_flatness",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +96,12 @@ class Captures:
         """Return the tensor that was captured, whose value may have changed since."""
         return self._captures[index].original
 
+    def of_storages(self, storages: set[int]) -> Iterator[int]:
+        """Yield the values that lay in this memory."""
+        for index, capture in enumerate(self._captures):
+            if capture.original.numel() and storage_of(capture.original) in storages:
+                yield index
+
     def is_overwritten(self, index: int) -> bool:
         """Return whether the network changed the value in place."""
         return self._captures[index].overwritten
@@ -120,6 +126,7 @@ class OperationGraph:
         operations: in order.
         captures: the values that the operations used beside the nodes.
         functions: the custom `torch.autograd.Function` within which an operation ran, by the operation's number.
+        inputs: index of the captured value of each input, by its node.
         out_of_memory: the exception that ended the record, if it was one; it says nothing about the network.
     """
 
@@ -134,13 +141,13 @@ class OperationGraph:
         self._alive: list[Tensor] = []  # keeps ids from being given to other tensors
         self._storages: set[int] = set()
         self._views: dict[tuple[Any, ...], int] = {}  # where a node's numbers lie in memory -> node
-        self._inputs: dict[int, int] = {}  # node -> index of its captured value
+        self.inputs: dict[int, int] = {}
 
     def add_input(self, tensor: Tensor) -> tuple[int, int]:
         """Follow `tensor` from now on; return its node and the index of its captured value."""
         index = self.captures.add(tensor)
         node = self.add_node(tensor)
-        self._inputs[node] = index
+        self.inputs[node] = index
         return node, index
 
     def add_node(self, tensor: Tensor) -> int:
@@ -188,7 +195,7 @@ class OperationGraph:
         needed, found = {output}, []
         for number in range(len(self.operations) - 1, -1, -1):
             operation = self.operations[number]
-            if needed.intersection(operation.results) or self._writes_into(operation, needed):
+            if needed.intersection(operation.results) or self.writes_into(operation, needed):
                 found.append(number)
                 read = (argument.index for argument in operation.nodes)
                 needed.update(read if in_steps else filter(self._is_floating, read))
@@ -200,12 +207,12 @@ class OperationGraph:
             return False
         numbers = self.ancestry(node)
         read = {argument.index for number in numbers for argument in self.operations[number].nodes}
-        return bool(self._inputs.keys() & (read | {node}))
+        return bool(self.inputs.keys() & (read | {node}))
 
     def _is_floating(self, node: int) -> bool:
         return self._alive[node].is_floating_point() or self._alive[node].is_complex()
 
-    def _writes_into(self, operation: Operation, nodes: set[int]) -> bool:
+    def writes_into(self, operation: Operation, nodes: set[int]) -> bool:
         """Return whether the operation changes one of the nodes through another view of its memory."""
         if not operation.function._schema.is_mutable:
             return False
@@ -244,6 +251,8 @@ class OperationGraph:
         only: Collection[int] | None = None,
         dtype: torch.dtype | None = None,
         detach: bool = False,
+        repeat: Callable[[int, Operation, tuple[Any, ...], dict[str, Any]], Any] | None = None,
+        captured: Callable[[int, Tensor], Tensor] | None = None,
     ) -> dict[int, Tensor]:
         """Repeat recorded operations with other values for some nodes, under autograd.
 
@@ -256,6 +265,8 @@ class OperationGraph:
             only: numbers of the operations to repeat; None: all.
             dtype: compute in this floating dtype; None: in that of the values.
             detach: whether `detach` makes a constant, as for gradients; False: it is the identity, as in the function.
+            repeat: called with number, operation and arguments instead of repeating the operation; returns its results.
+            captured: returns what to use for a captured value, given its index and the value.
 
         Returns:
             Every tensor that depends on an input, by node, with its graph back to the inputs.
@@ -274,7 +285,8 @@ class OperationGraph:
                 return known[item.index] if item.index in known else _cast(self._alive[item.index].detach(), dtype)
             if isinstance(item, Captured):
                 if item.index not in values:
-                    values[item.index] = _cast(self.captures.value(item.index), dtype)
+                    value = _cast(self.captures.value(item.index), dtype)
+                    values[item.index] = captured(item.index, value) if captured else value
                 return values[item.index]
             if isinstance(item, torch.dtype) and item.is_floating_point:
                 return dtype or (torch.float32 if item in LOW_PRECISION else item)
@@ -288,15 +300,26 @@ class OperationGraph:
                 operation = self.operations[number]
                 operation.require_repeatable()
                 args, kwargs = map_tree(operation.args, decode), map_tree(operation.kwargs, decode)
-                results = operation.repeat(args, kwargs, detach)
+                results = repeat(number, operation, args, kwargs) if repeat else operation.repeat(args, kwargs, detach)
                 known.update(zip(operation.results, tensors(results), strict=True))
         return known
 
     def _own(self, node: int, value: Tensor) -> Tensor:
         """Return a value that may be overwritten where the network overwrites its node."""
-        is_overwritten = node not in self._inputs or self.captures.is_overwritten(self._inputs[node])
+        is_overwritten = node not in self.inputs or self.captures.is_overwritten(self.inputs[node])
         return value.clone() if is_overwritten else value
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return value.to(dtype) if dtype is not None and value.is_floating_point() else upcast(value)
+
+
+def sharing_memory(graph: OperationGraph, nodes: Collection[int], among: Collection[int]) -> list[int]:
+    """Return those of some nodes that lie in memory of one of others."""
+    used = {storage_of(graph.tensor_of(node)) for node in nodes if graph.tensor_of(node).numel()}
+    return [n for n in among if graph.tensor_of(n).numel() and storage_of(graph.tensor_of(n)) in used]
+
+
+def is_overwritten(graph: OperationGraph, node: int, after: int) -> bool:
+    """Return whether an operation later than number `after` changes the memory of a node in place."""
+    return any(graph.writes_into(operation, {node}) for operation in graph.operations[after + 1 :])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -56,6 +56,31 @@ class ConvolutionCall(NamedTuple):
     weight: Tensor
     bias: Tensor
     geometry: dict[str, Any]
+
+
+@runtime_checkable
+class RecordedLoss(Protocol):
+    """What is read of a record to say what the loss is as a function of a cut."""
+
+    @property
+    def graph(self) -> OperationGraph:
+        """The recorded operations."""
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The nodes through which all influence on the loss passes, in order; the loss is the last."""
+
+    @property
+    def linear_calls(self) -> tuple[LinearCall, ...]:
+        """Calls of linear modules, in order."""
+
+    @property
+    def ancestry(self) -> frozenset[int]:
+        """The numbers of the operations that the loss depends on."""
+
+    @property
+    def path(self) -> str:
+        """The recorded steps up to the loss."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional import HadamardGram, centred_rows, confidence, curvature_diagonal, relative_flatness
+from lightning_flatness.functional import (
+    HadamardGram,
+    centred_rows,
+    confidence,
+    curvature_diagonal,
+    curvature_factor,
+    relative_flatness,
+)
 
 
 def curvature(logits: Tensor) -> Tensor:
@@ -76,3 +83,12 @@ def test_diagonal_where_two_rows_are_close_and_the_third_is_far(dtype: torch.dty
     exact = head.double().mT @ curvature(logits) @ head.double()
     torch.testing.assert_close(expected, exact.diagonal(dim1=1, dim2=2), rtol=1e-6, atol=0)
     torch.testing.assert_close(curvature_diagonal(logits, head).double(), expected, rtol=PRECISIONS[dtype], atol=0)
+
+
+def test_the_factor_gives_the_curvature_and_keeps_its_precision() -> None:
+    logits = torch.tensor([[0.2, -1.0, 2.0], [40.0, 0.0, 3.0]]).double()
+    s = logits.softmax(1)
+    factor = curvature_factor(logits)
+    torch.testing.assert_close(factor.mT @ factor, s.diag_embed() - s[:, :, None] * s[:, None])
+    single = curvature_factor(logits.float())
+    torch.testing.assert_close(single.square().sum((1, 2)).double(), factor.square().sum((1, 2)), rtol=1e-5, atol=0)

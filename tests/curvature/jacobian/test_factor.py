@@ -1,0 +1,37 @@
+"""The factor of the loss's curvature, whatever the loss and the head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_flatness.curvature.jacobian.factor import loss_factor
+from lightning_flatness.curvature.objective import Objective
+from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated
+from lightning_flatness.recording.graph import Cut
+
+PHI, HEAD = torch.tensor([[0.3, -2.0, 1.0], [30.0, 0.0, -1.0]]).double(), torch.arange(6).reshape(3, 2).double().sin()
+LABELS = torch.tensor([[0.2, 0.3, 0.5], [0.0, 2.0, 0.0]]).double()
+S = PHI.softmax(1)
+OTHER = torch.tensor([[[1.0, 2.0, 0.0], [2.0, -1.0, 0.5], [0.0, 0.5, 3.0]]] * 2).double()
+SOFTMAX = LABELS.sum(1)[:, None, None] * (S.diag_embed() - S[:, :, None] * S[:, None])
+SIGMOID = (PHI.sigmoid() * (-PHI).sigmoid()).diag_embed()
+
+
+@pytest.mark.parametrize("bend", [None, torch.tensor([[[1.0, -3.0], [-3.0, 0.5]]] * 2).double()])
+@pytest.mark.parametrize(
+    ("loss", "curvature", "rows"),
+    [
+        (CrossEntropy(), SOFTMAX, 2),
+        (BinaryCrossEntropy(), SIGMOID, 3),
+        (Differentiated(torch.zeros_like(PHI), OTHER), OTHER, 3),
+    ],
+)
+def test_the_factor_gives_the_curvature(loss, curvature: Tensor, rows: int, bend: Tensor | None) -> None:
+    goal = Objective(Cut(0, 0), torch.ones(2).bool(), PHI, HEAD, loss, LABELS, bend)
+    factor, signs = loss_factor(goal)
+    expected = HEAD.T @ curvature @ HEAD + (0 if bend is None else bend)
+    signs = torch.ones(factor.shape[:2]) if signs is None else signs
+    torch.testing.assert_close(torch.einsum("mnj,mn,mnk->njk", factor, signs.double(), factor), expected)
+    assert len(factor) == (rows if bend is None else 2)

@@ -1,0 +1,185 @@
+"""Every layer and the whole network against dense Hessians and Jacobians."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import CASES, CLASSES, Case, Loss, Twice, gauss_newton, measured, recorded, whole_trace
+from recorded import Measured
+from torch import Tensor, nn
+
+from lightning_flatness import JacobianMethod, UnsupportedTailError, oracle
+
+NAMED = {case.name: case for case in CASES}
+EXACT, CURVED = [case for case in CASES if not case.ggn], [case for case in CASES if case.ggn]
+LABELS = (torch.arange(5 * CLASSES).reshape(5, CLASSES) % 2).double()
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0]).double()
+
+
+def focal(phi: Tensor, y: Tensor) -> Tensor:
+    log = phi.log_softmax(1).gather(1, y[:, None])[:, 0]
+    return -((1 - log.exp()) ** 2 * log).mean()
+
+
+# Each maps logits and class indices to a mean over samples.
+LOSSES: dict[str, Loss] = {
+    "cross-entropy": F.cross_entropy,
+    "label smoothing": lambda phi, y: F.cross_entropy(phi, y, label_smoothing=0.2),
+    "class weights": lambda phi, y: F.cross_entropy(phi, y, WEIGHTS, reduction="none").mean(),
+    "temperature": lambda phi, y: F.cross_entropy(phi / 3, y),
+    "binary": lambda phi, y: F.binary_cross_entropy_with_logits(phi, F.one_hot(y, CLASSES).double()),
+    "squared error": lambda phi, y: F.mse_loss(phi, F.one_hot(y, CLASSES).double()),
+    "squared error of probabilities": lambda phi, y: F.mse_loss(phi.softmax(1), F.one_hot(y, CLASSES).double()),
+    "focal": focal,
+}
+close = {"rtol": 1e-9, "atol": 1e-12}
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_every_layer_and_the_whole_network_equal_brute_force(case: Case) -> None:
+    model, (x, y) = case.model(), case.data()
+    found = measured(model, x, y)
+    assert (found.left_out, found.network_curvature) == ((), "hessian")
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
+    assert set(found.by_layer) == set(layers)
+    for name, quantities in found.by_layer.items():
+        assert quantities.curvature == "hessian", name
+        torch.testing.assert_close(quantities.hessian_trace, oracle.hessian_trace(model, name, x, y), **close)
+        torch.testing.assert_close(quantities.relative_flatness, oracle.relative_flatness(model, name, x, y), **close)
+    torch.testing.assert_close(found.network, whole_trace(model, x, y), **close)
+
+
+@pytest.mark.parametrize("case", CURVED, ids=str)
+def test_behind_curved_steps_it_is_the_gauss_newton_part(case: Case) -> None:
+    model, (x, y) = case.model(), case.data()
+    found = measured(model, x, y)
+    assert {name for name, kind in found.curvature.items() if kind == "ggn"} == set(case.ggn)
+    assert (found.left_out, found.network_curvature) == ((), "ggn")
+    for name, quantities in found.by_layer.items():
+        trace, relative = gauss_newton(model, f"{name}.weight", x, y)
+        torch.testing.assert_close(quantities.hessian_trace, trace, **close)
+        torch.testing.assert_close(quantities.relative_flatness, relative, **close)
+    total = sum(gauss_newton(model, name, x, y)[0] for name, _ in model.named_parameters())
+    torch.testing.assert_close(found.network, total, **close)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss(name: str) -> None:
+    case, loss = NAMED["residual, max-pool, groups, PReLU"], LOSSES[name]
+    model, (x, y) = case.model(), case.data()
+    found = measured(model, x, y, loss)
+    assert found.network_curvature == "hessian"
+    torch.testing.assert_close(found.network, whole_trace(model, x, y, loss), **close)
+    for layer, quantities in found.by_layer.items():
+        expected = oracle.relative_flatness(model, layer, x, y, loss)
+        torch.testing.assert_close(quantities.relative_flatness, expected, **close)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_groups_of_samples_and_single_layers_give_the_same(case: Case) -> None:
+    model, (x, y) = case.model(), case.data()
+    whole = measured(model, x, y)
+    torch.testing.assert_close(measured(model, x, y, chunk_bytes=1).network, whole.network, **close)
+    for name, quantities in list(whole.by_layer.items())[:2]:
+        alone = measured(model, x, y, layers=(name,), chunk_bytes=1)
+        assert (alone.network, set(alone.by_layer)) == (None, {name})
+        torch.testing.assert_close(alone.by_layer[name].relative_flatness, quantities.relative_flatness, **close)
+
+
+def test_a_pooled_tail_gives_the_closed_form() -> None:
+    model, (x, y) = NAMED["pooled"].model(), NAMED["pooled"].data()
+    with Measured(model) as recorder, torch.no_grad():
+        model(x)
+        pooled = recorder.quantities(y)
+    found = measured(model, x, y, layers=("0",)).by_layer["0"]
+    for name in ("hessian_trace", "relative_flatness", "confidence", "output_margin", "softmax_margin"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(pooled, name), rtol=1e-12, atol=1e-14)
+
+
+def test_float32_keeps_its_precision_where_the_network_is_sure() -> None:
+    case = NAMED["residual, max-pool, groups, PReLU"]
+    model, (x, _) = case.model(), case.data()
+    model[-1].weight.data.mul_(60)
+    y = model(x).argmax(1)
+    exact = measured(model, x, y)
+    found = measured(model.float(), x.float(), y)
+    assert float(next(iter(exact.by_layer.values())).confidence.min()) < 1e-9
+    torch.testing.assert_close(found.network, exact.network, rtol=1e-3, atol=0)
+    assert abs(float(found.network.mean() / exact.network.mean()) - 1) < 1e-4
+
+
+def test_samples_that_the_loss_leaves_out_and_a_part_of_them() -> None:
+    model, (x, y) = NAMED["LeNet"].model(), NAMED["LeNet"].data()
+    full = measured(model, x, y).network
+    ignored = y.index_fill(0, torch.tensor([1]), -100)
+    torch.testing.assert_close(measured(model, x, ignored).network, full[[0, 2, 3, 4]], **close)
+    part = JacobianMethod().quantities(recorded(model, x, y), slice(2))
+    assert len(part) == 2
+    torch.testing.assert_close(part.network, full[:2], **close)
+
+
+@pytest.fixture(autouse=True)
+def attention_step_by_step() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_fused_attention_is_refused_with_a_remedy() -> None:
+    torch.backends.mha.set_fastpath_enabled(True)
+    case = NAMED["encoder layer"]
+    with pytest.raises(UnsupportedTailError, match="set_fastpath_enabled"):
+        measured(case.model(), *case.data())
+
+
+class Coupled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h + 0.1 * h.roll(1, 0)
+
+
+class Alone(nn.Module):
+    """A parameter that is used as a matrix of its own, and one that is used in no way that is covered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.matrix = nn.Linear(4, 4), nn.Parameter(torch.randn(4, CLASSES))
+        self.power = nn.Parameter(torch.rand(()) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x.flatten(1)).abs() + 1) ** self.power @ self.matrix
+
+
+def test_what_is_left_out_is_named() -> None:
+    model, x, y = Alone().double(), torch.randn(5, 4).double(), torch.arange(5) % 3
+    found = measured(model, x, y)
+    assert found.left_out == ("power",)
+    names = ("first.weight", "first.bias", "matrix")
+    expected = sum(gauss_newton(model, name, x, y)[0] for name in names)
+    torch.testing.assert_close(found.network, expected, **close)
+
+
+def with_penalty(model: nn.Module) -> Loss:
+    return lambda phi, y: F.cross_entropy(phi, y) + sum(value.square().sum() for value in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("build", "loss", "reason"),
+    [
+        (lambda: Coupled(nn.Flatten(), nn.Linear(16, CLASSES)), None, "depend"),
+        (lambda: mlp_in_training(), None, "training mode"),
+        (lambda: Twice(False), with_penalty, "penalty"),
+    ],
+)
+def test_what_has_no_values_of_single_samples_is_refused(build, loss, reason) -> None:
+    model, (x, y) = build().double(), NAMED["LeNet"].data()
+    with pytest.raises(UnsupportedTailError, match=reason):
+        measured(model, x, y, loss(model) if loss else F.cross_entropy)
+
+
+def mlp_in_training() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).train()

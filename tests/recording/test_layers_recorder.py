@@ -1,0 +1,59 @@
+"""Passes are recorded from the parameters on, and stay as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import CASES, Case
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_flatness import LayersRecorder, UnsupportedTailError
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=str)
+def test_the_pass_is_the_same_to_the_last_bit_and_nothing_stays(case: Case) -> None:
+    model, (x, y) = case.model(), case.data()
+    before = model(x)
+    with LayersRecorder(model) as recorder:
+        during = model(x)
+        assert recorder.depends(during)
+        assert recorder.output is during
+        record = recorder.take_pass(F.cross_entropy(during, y))
+        assert not recorder.has_run
+    assert during.equal(before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert len(record.graph.operations) > 3
+
+
+def test_only_one_of_two_branches_is_named() -> None:
+    model, (x, y) = (case := next(case for case in CASES if case.name == "branches")).model(), case.data()
+    with LayersRecorder(model, ("right", "head")) as recorder, torch.no_grad():
+        record = recorder.take_pass(F.cross_entropy(model(x), y))
+    assert record.layers == {"right": "right.weight", "head": "head.weight"}
+    assert sum(operation.name == "convolution" for operation in record.graph.operations) == 1
+
+
+@pytest.mark.parametrize(("name", "reason"), [("1", "must name one of"), ("2", "of its own"), ("nothing", "must name")])
+def test_names_are_checked(name: str, reason: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), parametrizations.weight_norm(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=reason):
+        LayersRecorder(model, (name,))
+
+
+def test_what_cannot_be_taken_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with LayersRecorder(model, ("0",)) as recorder:
+        with pytest.raises(UnsupportedTailError, match="must run"):
+            recorder.take_pass(torch.zeros(()))
+        model[1](torch.ones(3, 2))
+        model(torch.ones(3, 2))
+        with pytest.raises(UnsupportedTailError, match="one number that depends on"):
+            recorder.take_pass(torch.zeros(()))
+        model(torch.ones(0, 2))
+        with pytest.raises(ValueError, match="at least one sample"):
+            recorder.take_pass(torch.zeros(()))
+        recorder.ignore_passes()
+        model(torch.ones(3, 2))
+        assert not recorder.has_run
