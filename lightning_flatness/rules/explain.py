@@ -310,7 +310,8 @@ def _only(violation: Violation) -> Literal["weights", "logits", "confidence"] | 
 
     if abs(own) < _NOTICEABLE:
         return None
-    if name in _SCALED and stayed(RELATIVE):
+    unmoved = all(stayed(each) for each in (CONFIDENCE, SCALE_FREE) if each in changes)
+    if name in _SCALED and stayed(RELATIVE) and unmoved:
         return "weights"
     if name == RELATIVE and stayed(SCALE_FREE):
         return "logits"

@@ -143,6 +143,33 @@ def test_the_trainer_goes_on_from_the_cut(model: str) -> None:
     assert all(said.startswith("Learning rate cut from ") and " to " in said for said in act.said)
 
 
+@pytest.mark.parametrize("model", [*SCHEDULES, "two optimizers"])
+@pytest.mark.parametrize("options", [{}, {"scale_floors": False, "min_lr": 0.015}], ids=["plain", "floors"])
+def test_a_cut_that_is_not_armed_says_what_an_armed_one_does(model: str, options: dict[str, Any]) -> None:
+    def fit(actions: dict[int, Action]) -> tuple[Trainer, Act]:
+        act = Act(actions)
+        return fitted(TwoOptimizers() if model == "two optimizers" else Line(SCHEDULES[model]), act, max_epochs=3), act
+
+    (_, armed), (run, unarmed), (untouched, plain) = (
+        fit(actions) for actions in ({1: ReduceLR(0.5, **options)}, {1: ReduceLR(0.5, armed=False, **options)}, {})
+    )
+    (done,), (said,) = armed.said, unarmed.said
+    assert said.replace("Would have cut the learning rate", "Learning rate cut").replace(" (not armed)", "") == done
+    assert " to " in said
+    assert unarmed.rates == plain.rates != armed.rates
+    for one, other in zip(run.lr_scheduler_configs, untouched.lr_scheduler_configs, strict=True):
+        assert str(one.scheduler.state_dict()) == str(other.scheduler.state_dict())
+    assert str([o.state_dict() for o in run.optimizers]) == str([o.state_dict() for o in untouched.optimizers])
+
+
+def test_a_stop_that_is_not_armed_never_comes() -> None:
+    stop = StopTraining(armed=False)
+    trainer = fitted(Line(), act := Act({0: stop}), min_epochs=2, max_epochs=4)
+    assert act.said == ["Would have stopped here, not before min_epochs=2 (not armed)."]
+    stop.resume(ALERT, trainer)
+    assert (trainer.global_step, stop.reason) == (4 * BATCHES, None)
+
+
 @pytest.mark.parametrize("schedule", ["one cycle", "cosine floor", "warm", "plateau"])
 def test_a_resumed_training_goes_on_from_the_cut(schedule: str, tmp_path: Path) -> None:
     """From the checkpoint of the very validation in which the learning rate was cut."""
