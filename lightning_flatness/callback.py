@@ -15,6 +15,7 @@ from lightning_flatness.curvature.methods import Choice, Method, MethodName, Rec
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.churn import PredictionChurn
+from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import CHURN, keys_of
 from lightning_flatness.losses import as_loss
@@ -61,6 +62,7 @@ class FlatnessMonitor(Callback):
             `"cross_entropy"`, `"bce_with_logits"`, a loss of torch, or a function `(output, targets)` that returns one
             number.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
+        per_sample: add up what the validations of a training say about each sample; see `samples`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
         chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted
             in groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
@@ -68,6 +70,8 @@ class FlatnessMonitor(Callback):
 
     Attributes:
         measured: what the last validation measured, in words; None: nothing.
+        samples: the sharpest, the least certain and the suspicious samples of the last training, a `SampleHistory`;
+            None unless `per_sample`. Every process has its own samples. A resumed training starts anew.
         alerts: all alerts so far, oldest first, of earlier trainings too. In processes that `ddp_fork` or `ddp_spawn`
             starts they stay in these processes; checkpoints and loggers have them.
 
@@ -90,6 +94,7 @@ class FlatnessMonitor(Callback):
         target: Callable[[Any], Tensor] | None = None,
         loss: str | nn.Module | Callable[[Any, Any], Tensor] | None = None,
         name: str | None = None,
+        per_sample: bool = False,
         strict: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
@@ -116,6 +121,8 @@ class FlatnessMonitor(Callback):
         self.target = target
         self.loss = None if loss is None else as_loss(loss)
         self.name = name if name is not None else "train" if data == "train" else ""
+        self.per_sample = per_sample
+        self.samples: SampleHistory | None = None
         self.strict = strict
         self.chunk_bytes = chunk_bytes
         self._suffix = f"/{self.name}" if self.name else ""
@@ -155,6 +162,7 @@ class FlatnessMonitor(Callback):
             self._earlier = self.alerts
             self._runner = RuleRunner(self._runner.rules, self._suffix)
             self._schedule.start()
+            self.samples = SampleHistory() if self.per_sample else None
         self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(self.method)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,6 +191,7 @@ class FlatnessMonitor(Callback):
                 self.target,
                 self.loss,
                 self._churn,
+                self.samples if counts(trainer) else None,
             )
 
     def on_validation_batch_start(
