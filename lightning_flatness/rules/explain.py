@@ -36,6 +36,8 @@ _LEVELS = {
 _SCALED = (TRACE, HEAD, KERNEL, FEATURES)
 _NEGLIGIBLE = 0.1  # of the change to be explained, both in log
 _NOTICEABLE = math.log(1.1)
+# Rise of scale-free flatness that tells wrong labels from too high a learning rate, see docs/how-to/alerts.md.
+_SHARPENED = math.log(1.5)
 _NEGATIVE = "margin/negative"
 # What it means when a value rises, and when it falls.
 _WORDS = {
@@ -195,7 +197,7 @@ def advice(rule_name: str, violations: Sequence[Violation]) -> Advice:
         return _NONFINITE
     changes = _own_changes(violations[0]) if violations else {}
     if rule_name == "divergence":
-        return _LABELS if changes.get(SCALE_FREE, 0.0) > _NOTICEABLE else _RATE
+        return _LABELS if changes.get(SCALE_FREE, 0.0) > _SHARPENED else _RATE
     if rule_name in ("label_noise", "memorisation"):
         return _LABELS if rule_name == "label_noise" else _MEMORISED
     if not violations:

@@ -1,7 +1,14 @@
 from __future__ import annotations
 
+import json
+import queue
+import re
+import sys
+import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -334,6 +341,74 @@ def test_a_notification_holds_the_alert() -> None:
     fitted(Line(), act := Act({1: Notify(received.append)}))
     assert received == [ALERT]
     assert act.said == ["Notified: append."]
+
+
+class Server(ThreadingHTTPServer):
+    """A webhook on this machine; it answers when it is told to."""
+
+    def __init__(self) -> None:
+        server, self.received, self.answer = self, queue.Queue[bytes](), threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                server.received.put(self.rfile.read(int(self.headers["Content-Length"])))
+                server.answer.wait(60)
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+def webhook(monkeypatch: pytest.MonkeyPatch, url: str) -> dict[str, Any]:
+    """Run the code of the documentation; the threads that are to be joined at exit are in `joined`."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "alerts.md"
+    (code,) = (
+        part for part in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S) if "urllib" in part
+    )
+    monkeypatch.setenv("ALERT_WEBHOOK", url)
+    joined: list[Any] = []
+    monkeypatch.setattr("atexit.register", lambda join, *limits: joined.append((join, limits)))
+    namespace: dict[str, Any] = {"joined": joined}
+    exec(code, namespace)
+    return namespace
+
+
+def test_the_webhook_of_the_documentation_sends_and_does_not_stall_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The training ends while the server has not answered any request."""
+    with Server() as server:
+        code = webhook(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+        others = Alert("divergence", "k", 1.0, 2.0, 9, 1, "k fell."), Alert("mine", "k", 1.0, 2.0, 9, 1, "k rose.")
+        monkeypatch.setattr(sys.modules[__name__], "ALERT", replace(ALERT, others=others))
+        trainer = fitted(Line(), act := Act({1: Notify(code["send"])}))
+        assert (trainer.global_step, act.said) == (5 * BATCHES, ["Notified: send."])
+        message = json.loads(server.received.get(timeout=30))
+        assert message["step"] == ALERT.step
+        assert message["text"].startswith("rule and divergence and mine, warning\nrule: warning at step 8, epoch 1\n")
+        assert "same event: divergence at step 9. k fell." in message["text"]
+        ((join, limits),) = code["joined"]
+        assert limits == (10,)  # seconds
+        assert join.__self__.daemon
+        server.answer.set()
+        join(30)
+        server.shutdown()
+
+
+def test_a_webhook_that_is_not_there_is_a_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server()
+    server.shutdown()
+    server.server_close()
+    code = webhook(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    code["send"](ALERT)
+    for join, _ in code["joined"]:
+        join(30)
+    assert "The alert could not be sent" in caplog.text
 
 
 def test_escalation() -> None:
