@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -24,12 +24,15 @@ _LOADER = re.compile(r"/dataloader_idx_\d+$")
 class RuleRunner:
     """The rules of one monitor, their alerts and their actions.
 
+    Rules that fire in the same validation, or in the next one, report one event: the alert of the first has those of
+    the others, each with its own number. What the rules remember and what they do does not depend on that.
+
     Args:
         rules: the rules; `"default"`: the built-in ones, which report and never act.
         suffix: how the monitor's keys end.
 
     Attributes:
-        alerts: all alerts so far, oldest first.
+        alerts: all alerts so far, one for each event, oldest first.
 
     Raises:
         ValueError: if something is not a rule, or an action is not an action.
@@ -46,6 +49,7 @@ class RuleRunner:
         self._trackers = [RuleTracker(rule) for rule in self.rules]
         self._loggers = LoggerAlerts()
         self._absent: frozenset[str] = frozenset()  # keys that the method does not give
+        self._recent = 0  # from this alert on, they began in the previous validation
         self._is_resuming = False  # a checkpoint has been loaded, and what its alerts had begun is not yet taken up
         for rule in self.rules:
             for action in rule.action if isinstance(rule.action, (list, tuple)) else [rule.action]:
@@ -98,14 +102,15 @@ class RuleRunner:
             if key not in fresh and not key.startswith(CHURN)  # which the first validation lacks
             if _LOADER.sub("", key) not in self._absent
         ]
+        fired: list[Alert] = []
         for tracker in self._trackers:
             try:
                 alert = tracker.observe(fresh, step=log_step(trainer), epoch=trainer.current_epoch)
             except Exception as error:  # the other rules must see the values all the same
                 errors.append(error)
                 continue
-            if alert is not None:
-                errors += self._handle(alert, trainer, pl_module)
+            fired += [] if alert is None else [alert]
+        errors += self._handle(fired, trainer, pl_module)
         if errors:
             raise errors[0]
 
@@ -116,43 +121,61 @@ class RuleRunner:
         """
         if self._is_resuming:
             self._is_resuming = False
-            for alert in self.alerts:
+            for alert in (each for event in self.alerts for each in (event, *event.others)):
                 if (action := escalation(alert.rule.action, alert.number)) is not None:
                     action.resume(alert, trainer)
 
-    def _handle(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> list[Exception]:
-        """Record an alert, show it, and then act on it; return what failed."""
-        self.alerts.append(alert)
-        action = escalation(alert.rule.action, alert.number)
-        errors: list[Exception] = []
-        rank_zero_info(f"Flatness alert: {alert.reason}")
-        try:
-            self._loggers.show(trainer, alert, "" if action is None else f"Action: {action!r}.")
-        except Exception as error:  # the action must come all the same
-            errors.append(error)
-        try:
-            if action is not None:
-                rank_zero_info(f"Flatness action: {action.apply(alert, trainer, pl_module)}")
-        except ActionError as error:
-            errors.append(error)
-        except Exception as error:
-            failed = ActionError(f"{action!r} failed after an alert, which is recorded: {error!r}")
-            failed.__cause__ = error
-            errors.append(failed)
+    def _handle(self, fired: Sequence[Alert], trainer: Trainer, pl_module: LightningModule) -> list[Exception]:
+        """Record the alerts of one validation, act on them, and then show what happened; return what failed."""
+        begun = len(self.alerts)
+        events = [self._record(alert) for alert in fired]
+        self._recent = begun
+        shown, errors = set(range(begun, len(self.alerts))), list[Exception]()
+        for index in sorted(shown):
+            rank_zero_info(f"Flatness alert: {self.alerts[index]}")
+        for index, alert in zip(events, fired, strict=True):
+            event = self.alerts[index]
+            if index < begun:
+                rank_zero_info(f"Flatness alert, the same event as {event.rule_name} at step {event.step}: {alert}")
+            done, failed = _act(event if event.rule is alert.rule else alert, trainer, pl_module)
+            if done:
+                self._put(index, replace(alert, done=done))
+                shown.add(index)
+            errors += failed
+        for index in sorted(shown):
+            alert = self.alerts[index]
+            done = " ".join(each.done for each in (alert, *alert.others) if each.done)
+            try:
+                self._loggers.show(trainer, alert, done)
+            except Exception as error:
+                errors.append(error)
         return errors
+
+    def _record(self, alert: Alert) -> int:
+        """Add an alert to the event that another rule has just reported, or as a new one; return the event's index."""
+        for index in reversed(range(self._recent, len(self.alerts))):
+            event = self.alerts[index]
+            if not any(each.rule is alert.rule for each in (event, *event.others)):
+                self._put(index, alert)
+                return index
+        self.alerts.append(alert)
+        return len(self.alerts) - 1
+
+    def _put(self, index: int, alert: Alert) -> None:
+        """Put an alert in the place of the earlier version of it in an event, or behind the others."""
+        event = self.alerts[index]
+        if event.rule is alert.rule:
+            self.alerts[index] = replace(alert, others=event.others)
+        else:
+            others = (each for each in event.others if each.rule is not alert.rule)
+            self.alerts[index] = replace(event, others=(*others, alert))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the alerts and what the rules remember, in plain Python types."""
         return {
             "rules": [tracker.state_dict() for tracker in self._trackers],
-            "alerts": [
-                {field.name: getattr(alert, field.name) for field in fields(alert)}
-                | {
-                    "rule": [rule is alert.rule for rule in self.rules].index(True),
-                    "violations": [asdict(violation) for violation in alert.violations],
-                }
-                for alert in self.alerts
-            ],
+            "alerts": [self._saved(alert) for alert in self.alerts],
+            "recent": self._recent,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -171,10 +194,41 @@ class RuleRunner:
         numbers: Counter[int] = Counter()
         for saved in state["alerts"]:
             numbers[saved["rule"]] += 1
-            # Checkpoints from before this had neither numbers nor violations.
-            violations = tuple(Violation(**each) for each in saved.get("violations", ()))
-            known = {"number": numbers[saved["rule"]], **saved}
-            self.alerts.append(Alert(**known | {"rule": self.rules[saved["rule"]], "violations": violations}))
+            # Checkpoints from before this had neither numbers nor violations, nor several rules in one alert.
+            self.alerts.append(self._loaded({"number": numbers[saved["rule"]], **saved}))
+        self._recent = state.get("recent", len(self.alerts))
+
+    def _saved(self, alert: Alert) -> dict[str, Any]:
+        return {field.name: getattr(alert, field.name) for field in fields(alert)} | {
+            "rule": [rule is alert.rule for rule in self.rules].index(True),
+            "violations": [asdict(violation) for violation in alert.violations],
+            "others": [self._saved(each) for each in alert.others],
+        }
+
+    def _loaded(self, saved: Mapping[str, Any]) -> Alert:
+        changed = {
+            "rule": self.rules[saved["rule"]],
+            "violations": tuple(Violation(**each) for each in saved.get("violations", ())),
+            "others": tuple(self._loaded(each) for each in saved.get("others", ())),
+        }
+        return Alert(**{**saved, **changed})
+
+
+def _act(alert: Alert, trainer: Trainer, pl_module: LightningModule) -> tuple[str, list[Exception]]:
+    """Carry out the action of an alert; return what was done, in a sentence, and what failed."""
+    action = escalation(alert.rule.action, alert.number)
+    if action is None:
+        return "", []
+    try:
+        done = action.apply(alert, trainer, pl_module)
+    except ActionError as error:
+        return str(error), [error]
+    except Exception as error:
+        failed = ActionError(f"{action!r} failed after an alert, which is recorded: {error!r}")
+        failed.__cause__ = error
+        return str(failed), [failed]
+    rank_zero_info(f"Flatness action: {done}")
+    return done, []
 
 
 def _unknown(key: str, logged: Sequence[str]) -> ValueError:

@@ -15,6 +15,7 @@ from lightning_flatness.curvature.methods import Choice, Method, MethodName, Rec
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.churn import PredictionChurn
+from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts
 from lightning_flatness.keys import CHURN, keys_of
@@ -63,6 +64,7 @@ class FlatnessMonitor(Callback):
             `"cross_entropy"`, `"bce_with_logits"`, a loss of torch, or a function `(output, targets)` that returns one
             number.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
+        per_sample: add up what the validations of a training say about each sample; see `samples`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
         verify: once per run and loader, call the network again on a few samples with moved filters, and compare it
             with what the record predicts; see `docs/concepts/assumptions.md`. Everything is restored to the last bit.
@@ -72,6 +74,8 @@ class FlatnessMonitor(Callback):
 
     Attributes:
         measured: what the last validation measured, in words; None: nothing.
+        samples: the sharpest, the least certain and the suspicious samples of the last training, a `SampleHistory`;
+            None unless `per_sample`. Every process has its own samples. A resumed training starts anew.
         alerts: all alerts so far, oldest first, of earlier trainings too. In processes that `ddp_fork` or `ddp_spawn`
             starts they stay in these processes; checkpoints and loggers have them.
 
@@ -94,20 +98,14 @@ class FlatnessMonitor(Callback):
         target: Callable[[Any], Tensor] | None = None,
         loss: str | nn.Module | Callable[[Any, Any], Tensor] | None = None,
         name: str | None = None,
+        per_sample: bool = False,
         strict: bool = False,
         verify: bool = True,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Check the arguments; the model is looked at when the run starts."""
         _join_other_namespace()
-        if isinstance(data, str) and data not in ("val", "train"):
-            raise ValueError(f'`data` must be "val", "train" or an iterable of batches; got {data!r}.')
-        if not isinstance(data, str):
-            require_batches(data, "data")
-        if isinstance(data, Iterator):
-            raise ValueError(
-                f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}."
-            )
+        _require_data(data)
         require_counts(every_n_validations=every_n_validations, chunk_bytes=chunk_bytes)
         if max_samples is not None:
             require_counts(max_samples=max_samples)
@@ -121,6 +119,8 @@ class FlatnessMonitor(Callback):
         self.target = target
         self.loss = None if loss is None else as_loss(loss)
         self.name = name if name is not None else "train" if data == "train" else ""
+        self.per_sample = per_sample
+        self.samples: SampleHistory | None = None
         self.strict = strict
         self.verify = verify
         self.chunk_bytes = chunk_bytes
@@ -163,6 +163,7 @@ class FlatnessMonitor(Callback):
             self._earlier = self.alerts
             self._runner = RuleRunner(self._runner.rules, self._suffix)
             self._schedule.start()
+            self.samples = SampleHistory() if self.per_sample else None
         self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(self.method)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,6 +193,7 @@ class FlatnessMonitor(Callback):
                 self.loss,
                 self._verification,
                 self._churn,
+                self.samples if counts(trainer) else None,
             )
 
     def on_validation_batch_start(
@@ -317,6 +319,16 @@ def _join_other_namespace() -> None:
 # Lightning takes a callback with `__wrapped__` for one without a state of its own, and does not compare it with others.
 # Of two equal monitors it would complain in its own words before `setup` can say what to do. The state is saved anyway.
 FlatnessMonitor.state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
+
+
+def _require_data(data: Any) -> None:
+    """Refuse what is neither a name of data nor an iterable of batches that can be read again."""
+    if isinstance(data, str) and data not in ("val", "train"):
+        raise ValueError(f'`data` must be "val", "train" or an iterable of batches; got {data!r}.')
+    if not isinstance(data, str):
+        require_batches(data, "data")
+    if isinstance(data, Iterator):
+        raise ValueError(f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}.")
 
 
 def _require_called(rules: Any) -> None:

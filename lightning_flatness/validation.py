@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from typing import Any, TypeGuard, cast
 
@@ -24,7 +25,8 @@ from lightning_flatness.data.passes import (
     transferred,
 )
 from lightning_flatness.data.repetition import verify_call
-from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_limit
+from lightning_flatness.data.samples import SampleHistory
+from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_indices, sample_limit
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.keys import CHURN
@@ -99,6 +101,7 @@ class MeasuredValidation:
         loss: of the `FlatnessMonitor`.
         verification: says for which loaders the record is still to be verified.
         churn: has the predictions of the previous validation; None: there is none.
+        samples: adds up what the validations say about each sample; None: nobody asks.
 
     Attributes:
         measured: what is measured, in words; None: nothing so far.
@@ -118,6 +121,7 @@ class MeasuredValidation:
         loss: Loss | Callable[[Any, Any], Tensor] | None,
         verification: Verification,
         churn: PredictionChurn | None = None,
+        samples: SampleHistory | None = None,
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools, self.choice = failures, tools, choice
@@ -134,6 +138,9 @@ class MeasuredValidation:
         self._assumed = ""
         self._churn, self._churned = churn or PredictionChurn(), dict[int, float]()
         self._churn.start()
+        self._samples = samples
+        if samples is not None:
+            samples.start()
         self._evaluations: list[Evaluation] = []
         with failures.contained(self.close):
             self._evaluations = [Evaluation(pl_module.device, "auto") for _ in range(self._count)]
@@ -198,6 +205,10 @@ class MeasuredValidation:
             loaders: their indices.
             suffix: of the keys, before that of the loader.
         """
+        if self._samples is not None:
+            for index in loaders:
+                given = self._data, self._trainer, index
+                self._samples.finish(index, ordered_source(*given), partial(sample_indices, *given, self._max_samples))
         values = {index: self._evaluations[index].compute() for index in loaders}
         for index in self._churned:
             values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
@@ -248,6 +259,8 @@ class MeasuredValidation:
 
     def _add(self, quantities: SampleQuantities, loader: int) -> None:
         self._evaluations[loader].update(quantities)
+        if self._samples is not None:
+            self._samples.add(loader, quantities)
         self._churn.add(loader, quantities.prediction, ordered_source(self._data, self._trainer, loader))
 
     def _loss_of(self, recorder: Recorder, outputs: Any, batch: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_flatness import measure
+from lightning_flatness import Alert, FlatnessMonitor, measure
 
 KEYS = {"flatness/relative", "flatness/trace", "flatness/confidence", "margin/mean"}
 
@@ -122,6 +122,11 @@ def everything(module: Classifier, run: Trainer) -> list[Any]:
 
 def hooks(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def firings(monitor: FlatnessMonitor) -> list[Alert]:
+    """The alert of each rule, also of those that share an event."""
+    return [each for alert in monitor.alerts for each in (alert, *alert.others)]
 
 
 def given_batches() -> list[Any]:

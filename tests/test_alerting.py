@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning_runs import KEYS, Classifier, Values, images, trainer
+from lightning_runs import KEYS, Classifier, Values, everything, firings, images, trainer
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_flatness import Action, AllOf, AnyOf, FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
@@ -131,12 +131,12 @@ def test_an_alert_is_shown_before_its_action_fails(tmp_path: Any, error: Excepti
     with pytest.warns(UserWarning, match=message) as caught:
         run.fit(Classifier())
     assert sum("FlatnessMonitor" in str(each.message) for each in caught) == 1
-    assert [text.split(". ")[-1] for text in logger.texts] == [
-        "Action: Fails().",
-        "Action: Fails().",
-        "Action: StopTraining().",
-    ]
-    assert len(monitor.alerts) == 3
+    done = [message if isinstance(error, ActionError) else "RuntimeError('fault')"] * 2
+    assert all(
+        text.endswith(end) for text, end in zip(logger.texts, [done[0], f"{done[1]} Training stops."], strict=True)
+    )
+    assert len(monitor.alerts) == 2
+    assert len(firings(monitor)) == 3
     assert run.current_epoch == 2
 
 
@@ -146,6 +146,87 @@ def test_what_happens_is_said_in_order(tmp_path: Any, monkeypatch: pytest.Monkey
     trainer(tmp_path, FlatnessMonitor(rules=[Rule(**ALWAYS, action=ReduceLR(0.5))]), max_epochs=1).fit(Classifier())
     assert [text.split(": ")[0] for text in said] == ["Flatness alert", "Flatness action"]
     assert said[1].startswith("Flatness action: Learning rate cut from ")
+
+
+def once(at: int, **options: Any) -> Rule:
+    """A rule that fires in one validation."""
+    return Rule(**ALWAYS, warmup=at, cooldown=99, **options)
+
+
+@pytest.mark.parametrize(
+    ("at", "events"),
+    [
+        ((0, 0, 0), [(0, 0, 0)]),
+        ((1, 0, 1), [(0, 1, 1)]),  # the first one carries those of the next validation
+        ((0, 1, 2), [(0, 1), (2,)]),  # and no later ones
+        ((2, 0, 5), [(0,), (2,), (5,)]),
+    ],
+)
+def test_rules_that_fire_for_one_event_are_one_alert(tmp_path: Any, at: tuple[int, ...], events: list[Any]) -> None:
+    acted: list[tuple[str, int, int]] = []
+    rules = [
+        once(
+            when,
+            name=f"rule {i}",
+            action=Notify(lambda alert: acted.append((alert.rule_name, alert.epoch, alert.number))),
+        )
+        for i, when in enumerate(at)
+    ]
+    monitor = FlatnessMonitor(rules=rules, strict=True)
+    trainer(tmp_path, monitor, max_epochs=7).fit(Classifier())
+    assert [tuple(each.epoch for each in (alert, *alert.others)) for alert in monitor.alerts] == events
+    assert sorted(acted) == [(f"rule {i}", when, 1) for i, when in enumerate(at)]  # each acts in its own validation
+    assert all(alert.done == "Notified: <lambda>." for alert in firings(monitor))
+    names = [f"rule {i}" for i, when in enumerate(at) if when == min(at)]
+    assert monitor.alerts[0].rule_names[: len(names)] == tuple(names)
+
+
+def test_a_rule_that_fires_again_is_a_new_alert(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(rules=[Rule(**ALWAYS), Rule(**ALWAYS)], strict=True)
+    trainer(tmp_path, monitor, max_epochs=3).fit(Classifier())
+    assert [(alert.epoch, alert.number, [each.number for each in alert.others]) for alert in monitor.alerts] == [
+        (0, 1, [1]),
+        (1, 2, [2]),
+        (2, 3, [3]),
+    ]
+
+
+def test_an_event_goes_on_after_a_resume(tmp_path: Any) -> None:
+    """The second rule fires in the first validation after the checkpoint; both cuts are taken up."""
+
+    def run(checkpoint: Any, *callbacks: Any) -> list[Any]:
+        rules = [once(1, action=ReduceLR(0.5)), once(2, action=ReduceLR(0.5))]
+        monitor = FlatnessMonitor(rules=rules, strict=True)
+        trainer(tmp_path, monitor, *callbacks, max_epochs=4, enable_checkpointing=True).fit(
+            Classifier(), ckpt_path=checkpoint
+        )
+        return [(alert.done, [each.done for each in alert.others]) for alert in monitor.alerts]
+
+    whole = run(None, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
+    assert len(whole) == 1
+    assert "Learning rate cut from" in whole[0][0]
+    assert len(whole[0][1]) == 1
+    assert run(tmp_path / "epoch=1.ckpt") == whole
+    assert run(tmp_path / "epoch=2.ckpt") == whole
+
+
+def test_rules_that_are_not_armed_change_nothing(tmp_path: Any) -> None:
+    """Neither in the training nor in one that goes on from its checkpoint."""
+    actions = [ReduceLR(0.1, armed=False), StopTraining(armed=False)]
+    left, said = [], []
+    for rules in ([Rule(**ALWAYS, action=actions)], []):
+        folder = tmp_path / str(len(rules))
+        checkpoint = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        for path in (None, folder / "epoch=1.ckpt"):
+            monitor, module = FlatnessMonitor(rules=rules, strict=True), Classifier()
+            run = trainer(tmp_path, monitor, checkpoint, max_epochs=4, enable_checkpointing=True)
+            run.fit(module, ckpt_path=path)
+            left.append(everything(module, run))
+            said.append([alert.done for alert in monitor.alerts])
+    assert left[:2] == left[2:]
+    assert said[0] == said[1]
+    assert said[0][0].startswith("Would have cut the learning rate from ")
+    assert said[0][1:] == ["Would have stopped here (not armed)."] * 3
 
 
 def test_validate_alone_is_not_judged(tmp_path: Any) -> None:
@@ -159,9 +240,9 @@ def test_with_several_loaders_a_plain_key_is_that_of_the_first(tmp_path: Any) ->
     monitor = FlatnessMonitor(rules=rules)
     run = trainer(tmp_path, monitor, max_epochs=1)
     run.fit(Classifier(loaders=2))
-    for index, alert in enumerate(monitor.alerts):
+    for index, alert in enumerate(firings(monitor)):
         assert alert.value == pytest.approx(float(run.callback_metrics[f"flatness/trace/dataloader_idx_{index}"]))
-    assert len(monitor.alerts) == 2
+    assert len(firings(monitor)) == 2
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -188,7 +269,10 @@ def test_the_built_in_rules_watch_logged_keys(tmp_path: Any) -> None:
 
 
 def summary(monitor: FlatnessMonitor) -> list[Any]:
-    return [(alert.step, alert.epoch, alert.key, alert.value, alert.reason) for alert in monitor.alerts]
+    return [
+        (alert.step, alert.epoch, alert.key, alert.value, alert.number, str(alert), len(alert.others))
+        for alert in monitor.alerts
+    ]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +307,7 @@ def test_a_resumed_run_fires_the_same_alerts(tmp_path: Any, flags: dict[str, Any
     resumed = monitor()
     trainer(tmp_path, resumed, max_epochs=8, **flags).fit(Ordered(), ckpt_path=saved)
     missed = [(a, b) for a, b in zip(summary(unbroken), summary(resumed), strict=False) if a != b]
-    assert len(unbroken.alerts) > 2
+    assert len(firings(unbroken)) > 2
     assert summary(resumed) == summary(unbroken), missed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -79,6 +80,32 @@ def cut_learning_rate(
     for scheduler in members:  # what `get_last_lr` returns; private in torch 2.13
         rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         scheduler._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+def stand_ins(optimizer: Optimizer, schedulers: Sequence[LRScheduler]) -> tuple[Any, list[LRScheduler]]:
+    """Return copies of all that a cut changes: cutting those shows what a cut would do, and does nothing else.
+
+    Args:
+        optimizer: the optimizer.
+        schedulers: its schedulers; those inside others are copied too.
+
+    Returns:
+        What has the optimizer's parameter groups without their parameters, and the schedulers; they serve
+        `cut_learning_rate` and `learning_rates` only.
+    """
+    groups = [
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    return SimpleNamespace(param_groups=groups), [_copied(scheduler) for scheduler in schedulers]
+
+
+def _copied(scheduler: LRScheduler) -> LRScheduler:
+    copied = object.__new__(type(scheduler))
+    vars(copied).update(vars(scheduler))
+    if hasattr(scheduler, "_schedulers"):
+        vars(copied)["_schedulers"] = [_copied(member) for member in scheduler._schedulers]
+    return copied
 
 
 def is_known(scheduler: LRScheduler) -> bool:

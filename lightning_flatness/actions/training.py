@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_flatness.actions.learning_rate import cut_learning_rate, learning_rates
+from lightning_flatness.actions.learning_rate import cut_learning_rate, learning_rates, stand_ins
 from lightning_flatness.actions.lost_cuts import schedulers_of, warn_if_lost
 from lightning_flatness.actions.stopping import may_stop, stop_when_permitted
 from lightning_flatness.rules.alert import Action, ActionError, Alert
@@ -20,31 +20,40 @@ class StopTraining(Action):
     After a validation in the middle of an epoch, the training stops there. A stop is never revoked. If it has to wait,
     `trainer.should_stop` is raised only when Lightning permits the stop, also after a resume.
 
+    Args:
+        armed: False only says what it would have done: to see a rule at work before it may act.
+
     Attributes:
         reason: why the training was stopped; None as long as it was not.
 
     Example:
         >>> StopTraining().reason is None
         True
+        >>> StopTraining(armed=False)
+        StopTraining(armed=False)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, armed: bool = True) -> None:
+        self.armed = armed
         self.reason: str | None = None
 
     def __repr__(self) -> str:
-        return "StopTraining()"
+        return f"StopTraining({'' if self.armed else 'armed=False'})"
 
     def act(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> str:
         """Ask the Trainer to stop, now or as soon as it may."""
-        stop_when_permitted(trainer)
-        self.reason = alert.reason
         limits = {"min_epochs": trainer.min_epochs, "min_steps": trainer.min_steps}
         kept = [f"{name}={limit}" for name, limit in limits.items() if limit]
-        return f"Training stops, not before {' and '.join(kept)}." if kept else "Training stops."
+        limited = f", not before {' and '.join(kept)}" if kept else ""
+        if not self.armed:
+            return f"Would have stopped here{limited} (not armed)."
+        stop_when_permitted(trainer)
+        self.reason = alert.reason
+        return f"Training stops{limited}."
 
     def resume(self, alert: Alert, trainer: Trainer) -> None:
         """Wait on for `min_epochs` and `min_steps`. Beyond them nothing happens: somebody wants to go on."""
-        if not may_stop(trainer):
+        if self.armed and not may_stop(trainer):
             stop_when_permitted(trainer)
             self.reason = alert.reason
 
@@ -64,6 +73,7 @@ class ReduceLR(Action):
             alone. Later values of the schedule are not limited.
         scale_floors: whether `eta_min` of the cosine schedulers and `min_lr` of `ReduceLROnPlateau` are cut too;
             False keeps them: a cosine then runs from \(f\) times its base down to its old floor.
+        armed: False only says what it would have done: to see a rule at work before it may act.
 
     Raises:
         ValueError: if `factor` is not between 0 and 1, or `min_lr` is negative.
@@ -73,7 +83,7 @@ class ReduceLR(Action):
         ReduceLR(factor=0.5, min_lr=1e-06, scale_floors=True)
     """
 
-    def __init__(self, factor: float = 0.1, min_lr: float = 0.0, scale_floors: bool = True) -> None:
+    def __init__(self, factor: float = 0.1, min_lr: float = 0.0, scale_floors: bool = True, armed: bool = True) -> None:
         if not 0 < factor < 1:
             raise ValueError(f"`factor` must lie between 0 and 1, both excluded; got {factor}.")
         if not min_lr >= 0:
@@ -81,9 +91,11 @@ class ReduceLR(Action):
         self.factor = factor
         self.min_lr = min_lr
         self.scale_floors = scale_floors
+        self.armed = armed
 
     def __repr__(self) -> str:
-        return f"ReduceLR(factor={self.factor}, min_lr={self.min_lr}, scale_floors={self.scale_floors})"
+        unarmed = "" if self.armed else ", armed=False"
+        return f"ReduceLR(factor={self.factor}, min_lr={self.min_lr}, scale_floors={self.scale_floors}{unarmed})"
 
     def act(self, alert: Alert, trainer: Trainer, pl_module: LightningModule) -> str:
         """Cut the learning rate of every parameter group of every optimizer."""
@@ -96,15 +108,18 @@ class ReduceLR(Action):
             if all(rate is None for rate in before):
                 left.append(name)
                 continue
+            schedulers, target = schedulers_of(trainer, optimizer), optimizer
             try:
-                schedulers = schedulers_of(trainer, optimizer)
-                cut_learning_rate(optimizer, schedulers, self.factor, self.min_lr, self.scale_floors)
-                self._watch(trainer, optimizer, before)
+                if not self.armed:
+                    target, schedulers = stand_ins(optimizer, schedulers)
+                cut_learning_rate(target, schedulers, self.factor, self.min_lr, self.scale_floors)
+                if self.armed:
+                    self._watch(trainer, optimizer, before)
             except Exception as error:  # the others are cut all the same
                 failed.append((name, error))
             changes += [
                 f"from {old:.4g} to {new:.4g}"
-                for old, new in zip(before, learning_rates(optimizer), strict=True)
+                for old, new in zip(before, learning_rates(target), strict=True)
                 if old is not None and new is not None and new < old
             ]
         said = self._said(changes, left)
@@ -115,7 +130,7 @@ class ReduceLR(Action):
 
     def resume(self, alert: Alert, trainer: Trainer) -> None:
         """Go on to watch whether the cut is overridden."""
-        for optimizer in trainer.optimizers:
+        for optimizer in trainer.optimizers if self.armed else ():
             rates = learning_rates(optimizer)
             before = [None if rate is None else rate / self.factor for rate in rates]
             self._watch(trainer, optimizer, before, resumed=True)
@@ -127,7 +142,8 @@ class ReduceLR(Action):
 
     def _said(self, changes: Sequence[str], left: Sequence[str]) -> str:
         """Return a sentence on what was cut, and one on the optimizers that were left as they are."""
-        said = f"Learning rate cut {' and '.join(dict.fromkeys(changes))}."
+        cuts = " and ".join(dict.fromkeys(changes))
+        said = f"Learning rate cut {cuts}." if self.armed else f"Would have cut the learning rate {cuts} (not armed)."
         if not changes:
             said = f"Learning rate left as it is: it cannot be cut (min_lr={self.min_lr})."
         return f"{said} Without a learning rate to cut: {', '.join(left)}." if left else said

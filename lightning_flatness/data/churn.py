@@ -60,7 +60,7 @@ class PredictionChurn:
         if prediction is None:
             source, prediction = None, torch.empty(0)
         if loader not in self._now:
-            self._now[loader] = _Predictions(_reference(source), [])
+            self._now[loader] = _Predictions(weakly_held(source), [])
         self._now[loader].parts.append(prediction)
 
     def changed(self, loader: int) -> int | None:
@@ -85,7 +85,7 @@ class PredictionChurn:
         return PredictionChurn, ()
 
 
-def _reference(source: Any) -> Callable[[], Any]:
+def weakly_held(source: Any) -> Callable[[], Any]:
     """Return a function that returns the source, and does not keep a loader with its workers alive."""
     try:
         return ref(source)

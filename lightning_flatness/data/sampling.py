@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
@@ -51,16 +52,16 @@ class TrainingSample:
     """
 
     def __init__(self, loader: DataLoader[Any], keys: Sequence[Any], limit: int | None, description: str) -> None:
-        self._loader, self._keys = loader, keys
+        self._loader, self.keys = loader, keys
         self.limit = limit
         self.description = description
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches; the random generators are as they were whenever one has been yielded."""
         loader = self._loader
-        samples = _Samples(loader, self._keys)
+        samples = _Samples(loader, self.keys)
         size = None if _yields_whole_batches(loader) else _batch_size(loader) or _BATCH_SIZE
-        workers = min(loader.num_workers, -(-len(self._keys) // (size or 1)))
+        workers = min(loader.num_workers, -(-len(self.keys) // (size or 1)))
         options: dict[str, Any] = {}
         if workers:
             options["multiprocessing_context"] = loader.multiprocessing_context
@@ -267,6 +268,30 @@ def ordered_source(data: Any, trainer: Trainer, loader: int) -> Any:
     if isinstance(data, str):
         data = CombinedLoader(trainer.val_dataloaders, "sequential").flattened[loader]
     return data if isinstance(data, (list, tuple)) or _reads_in_order(data) else None
+
+
+def sample_indices(data: Any, trainer: Trainer, loader: int, max_samples: int | None) -> Sequence[Any] | None:
+    """Return the indices of the samples that this process measures, in the order of the measurement, or of more.
+
+    They are those of the training set for `"train"`, else positions in the validation loader or the given batches.
+
+    Args:
+        data: of the `FlatnessMonitor`; the order of its samples is known.
+        trainer: the Trainer that validates.
+        loader: index of the validation loader.
+        max_samples: of the `FlatnessMonitor`.
+
+    Returns:
+        The indices; None if they are not known.
+    """
+    if isinstance(data, str) and data == "train":
+        sample = training_sample(trainer, max_samples or TRAINING_SAMPLES)
+        return None if sample.limit is not None else sample.keys  # keys of whole batches
+    if isinstance(data, str):
+        sampler = getattr(CombinedLoader(trainer.val_dataloaders, "sequential").flattened[loader], "sampler", None)
+        share = (sampler.rank, sampler.num_replicas) if isinstance(sampler, DistributedSampler) else (0, 1)
+        return range(share[0], sys.maxsize, share[1])
+    return range(sys.maxsize) if trainer.world_size == 1 else None
 
 
 def _reads_in_order(loader: Any) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_flatness.rules import explain
+
 
 @dataclass(frozen=True)
 class Violation:
@@ -20,7 +22,7 @@ class Violation:
         condition: `"rise"`, `"above"`, `"below"`, `"shift_up"`, `"shift_down"` or `"nonfinite"`.
         level: the reference of a rise: `"settled"`, `"best"`, `"ema"` or `"previous"`.
         deviation: size of a shift in this validation, in units of the run's noise.
-        onset_step: global step of the earlier validation that this one is compared with; None if there is none.
+        onset_step: global step of the last validation before the change began; None if it was there from the start.
         before: the values of that validation by key: the monitored key and those that explain its changes.
         after: the values of this validation by key.
     """
@@ -63,6 +65,12 @@ class Alert:
         number: which alert of its rule this is; 1 for the first.
         violations: the conditions that hold, with all their numbers; one unless the rule is a joined one. Empty for an
             alert from a checkpoint of a version that did not store them.
+        done: what was done about it, in a sentence: by the rule's action, or what an action that is not armed would
+            have done; empty if the rule has no action.
+        others: the alerts of other rules for the same event, those in this validation or the next; each with its own
+            number and what was done about it.
+
+    `print(alert)` explains it: what moved, since when, the usual causes, what to look at, what was done.
     """
 
     rule: Any
@@ -74,11 +82,37 @@ class Alert:
     reason: str
     number: int = 1
     violations: tuple[Violation, ...] = ()
+    done: str = ""
+    others: tuple[Alert, ...] = ()
+
+    def __str__(self) -> str:
+        """Return everything that the alert has to say, in lines."""
+        return explain.description(self)
 
     @property
     def rule_name(self) -> str:
         """The name of the rule, or a short description of it if it has none."""
         return str(self.rule)
+
+    @property
+    def rule_names(self) -> tuple[str, ...]:
+        """The names of all rules that fired for this event, this one first."""
+        return self.rule_name, *(each.rule_name for each in self.others)
+
+    @property
+    def severity(self) -> explain.Severity:
+        """`"info"`, `"warning"` or `"critical"`: `rules.explain.severity` says when."""
+        return explain.severity(self.violations)
+
+    @property
+    def causes(self) -> str:
+        """The usual causes of such a change; empty if nothing is known about it."""
+        return explain.advice(self.rule_name, self.violations).causes
+
+    @property
+    def look_at(self) -> str:
+        """What to look at next."""
+        return explain.advice(self.rule_name, self.violations).look_at
 
     @property
     def ratio(self) -> float | None:
@@ -87,7 +121,7 @@ class Alert:
 
     @property
     def onset_step(self) -> int | None:
-        """Global step of the earlier validation that this one is compared with; None if there is none."""
+        """Global step of the last validation before the change began; None if it was there from the start."""
         return self.violations[0].onset_step if self.violations else None
 
     @property

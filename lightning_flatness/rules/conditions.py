@@ -56,30 +56,41 @@ class Condition(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved memory; entries of other conditions are ignored."""
-        vars(self).update(copy.deepcopy({name: state[name] for name in vars(self) if name != "rule"}))
+        # A checkpoint of an earlier version may lack an entry.
+        known = {name: state[name] for name in vars(self) if name != "rule" and name in state}
+        vars(self).update(copy.deepcopy(known))
 
     @abstractmethod
     def _next(self, now: Observation) -> Violation | None:
         """Judge the next observation and remember it."""
 
-    def _violation(self, base: Observation, now: Observation, **numbers: Any) -> Violation:
-        (onset_step, before), (_, after), key = base, now, self.rule.monitor
+    def _violation(self, onset: Observation, now: Observation, **numbers: Any) -> Violation:
+        (onset_step, before), (_, after), key = onset, now, self.rule.monitor
         numbers = {"reference": before[key], "onset_step": onset_step, "before": before, **numbers}
         return Violation(key, after[key], condition=self.rule.condition, after=after, **numbers)
 
 
 @dataclass
 class ExceedsReference(Condition):
-    """The value exceeds the reference by more than a fraction of it."""
+    """The value exceeds the reference by more than a fraction of it.
+
+    The change began after the last validation that had at most half of that rise.
+    """
 
     reference: Observation | None = None
     window: list[Observation] = field(default_factory=list)  # of the settled level
+    onset: Observation | None = None
 
     def _next(self, now: Observation) -> Violation | None:
         base, key, kind = self.reference, self.rule.monitor, self.rule.reference
         violation = None
-        if base is not None and now[1][key] - base[1][key] > self.rule.limit * abs(base[1][key]):
-            violation = self._violation(base, now, level=kind)
+        rise, allowed = (
+            (0.0, 0.0) if base is None else (now[1][key] - base[1][key], self.rule.limit * abs(base[1][key]))
+        )
+        if base is not None and rise > allowed:
+            violation = self._violation(self.onset or base, now, reference=base[1][key], level=kind)
+        if rise <= allowed / 2:
+            self.onset = now
         if kind == "best":
             self.reference = min(base or now, now, key=lambda observation: observation[1][key])
         elif kind == "ema":
@@ -95,26 +106,39 @@ class ExceedsReference(Condition):
 
 @dataclass
 class PastLimit(Condition):
-    """The value is above or below a limit; it is compared with the last value that was not."""
+    """The value is above or below a limit.
 
-    reference: Observation | None = None
+    The change began after the last validation that did not move towards the limit.
+    """
+
+    reference: Observation | None = None  # the last one within the limit
+    onset: Observation | None = None
 
     def _next(self, now: Observation) -> Violation | None:
-        value, limit, condition = now[1][self.rule.monitor], self.rule.limit, self.rule.condition
-        if value <= limit if condition == "above" else value >= limit:
+        key, limit, condition = self.rule.monitor, self.rule.limit, self.rule.condition
+        value, last = now[1][key], self.reference
+        up = 1 if condition == "above" else -1
+        if up * (value - limit) <= 0:
+            if self.onset is None or last is None or up * (value - last[1][key]) <= 0:
+                self.onset = now
             self.reference = now
             return None
-        if self.reference is None:
-            return Violation(self.rule.monitor, value, limit, condition, after=now[1])
-        return self._violation(self.reference, now, reference=limit)
+        onset = self.onset or last
+        if onset is None:
+            return Violation(key, value, limit, condition, after=now[1])
+        return self._violation(onset, now, reference=limit)
 
 
 @dataclass
 class Shift(Condition):
-    """The cumulative sum of the deviations from the expected value reaches the threshold."""
+    """The cumulative sum of the deviations from the expected value reaches the threshold.
+
+    The change began after the last validation at which the sum was zero (Page 1954).
+    """
 
     total: float = 0.0
     window: list[Observation] = field(default_factory=list)
+    onset: Observation | None = None
 
     def restart(self) -> None:
         """Wait for a full window at the new level."""
@@ -127,7 +151,9 @@ class Shift(Condition):
             deviation = detectors.deviation(self.window, now, key, up=self.rule.condition == "shift_up")
             self.total = detectors.cumulated(self.total, deviation, threshold)
             if self.total >= threshold:
-                base = detectors.typical(self.window[-detectors.WINDOW :], key)
-                violation = self._violation(base, now, deviation=deviation)
+                onset = self.onset or detectors.typical(self.window[-detectors.WINDOW :], key)
+                violation = self._violation(onset, now, deviation=deviation)
+        if self.total == 0:
+            self.onset = now
         self.window = [*self.window, now][-detectors.MEMORY :]
         return violation

@@ -29,7 +29,7 @@ class RuleTracker:
         >>> tracker = RuleTracker(Rule("flatness/relative", rise=0.5, reference="previous"))
         >>> tracker.observe({"flatness/relative": 2.0}, step=100)
         >>> tracker.observe({"flatness/relative": 4.6}, step=200).reason
-        'flatness/relative rose from 2 to 4.6 since step 100 (2.3 times the previous value).'
+        'Sharper: flatness/relative rose from 2 to 4.6 since step 100 (2.3 times the previous value).'
     """
 
     def __init__(self, rule: AnyRule) -> None:

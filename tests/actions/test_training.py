@@ -1,7 +1,14 @@
 from __future__ import annotations
 
+import json
+import queue
+import re
+import sys
+import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,6 +148,33 @@ def test_the_trainer_goes_on_from_the_cut(model: str) -> None:
     cuts = torch.tensor([1.0] * 4 + [0.5] * 4 + [0.05] * 12, dtype=torch.float64)
     torch.testing.assert_close(got, untouched * cuts[:, None])
     assert all(said.startswith("Learning rate cut from ") and " to " in said for said in act.said)
+
+
+@pytest.mark.parametrize("model", [*SCHEDULES, "two optimizers"])
+@pytest.mark.parametrize("options", [{}, {"scale_floors": False, "min_lr": 0.015}], ids=["plain", "floors"])
+def test_a_cut_that_is_not_armed_says_what_an_armed_one_does(model: str, options: dict[str, Any]) -> None:
+    def fit(actions: dict[int, Action]) -> tuple[Trainer, Act]:
+        act = Act(actions)
+        return fitted(TwoOptimizers() if model == "two optimizers" else Line(SCHEDULES[model]), act, max_epochs=3), act
+
+    (_, armed), (run, unarmed), (untouched, plain) = (
+        fit(actions) for actions in ({1: ReduceLR(0.5, **options)}, {1: ReduceLR(0.5, armed=False, **options)}, {})
+    )
+    (done,), (said,) = armed.said, unarmed.said
+    assert said.replace("Would have cut the learning rate", "Learning rate cut").replace(" (not armed)", "") == done
+    assert " to " in said
+    assert unarmed.rates == plain.rates != armed.rates
+    for one, other in zip(run.lr_scheduler_configs, untouched.lr_scheduler_configs, strict=True):
+        assert str(one.scheduler.state_dict()) == str(other.scheduler.state_dict())
+    assert str([o.state_dict() for o in run.optimizers]) == str([o.state_dict() for o in untouched.optimizers])
+
+
+def test_a_stop_that_is_not_armed_never_comes() -> None:
+    stop = StopTraining(armed=False)
+    trainer = fitted(Line(), act := Act({0: stop}), min_epochs=2, max_epochs=4)
+    assert act.said == ["Would have stopped here, not before min_epochs=2 (not armed)."]
+    stop.resume(ALERT, trainer)
+    assert (trainer.global_step, stop.reason) == (4 * BATCHES, None)
 
 
 @pytest.mark.parametrize("schedule", ["one cycle", "cosine floor", "warm", "plateau"])
@@ -307,6 +341,74 @@ def test_a_notification_holds_the_alert() -> None:
     fitted(Line(), act := Act({1: Notify(received.append)}))
     assert received == [ALERT]
     assert act.said == ["Notified: append."]
+
+
+class Server(ThreadingHTTPServer):
+    """A webhook on this machine; it answers when it is told to."""
+
+    def __init__(self) -> None:
+        server, self.received, self.answer = self, queue.Queue[bytes](), threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                server.received.put(self.rfile.read(int(self.headers["Content-Length"])))
+                server.answer.wait(60)
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+def webhook(monkeypatch: pytest.MonkeyPatch, url: str) -> dict[str, Any]:
+    """Run the code of the documentation; the threads that are to be joined at exit are in `joined`."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "alerts.md"
+    (code,) = (
+        part for part in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S) if "urllib" in part
+    )
+    monkeypatch.setenv("ALERT_WEBHOOK", url)
+    joined: list[Any] = []
+    monkeypatch.setattr("atexit.register", lambda join, *limits: joined.append((join, limits)))
+    namespace: dict[str, Any] = {"joined": joined}
+    exec(code, namespace)
+    return namespace
+
+
+def test_the_webhook_of_the_documentation_sends_and_does_not_stall_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The training ends while the server has not answered any request."""
+    with Server() as server:
+        code = webhook(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+        others = Alert("divergence", "k", 1.0, 2.0, 9, 1, "k fell."), Alert("mine", "k", 1.0, 2.0, 9, 1, "k rose.")
+        monkeypatch.setattr(sys.modules[__name__], "ALERT", replace(ALERT, others=others))
+        trainer = fitted(Line(), act := Act({1: Notify(code["send"])}))
+        assert (trainer.global_step, act.said) == (5 * BATCHES, ["Notified: send."])
+        message = json.loads(server.received.get(timeout=30))
+        assert message["step"] == ALERT.step
+        assert message["text"].startswith("rule and divergence and mine, warning\nrule: warning at step 8, epoch 1\n")
+        assert "same event: divergence at step 9. k fell." in message["text"]
+        ((join, limits),) = code["joined"]
+        assert limits == (10,)  # seconds
+        assert join.__self__.daemon
+        server.answer.set()
+        join(30)
+        server.shutdown()
+
+
+def test_a_webhook_that_is_not_there_is_a_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server()
+    server.shutdown()
+    server.server_close()
+    code = webhook(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    code["send"](ALERT)
+    for join, _ in code["joined"]:
+        join(30)
+    assert "The alert could not be sent" in caplog.text
 
 
 def test_escalation() -> None:

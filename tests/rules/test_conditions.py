@@ -45,8 +45,9 @@ def test_settled_comes_after_the_growth_and_names_a_real_validation() -> None:
     values = [*GROWTH, 610.0, 592.0, 605.0, 601.0, 1500.0]
     (alert,) = [alert for step, value in enumerate(values) if (alert := tracker.observe(value, step=10 * step))]
     assert (alert.value, alert.step) == (1500.0, 140)
-    assert f"since step {10 * values.index(alert.reference)} " in alert.reason
-    assert "the settled level" in alert.reason
+    assert alert.reference in values
+    assert alert.onset_step == 130  # the last one at the old level
+    assert f"{1500 / alert.reference:.1f} times the settled level" in alert.reason
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,41 @@ def test_after_an_alert_a_shift_is_looked_for_from_the_new_level() -> None:
     rule = Rule("k", shift_up=8.0)
     found = firings(rule, [*noisy(10, 0.03, 12), *noisy(20, 0.03, 20, seed=1), *noisy(40, 0.03, 12, seed=2)])
     assert found == [13, 33]
+
+
+ONSETS: dict[str, tuple[Rule, list[float], int]] = {
+    "shift": (Rule("k", shift_up=8.0), [*[10.0] * 12, 20, 20], 11),
+    "slow shift": (Rule("k", shift_up=8.0), [*[10.0] * 12, 10.9, 11.8, 12.8], 11),
+    "shift down": (Rule("k", shift_down=8.0), [*[10.0] * 12, 5, 5], 11),
+    "an outlier before": (Rule("k", shift_up=8.0), [*[10.0] * 9, 99.0, *[10.0] * 9, 20, 20], 18),
+    "rise": (Rule("k", rise=0.5), [*[10.0] * 8, 11, 10, 20], 9),
+    "slow rise": (Rule("k", rise=0.5, reference="best"), [10.0, 10, 11, 12, 13, 14, 15, 16], 3),
+    "patience": (Rule("k", rise=0.5, patience=3), [*[10.0] * 9, 20, 16, 20], 8),
+    "previous": (Rule("k", rise=0.5, reference="previous"), [10.0, 11, 12, 20], 2),
+    "average": (Rule("k", rise=0.5, reference="ema"), [10.0, 10, 11, 30], 2),
+    "above": (Rule("k", above=15.0), [10.0, 9, 12, 14, 16], 1),
+    "below": (Rule("k", below=5.0), [10.0, 9, 11, 7, 6, 4], 2),
+    "above, patience": (Rule("k", above=15.0, patience=3), [10.0, 9, 16, 15.5, 16], 1),
+}
+
+
+@pytest.mark.parametrize(("rule", "values", "onset"), ONSETS.values(), ids=ONSETS)
+def test_the_onset_is_the_last_validation_before_the_change(rule: Rule, values: list[float], onset: int) -> None:
+    tracker = RuleTracker(rule)
+    alerts = [alert for step, value in enumerate(values) if (alert := tracker.observe(value, step=step))]
+    assert alerts[0].step == len(values) - 1
+    assert alerts[0].onset_step == onset
+    assert alerts[0].violations[0].before == {"k": values[onset]}
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.3])
+def test_the_onset_of_a_shift_is_the_true_change_point(sigma: float) -> None:
+    found = []
+    for seed in range(100):
+        tracker = RuleTracker(Rule("k", shift_up=8.0))
+        values = [*noisy(10, sigma, 20, seed), *noisy(10 * math.exp(max(0.5, 6 * sigma)), sigma, 4, seed + 100)]
+        alerts = [alert for step, value in enumerate(values) if (alert := tracker.observe(value, step=step))]
+        found += [alert.onset_step for alert in alerts if alert.step > 19]
+    assert len(found) >= 90
+    assert sum(onset == 19 for onset in found) >= 0.6 * len(found)
+    assert sum(abs(onset - 19) <= 1 for onset in found) >= 0.7 * len(found)

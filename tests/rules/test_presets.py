@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import math
 import random
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,36 @@ def test_the_published_results_are_what_these_rules_do(monkeypatch: pytest.Monke
     results = judge.results()
     assert judge.lines(results) == judge.OUTPUT.read_text(encoding="utf-8")
     assert judge.table(results) in (root / "docs" / "how-to" / "rules.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_onsets_and_causes_are_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the recorded runs: the last validation before the disturbance is the twentieth."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    signals = importlib.import_module("signals")
+    onsets: dict[str, list[int]] = {"label_noise": [], "lr_x10": []}
+    causes: dict[tuple[str, bool], list[bool]] = {}
+    first: list[set[int]] = []
+    for (_, disturbance, seed), rows in groupby(signals.read(), key=lambda row: row[:3]):
+        if disturbance not in onsets:
+            continue
+        trackers, found = {str(rule): RuleTracker(rule) for rule in rules.default()}, {}
+        for row in rows:
+            for name, tracker in trackers.items():
+                alert = tracker.observe(row.values, step=row.epoch)
+                if alert is not None and row.epoch >= signals.DISTURBED_AT:
+                    found.setdefault(name, alert)
+        named = found.get("label_noise" if disturbance == "label_noise" else "divergence")
+        onsets[disturbance].append(named.onset_step)
+        if "divergence" in found:
+            is_report = seed in signals.REPORT
+            causes.setdefault((disturbance, is_report), []).append(found["divergence"].causes.startswith("labels"))
+        if disturbance == "label_noise":
+            first.append({alert.step for alert in found.values()})
+    assert [len(steps) for steps in onsets.values()] == [80, 80]
+    assert onsets["label_noise"].count(19) == 79
+    assert onsets["lr_x10"].count(19) == 58
+    assert sum(abs(step - 19) == 1 for step in onsets["lr_x10"]) == 16
+    assert (sum(causes["label_noise", True]), len(causes["label_noise", True])) == (40, 40)
+    assert (sum(causes["lr_x10", True]), len(causes["lr_x10", True])) == (2, 40)
+    assert sum(max(steps) - min(steps) <= 1 for steps in first) == 79
