@@ -9,11 +9,12 @@ from dataclasses import asdict, fields
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_flatness.actions import escalation
 from lightning_flatness.keys import CHURN
-from lightning_flatness.reporting.loggers import LoggerAlerts, log_step
+from lightning_flatness.reporting.console import say
+from lightning_flatness.reporting.loggers import Loggers, log_step
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
 from lightning_flatness.rules.alert import ActionError
 from lightning_flatness.rules.rule import AnyRule
@@ -27,6 +28,7 @@ class RuleRunner:
     Args:
         rules: the rules; `"default"`: the built-in ones, which report and never act.
         suffix: how the monitor's keys end.
+        loggers: where alerts are shown; None: new ones.
 
     Attributes:
         alerts: all alerts so far, oldest first.
@@ -36,7 +38,10 @@ class RuleRunner:
     """
 
     def __init__(
-        self, rules: Rule | AllOf | AnyOf | Sequence[Rule | AllOf | AnyOf] | Literal["default"], suffix: str
+        self,
+        rules: Rule | AllOf | AnyOf | Sequence[Rule | AllOf | AnyOf] | Literal["default"],
+        suffix: str,
+        loggers: Loggers | None = None,
     ) -> None:
         given = default(suffix=suffix) if rules == "default" else [rules] if isinstance(rules, AnyRule) else rules
         if not all(isinstance(rule, AnyRule) for rule in given):
@@ -44,7 +49,7 @@ class RuleRunner:
         self.rules = tuple(given)
         self.alerts: list[Alert] = []
         self._trackers = [RuleTracker(rule) for rule in self.rules]
-        self._loggers = LoggerAlerts()
+        self._loggers = loggers or Loggers(suffix)
         self._absent: frozenset[str] = frozenset()  # keys that the method does not give
         self._is_resuming = False  # a checkpoint has been loaded, and what its alerts had begun is not yet taken up
         for rule in self.rules:
@@ -125,14 +130,14 @@ class RuleRunner:
         self.alerts.append(alert)
         action = escalation(alert.rule.action, alert.number)
         errors: list[Exception] = []
-        rank_zero_info(f"Flatness alert: {alert.reason}")
+        say(f"Flatness alert: {alert.reason}")
         try:
             self._loggers.show(trainer, alert, "" if action is None else f"Action: {action!r}.")
         except Exception as error:  # the action must come all the same
             errors.append(error)
         try:
             if action is not None:
-                rank_zero_info(f"Flatness action: {action.apply(alert, trainer, pl_module)}")
+                say(f"Flatness action: {action.apply(alert, trainer, pl_module)}")
         except ActionError as error:
             errors.append(error)
         except Exception as error:

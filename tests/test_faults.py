@@ -135,7 +135,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "logging": ("lightning_flatness.callback.log_values", 2, BUT_FOR_THE_SECOND, {}),
     "a rule": ("lightning_flatness.rules.tracker.RuleTracker.observe", 2, BUT_FOR_THE_SECOND, {}),
     "an action": ("lightning_flatness.actions.training.Notify.act", 2, ALL, {}),
-    "showing an alert": ("lightning_flatness.reporting.loggers.LoggerAlerts.show", 2, ALL, {}),
+    "showing an alert": ("lightning_flatness.reporting.loggers.Loggers.show", 2, ALL, {}),
     "drawing samples": ("lightning_flatness.data.sampling.training_sample", 2, BUT_FOR_THE_SECOND, {"data": "train"}),
     "moving batches": ("lightning_flatness.validation.transferred", 2, BUT_FOR_THE_SECOND, OWN),
     "the network": ("lightning_flatness.validation.callable_module", 2, BUT_FOR_THE_SECOND, OWN),
