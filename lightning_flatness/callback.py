@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from lightning_flatness.actions import action_text
 from lightning_flatness.alerting import RuleRunner
 from lightning_flatness.curvature.methods import Choice, Method, MethodName, Recorder, method_for, require_method
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
-from lightning_flatness.data.batches import require_batches
+from lightning_flatness.data.batches import require_data
 from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
@@ -109,7 +109,7 @@ class FlatnessMonitor(Displayed):
     ) -> None:
         """Check the arguments; the model is looked at when the run starts."""
         _join_other_namespace()
-        _require_data(data)
+        require_data(data)
         require_counts(every_n_validations=every_n_validations, chunk_bytes=chunk_bytes)
         if max_samples is not None:
             require_counts(max_samples=max_samples)
@@ -239,10 +239,8 @@ class FlatnessMonitor(Displayed):
         validation.close()
         # Every process decides alike, or the others would wait forever in the exchange of the sums.
         loaders = validation.agree()
-        self.measured, self.display.samples = validation.measured, validation.samples
-        self.display.facts |= validation.facts
-        if failures.reason and not validation.samples:
-            self.display.facts["not measured"] = failures.reason
+        self.measured = validation.measured
+        self.display.note(validation.facts, validation.samples, failures.reason)
         self._choice = validation.choice
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
@@ -344,17 +342,6 @@ def _join_other_namespace() -> None:
 # Lightning takes a callback with `__wrapped__` for one without a state of its own, and does not compare it with others.
 # Of two equal monitors it would complain in its own words before `setup` can say what to do. The state is saved anyway.
 FlatnessMonitor.state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
-
-
-def _require_data(data: Any) -> None:
-    """Refuse data that is neither named nor batches that can be read in every validation."""
-    if isinstance(data, str):
-        if data not in ("val", "train"):
-            raise ValueError(f'`data` must be "val", "train" or an iterable of batches; got {data!r}.')
-        return
-    require_batches(data, "data")
-    if isinstance(data, Iterator):
-        raise ValueError(f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}.")
 
 
 def _require_called(rules: Any) -> None:

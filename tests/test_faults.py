@@ -119,7 +119,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "the depth of a tensor": ("lightning_flatness.recording.depth.DepthWatch.of", 9, AFTER_THE_FIRST, {}),
     "the choice of the layer": ("lightning_flatness.recording.depth.LayerChoice.add", 2, AFTER_THE_FIRST, {}),
     "naming the layer": ("lightning_flatness.callback.log_layers", 1, AFTER_THE_FIRST, {}),
-    "listening to the log": ("lightning_flatness.validation.LoggedValues.start", 2, AFTER_THE_FIRST, {}),
+    "listening to the log": ("lightning_flatness.data.listening.LoggedValues.start", 2, AFTER_THE_FIRST, {}),
     "the loss": ("lightning_flatness.validation.MeasuredValidation._loss_of", 2, AFTER_THE_FIRST, {}),
     "the cuts": ("lightning_flatness.recording.graph.OperationGraph.cuts", 2, AFTER_THE_FIRST, {}),
     "the objective": ("lightning_flatness.curvature.pooled.method.ObjectiveReader.read", 2, AFTER_THE_FIRST, {}),

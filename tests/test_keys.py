@@ -55,5 +55,5 @@ def test_loggers_have_the_headline_first_and_every_other_key_in_one_group() -> N
         for key in keys:
             assert logger_key(f"{key}/train/dataloader_idx_1") == f"{group}/{key.split('/')[1]}/train/dataloader_idx_1"
             assert quantity(f"{key}/train/dataloader_idx_1") == key
-        assert f"| `{group}/` | {', '.join(f'`{key}`' for key in keys)} |" in PAGE
+        assert f"| `{group}` | {', '.join(f'`{key}`' for key in keys)} |" in PAGE
     assert logger_key("own/key") == "own/key"

@@ -56,6 +56,19 @@ class Display:
         self._described, self._drawn = {}, None
         self._began, self._drawing = time.monotonic(), 0.0
 
+    def note(self, facts: Mapping[str, str], samples: int, refused: str) -> None:
+        """Take up what a validation found out.
+
+        Args:
+            facts: what was measured and how, by name.
+            samples: of how many samples; 0: nothing was measured.
+            refused: why a network was refused; empty: none was.
+        """
+        self.samples = samples
+        self.facts = {name: fact for name, fact in (self.facts | facts).items() if name != "not measured"}
+        if refused and not samples:
+            self.facts["not measured"] = refused
+
     def describe(self, trainer: Trainer) -> None:
         """Show the facts in the loggers, if they are new."""
         if self.facts != self._described:
