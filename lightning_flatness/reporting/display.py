@@ -65,7 +65,7 @@ class Display:
             refused: why a network was refused; empty: none was.
         """
         self.samples = samples
-        self.facts = {name: fact for name, fact in (self.facts | facts).items() if name != "not measured"}
+        self.facts = {name: fact for name, fact in {**self.facts, **facts}.items() if name != "not measured"}
         if refused and not samples:
             self.facts["not measured"] = refused
 

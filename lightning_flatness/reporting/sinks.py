@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_flatness.keys import KEYS, LOGGER_GROUPS, RELATIVE, SCALE_FREE, logger_key
+from lightning_flatness.keys import KEYS, RELATIVE, SCALE_FREE, logger_key
 from lightning_flatness.reporting.tables import Table
 from lightning_flatness.rules.alert import Alert
 
@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
 _TITLE_LENGTH = 63  # W&B asks for less than 64 characters
 _TAG_LENGTH = 4999  # of MLflow
-_CURVES = {
-    "relative and scale-free flatness": (RELATIVE, SCALE_FREE),
-    "factors of relative flatness": LOGGER_GROUPS["relative_flatness_factors"],
-}
 
 
 class Sink:
@@ -58,10 +54,11 @@ class TensorBoardSink(Sink):
     takes_figures = True
 
     def lay_out(self, suffixes: Sequence[str]) -> None:
-        """Lay out the custom scalars: the margin fan, flatness on one chart, the factors on one."""
+        """Lay out the custom scalars: both kinds of flatness on one chart, and the margins as bands."""
         layout: dict[str, dict[str, list[Any]]] = {}
         for suffix in suffixes:
-            charts = {f"{name}{suffix}": ["Multiline", _names(keys, suffix)] for name, keys in _CURVES.items()}
+            curves = _names((RELATIVE, SCALE_FREE), suffix)
+            charts = {f"relative and scale-free flatness{suffix}": ["Multiline", curves]}
             for name, lower, upper in (("quartiles", "q25", "q75"), ("5 to 95 %", "q05", "q95")):
                 band = _names(("margin/q50", f"margin/{lower}", f"margin/{upper}"), suffix)
                 charts[f"margins: median and {name}{suffix}"] = ["Margin", band]
