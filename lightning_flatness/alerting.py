@@ -9,11 +9,12 @@ from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_flatness.actions import escalation
 from lightning_flatness.keys import CHURN
-from lightning_flatness.reporting.loggers import LoggerAlerts, log_step
+from lightning_flatness.reporting.console import say
+from lightning_flatness.reporting.loggers import Loggers, log_step
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
 from lightning_flatness.rules.alert import ActionError
 from lightning_flatness.rules.rule import AnyRule
@@ -30,6 +31,7 @@ class RuleRunner:
     Args:
         rules: the rules; `"default"`: the built-in ones, which report and never act.
         suffix: how the monitor's keys end.
+        loggers: where alerts are shown; None: new ones.
 
     Attributes:
         alerts: all alerts so far, one for each event, oldest first.
@@ -39,7 +41,10 @@ class RuleRunner:
     """
 
     def __init__(
-        self, rules: Rule | AllOf | AnyOf | Sequence[Rule | AllOf | AnyOf] | Literal["default"], suffix: str
+        self,
+        rules: Rule | AllOf | AnyOf | Sequence[Rule | AllOf | AnyOf] | Literal["default"],
+        suffix: str,
+        loggers: Loggers | None = None,
     ) -> None:
         given = default(suffix=suffix) if rules == "default" else [rules] if isinstance(rules, AnyRule) else rules
         if not all(isinstance(rule, AnyRule) for rule in given):
@@ -47,7 +52,7 @@ class RuleRunner:
         self.rules = tuple(given)
         self.alerts: list[Alert] = []
         self._trackers = [RuleTracker(rule) for rule in self.rules]
-        self._loggers = LoggerAlerts()
+        self._loggers = loggers or Loggers(suffix)
         self._absent: frozenset[str] = frozenset()  # keys that the method does not give
         self._recent = 0  # from this alert on, they began in the previous validation
         self._is_resuming = False  # a checkpoint has been loaded, and what its alerts had begun is not yet taken up
@@ -132,11 +137,11 @@ class RuleRunner:
         self._recent = begun
         shown, errors = set(range(begun, len(self.alerts))), list[Exception]()
         for index in sorted(shown):
-            rank_zero_info(f"Flatness alert: {self.alerts[index]}")
+            say(f"Flatness alert: {self.alerts[index]}")
         for index, alert in zip(events, fired, strict=True):
             event = self.alerts[index]
             if index < begun:
-                rank_zero_info(f"Flatness alert, the same event as {event.rule_name} at step {event.step}: {alert}")
+                say(f"Flatness alert, the same event as {event.rule_name} at step {event.step}: {alert}")
             done, failed = _act(event if event.rule is alert.rule else alert, trainer, pl_module)
             if done:
                 self._put(index, replace(alert, done=done))
@@ -227,7 +232,7 @@ def _act(alert: Alert, trainer: Trainer, pl_module: LightningModule) -> tuple[st
         failed = ActionError(f"{action!r} failed after an alert, which is recorded: {error!r}")
         failed.__cause__ = error
         return str(failed), [failed]
-    rank_zero_info(f"Flatness action: {done}")
+    say(f"Flatness action: {done}")
     return done, []
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_flatness.actions import action_text
 from lightning_flatness.alerting import RuleRunner
 from lightning_flatness.curvature.methods import Choice, Method, MethodName, Recorder, method_for, require_method
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
-from lightning_flatness.data.batches import require_batches
+from lightning_flatness.data.batches import require_data
 from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.data.verification import Verification
-from lightning_flatness.errors import NonFiniteError, require_counts
+from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
 from lightning_flatness.keys import CHURN, keys_of
 from lightning_flatness.losses import as_loss
+from lightning_flatness.reporting.display import Display, Displayed
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.reporting.logged import collision, forget, keys_of_others, log_values, mark_missing
 from lightning_flatness.reporting.loggers import log_layers
@@ -28,7 +30,7 @@ from lightning_flatness.schedule import PARTIAL, Schedule, counts, notices
 from lightning_flatness.validation import MeasuredValidation
 
 
-class FlatnessMonitor(Callback):
+class FlatnessMonitor(Displayed):
     """Logs the exact Hessian trace and relative flatness of one layer in every validation.
 
     The layer is the deepest convolution if that has an exact value, else the classifier. One line at the start of the
@@ -68,6 +70,10 @@ class FlatnessMonitor(Callback):
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
         verify: once per run and loader, call the network again on a few samples with moved filters, and compare it
             with what the record predicts; see `docs/concepts/assumptions.md`. Everything is restored to the last bit.
+        prog_bar: show the headline values in Lightning's progress bar.
+        figure_every_n_validations: the loggers get the figure of the training (`figure()`) at every alert, in every
+            n-th measured validation and at the end of `fit`, if matplotlib is installed. None: as often as drawing
+            takes less than one percent of the training's time; 0: never.
         chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted
             in groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
             take, which grows with the batch.
@@ -78,6 +84,7 @@ class FlatnessMonitor(Callback):
             None unless `per_sample`. Every process has its own samples. A resumed training starts anew.
         alerts: all alerts so far, oldest first, of earlier trainings too. In processes that `ddp_fork` or `ddp_spawn`
             starts they stay in these processes; checkpoints and loggers have them.
+        history: the values of all validations of the last training.
 
     Raises:
         ValueError: if an argument is not what it must be; at the start of the run if a named module is not there.
@@ -101,15 +108,18 @@ class FlatnessMonitor(Callback):
         per_sample: bool = False,
         strict: bool = False,
         verify: bool = True,
+        prog_bar: bool = False,
+        figure_every_n_validations: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Check the arguments; the model is looked at when the run starts."""
         _join_other_namespace()
-        _require_data(data)
+        require_data(data)
         require_counts(every_n_validations=every_n_validations, chunk_bytes=chunk_bytes)
-        if max_samples is not None:
-            require_counts(max_samples=max_samples)
+        require_optional_counts(max_samples=max_samples)
         require_method(method, layer)
+        if figure_every_n_validations != 0:
+            require_optional_counts(figure_every_n_validations=figure_every_n_validations)
         self.layer = layer
         self.classifier = classifier
         self.method = "pooled" if method == "auto" and layer is not None else method
@@ -123,10 +133,12 @@ class FlatnessMonitor(Callback):
         self.samples: SampleHistory | None = None
         self.strict = strict
         self.verify = verify
+        self.prog_bar = prog_bar
         self.chunk_bytes = chunk_bytes
         self._suffix = f"/{self.name}" if self.name else ""
         _require_called(rules)
-        self._runner = RuleRunner(rules, self._suffix)
+        self.display = Display(self._suffix, figure_every_n_validations, action_text)
+        self._runner = RuleRunner(rules, self._suffix, self.display.loggers)
         self._failures = Failures(strict, self.name)
         self._schedule = Schedule(every_n_validations)
         self._verification = Verification(verify)
@@ -136,7 +148,9 @@ class FlatnessMonitor(Callback):
         self._validation: MeasuredValidation | None = None  # while it is measured
         self.measured: str | None = None
         self._churn = PredictionChurn()
-        self._values: dict[str, float] = {}  # of this validation, for the rules
+        self._measured: dict[str, float] = {}  # in this validation
+        self._distributions: dict[str, Tensor] = {}
+        self._values: dict[str, float] = {}  # those that rules may judge
         self._logged: set[str] = set()  # keys that this run has logged
         self._layers: dict[str, str] = {}  # which layers it has named to the loggers
 
@@ -161,9 +175,10 @@ class FlatnessMonitor(Callback):
             )
         if stage == "fit":
             self._earlier = self.alerts
-            self._runner = RuleRunner(self._runner.rules, self._suffix)
+            self._runner = RuleRunner(self._runner.rules, self._suffix, self.display.loggers)
             self._schedule.start()
             self.samples = SampleHistory() if self.per_sample else None
+            self.display.begin()
         self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(self.method)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,6 +186,9 @@ class FlatnessMonitor(Callback):
         self._runner.resume(trainer)
         self._schedule.catch_up(trainer)
         _tools(self, pl_module)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        suffixes = [each._suffix for each in callbacks if isinstance(each, FlatnessMonitor)]
+        self.display.loggers.start(trainer, suffixes)
         for sentence in notices(trainer, self._runner.rules, self.every_n_validations):
             self._failures.warn_once(f"{self._failures.label} {sentence}")
 
@@ -178,7 +196,7 @@ class FlatnessMonitor(Callback):
         """Start to measure if this validation is due."""
         if not counts(trainer):  # `on_train_start` has not checked the names
             _tools(self, pl_module)
-        self._failures.failed, self._values = set(), {}
+        self._failures.failed, self._values, self._measured, self._distributions = set(), {}, {}, {}
         forget(trainer, self._logged)
         if self._schedule.is_due(trainer):
             self._validation = MeasuredValidation(
@@ -230,6 +248,7 @@ class FlatnessMonitor(Callback):
         # Every process decides alike, or the others would wait forever in the exchange of the sums.
         loaders = validation.agree()
         self.measured = validation.measured
+        self.display.note(validation.facts, validation.samples, failures.reason)
         self._choice = validation.choice
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
@@ -245,7 +264,7 @@ class FlatnessMonitor(Callback):
             values = validation.values(loaders, self._suffix)
             if broken := [key for key, value in values.items() if not value.isfinite()]:
                 failures.report(NonFiniteError(f"Values must be finite; these are not: {broken}."))
-            log_values(trainer, pl_module, values)
+            log_values(trainer, pl_module, values, self.prog_bar)
             layers = validation.layers(self._suffix)
             log_layers(trainer, dict(layers.items() - self._layers.items()))
             self._layers |= layers
@@ -258,20 +277,30 @@ class FlatnessMonitor(Callback):
             failures.warn_once(f"{failures.label} {PARTIAL}")
             is_whole = False
         self._logged |= set(values)
-        self._values = {key: float(value) for key, value in values.items()} if is_whole else {}
+        self._measured = {key: float(value) for key, value in values.items()}
+        self._distributions = validation.distributions
+        self._values = self._measured if is_whole else {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the rules judge the new values of a training."""
         if taken := keys_of_others(trainer, self._logged):
             self._failures.warn_once(f"{self._failures.label} {collision(taken)}")
+        known = len(self._runner.alerts)
         if self._values and counts(trainer) and self._schedule.is_judged():
             with self._failures.contained(what="finish with its rules and actions"):
                 self._runner.observe(self._values, trainer, pl_module)
+        with self._failures.contained(what="show its values"):
+            if trainer.state.fn == "fit":
+                self.display.describe(trainer)
+            if self._measured and counts(trainer):
+                is_alert = len(self._runner.alerts) > known
+                self.display.add(trainer, self._measured, self._distributions, self._runner.alerts, is_alert)
         self._schedule.complete(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in plain Python types."""
-        return {"validations": self._schedule.completed, **self._runner.state_dict()}
+        history = self.display.history.state_dict()
+        return {"validations": self._schedule.completed, "history": history, **self._runner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, if it is a training that goes on.
@@ -282,6 +311,8 @@ class FlatnessMonitor(Callback):
         if self._stage == "fit":
             self._schedule.resume(state_dict["validations"])
             self._runner.load_state_dict(state_dict)
+            if "history" in state_dict:  # not in checkpoints of before there was one
+                self.display.history.load_state_dict(state_dict["history"])
             self._earlier = [alert for alert in self._earlier if alert not in self._runner.alerts]
 
     @property
@@ -319,16 +350,6 @@ def _join_other_namespace() -> None:
 # Lightning takes a callback with `__wrapped__` for one without a state of its own, and does not compare it with others.
 # Of two equal monitors it would complain in its own words before `setup` can say what to do. The state is saved anyway.
 FlatnessMonitor.state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
-
-
-def _require_data(data: Any) -> None:
-    """Refuse what is neither a name of data nor an iterable of batches that can be read again."""
-    if isinstance(data, str) and data not in ("val", "train"):
-        raise ValueError(f'`data` must be "val", "train" or an iterable of batches; got {data!r}.')
-    if not isinstance(data, str):
-        require_batches(data, "data")
-    if isinstance(data, Iterator):
-        raise ValueError(f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}.")
 
 
 def _require_called(rules: Any) -> None:

@@ -21,7 +21,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_flatness.callback import FlatnessMonitor
 from lightning_flatness.keys import KEYS, MARGIN, RELATIVE, SCALE_FREE, SCALE_FREE_MARGIN, key_suffix
 from lightning_flatness.recording.recorder import ForwardRecorder
-from lightning_flatness.terminal import Parser, quiet, table, whole_number
+from lightning_flatness.reporting.tables import Table
+from lightning_flatness.terminal import Parser, quiet, whole_number
 
 _Kind = TypeVar("_Kind")
 _COLUMNS = (RELATIVE, SCALE_FREE, MARGIN, SCALE_FREE_MARGIN)
@@ -245,7 +246,7 @@ def _table(measurements: Sequence[_Measurement]) -> str:
     for key in _COLUMNS:
         values = [each.values.get(key) for each in measurements]
         columns[KEYS[key].title] = ["-" if value is None else f"{value:#.4g}".rstrip(".") for value in values]
-    return table(columns)
+    return str(Table(columns))
 
 
 def _write(path: Path, measurements: Sequence[_Measurement]) -> None:

@@ -21,7 +21,8 @@ from lightning_flatness.errors import missing_package
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
 from lightning_flatness.keys import MARGIN, RELATIVE, TRACE
 from lightning_flatness.reporting.figures import Panel, flatness_curves
-from lightning_flatness.terminal import Parser, quiet, table, whole_number
+from lightning_flatness.reporting.tables import Table
+from lightning_flatness.terminal import Parser, quiet, whole_number
 
 _LOGGERS = ("tensorboard", "csv", "wandb")
 
@@ -107,14 +108,13 @@ def _train(epochs: int, seed: int, loggers: list[Logger]) -> dict[str, list[floa
 
 def _table(history: dict[str, list[float]]) -> str:
     """Return the table with aligned columns and one row per validation."""
-    return table(
-        {
-            Panel.of(key).title.capitalize(): [
-                format(int(v) if number == "d" else v, number).rstrip(".") for v in history[key]
-            ]
-            for key, number in _COLUMNS.items()
-        }
-    )
+    columns = {
+        Panel.of(key).title.capitalize(): [
+            format(int(v) if number == "d" else v, number).rstrip(".") for v in history[key]
+        ]
+        for key, number in _COLUMNS.items()
+    }
+    return str(Table(columns))
 
 
 def _logger(name: str, run: Path) -> Logger:

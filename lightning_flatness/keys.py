@@ -90,6 +90,28 @@ KEYS: dict[str, Key] = {key.name: key for key in _TABLE}
 FACTORS = (CONFIDENCE, HEAD, KERNEL, FEATURES, ALIGNMENT)
 """The keys whose product is `flatness/relative`."""
 
+HEADLINE = (RELATIVE, SCALE_FREE, TRACE, MARGIN)
+"""The keys that loggers have under their own names, and that the progress bar shows."""
+
+LOGGER_GROUPS: dict[str, tuple[str, ...]] = {
+    "margin_quantiles": tuple(name for name in KEYS if name.startswith("margin/q")),
+    "margin_statistics": (
+        "margin/std",
+        "margin/skewness",
+        "margin/min",
+        "margin/negative",
+        SCALE_FREE_MARGIN,
+        CHURN,
+        SOFTMAX_MARGIN,
+    ),
+    "relative_flatness_factors": FACTORS,
+    "trace_and_margin": (ACEHT, MARGIN_BOUND, MARGIN_CORRELATION, MARGIN_SHARE),
+}
+"""Where loggers have the other keys: TensorBoard and W&B make a group of what stands before the first slash, and sort
+the groups by the alphabet. These follow `flatness` and `margin`, which hold the headline."""
+
+_GROUP_OF = {key: group for group, keys in LOGGER_GROUPS.items() for key in keys}
+
 
 def keys_of(method: str) -> tuple[str, ...]:
     """Return the names of the keys that a method gives.
@@ -102,6 +124,33 @@ def keys_of(method: str) -> tuple[str, ...]:
         ('flatness/relative', 'flatness/trace')
     """
     return tuple(name for name, key in KEYS.items() if method in (*key.methods, "auto"))
+
+
+def logger_key(key: str) -> str:
+    """Return the name under which loggers have a key: a group of its own, unless it is one of the headline.
+
+    Args:
+        key: the key as it stands in `trainer.callback_metrics`.
+
+    Example:
+        >>> logger_key("margin/mean"), logger_key("margin/q05/train")
+        ('margin/mean', 'margin_quantiles/q05/train')
+    """
+    prefix, _, rest = key.partition("/")
+    return f"{_GROUP_OF.get(quantity(key), prefix)}/{rest}"
+
+
+def quantity(key: str) -> str:
+    """Return a key without its suffix.
+
+    Args:
+        key: the key as it is logged.
+
+    Example:
+        >>> quantity("margin/mean/train/dataloader_idx_1")
+        'margin/mean'
+    """
+    return key.removesuffix(key_suffix(key))
 
 
 def key_suffix(key: str) -> str:

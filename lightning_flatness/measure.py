@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FR
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.recording.layers import refuse_programs
+from lightning_flatness.reporting.report_figure import report_figure
+from lightning_flatness.reporting.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _QUANTITIES = (
     "relative_flatness",
@@ -90,10 +95,33 @@ class FlatnessReport:
         """Return the report as plain Python types, without the per-sample values."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "samples"}
 
+    def plot(self, dark: bool = False) -> Figure:
+        """Return a figure of the margins, and of the flatness of each sample if `per_sample=True` kept it.
+
+        Args:
+            dark: light lines on a dark ground.
+
+        Returns:
+            A matplotlib figure; save it with `report.plot().savefig("report.png")`.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        footer = f"layer {self.layer} · method {self.method} · {self.n_samples:,} samples"
+        return report_figure(self.margins, self.samples, str(self), footer, dark)
+
     def __str__(self) -> str:
         """Return the report as a table."""
+        return "\n".join(f"{name:<22}{value}" for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        """Return the report as an HTML table, which notebooks show."""
+        names, values = zip(*self._rows(), strict=True)
+        return Table({"": names, "value": values})._repr_html_()
+
+    def _rows(self) -> list[tuple[str, str]]:
         scale_free = self.scale_free_flatness
-        rows = [
+        return [
             ("layer", self.layer),
             *([("classifier", self.classifier)] if self.classifier not in ("", self.layer) else []),
             *([("measured by", f'"{self.method}". {self.reason}'.rstrip(". "))] if self.method != "pooled" else []),
@@ -105,7 +133,52 @@ class FlatnessReport:
             *((f"margin {name}", f"{value:.6g}") for name, value in self.margins.items()),
             *(("assumed", what) for what in self.assumed),
         ]
-        return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+    def _numbers(self) -> dict[str, float]:
+        own = {
+            "relative flatness": self.relative_flatness,
+            "Hessian trace": self.hessian_trace,
+            "scale-free flatness": self.scale_free_flatness,
+            "confidence": self.confidence,
+        }
+        numbers = {name: value for name, value in own.items() if value is not None}
+        return numbers | {f"margin {name}": value for name, value in self.margins.items()}
+
+
+def compare(first: FlatnessReport, second: FlatnessReport) -> Table:
+    """Return a table of two reports with the ratio of their numbers, second to first.
+
+    A ratio stands where both numbers are positive. Compare the same layer on the same samples: the table shows both, so
+    that a difference is seen.
+
+    Args:
+        first: the report that the other is compared with.
+        second: the other one.
+
+    Returns:
+        The table; `print` it, or look at it in a notebook.
+
+    Example:
+        >>> first = FlatnessReport("conv", "fc", 9, 4.0, 2.0, 1.0, 0.5, {"mean": 1.0})
+        >>> second = FlatnessReport("conv", "fc", 9, 2.0, 3.0, None, 0.5, {"mean": -1.0})
+        >>> compare(first, second).rows[3:5]
+        [('relative flatness', '4', '2', '0.5'), ('Hessian trace', '2', '3', '1.5')]
+    """
+    rows: list[tuple[str, ...]] = [
+        (name, str(one), str(other), "")
+        for name, one, other in (
+            ("layer", first.layer, second.layer),
+            ("method", first.method, second.method),
+            ("samples", first.n_samples, second.n_samples),
+        )
+    ]
+    ours, theirs = first._numbers(), second._numbers()
+    for name in {**ours, **theirs}:
+        one, other = ours.get(name), theirs.get(name)
+        has_ratio = one is not None and other is not None and one > 0 and other > 0
+        ratio = f"{cast(float, other) / cast(float, one):.4g}" if has_ratio else ""
+        rows.append((name, *("" if value is None else f"{value:.6g}" for value in (one, other)), ratio))
+    return Table(dict(zip(("what", "first", "second", "ratio"), zip(*rows, strict=True), strict=True)))
 
 
 def measure(

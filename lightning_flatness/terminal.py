@@ -1,11 +1,11 @@
-"""What the command lines share: errors in one line, a table, and silence about what does not matter."""
+"""What the command lines share: errors in one line, and silence about what does not matter."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -32,26 +32,6 @@ def whole_number(text: str, least: int) -> int:
     if not text.isdecimal() or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}; got {text!r}")
     return int(text)
-
-
-def table(columns: Mapping[str, Sequence[str]]) -> str:
-    """Return columns of cells by their heading, aligned to the right.
-
-    Args:
-        columns: of the same length.
-
-    Example:
-        >>> print(table({"epoch": ["0", "1"], "loss": ["2.31", "0.4"]}))
-        epoch  loss
-        -----  ----
-            0  2.31
-            1   0.4
-    """
-    aligned = []
-    for heading, cells in columns.items():
-        width = max(map(len, [heading, *cells]))
-        aligned.append([heading.rjust(width), "-" * width, *(cell.rjust(width) for cell in cells)])
-    return "\n".join("  ".join(row) for row in zip(*aligned, strict=True))
 
 
 @contextmanager

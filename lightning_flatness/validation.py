@@ -15,6 +15,7 @@ from lightning_flatness.curvature.methods import AutoMethod, Choice, Method, Rec
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import batch_targets, is_empty
 from lightning_flatness.data.churn import PredictionChurn
+from lightning_flatness.data.listening import LoggedValues
 from lightning_flatness.data.passes import (
     ASSUMED,
     SQUASHED,
@@ -45,43 +46,6 @@ def loader_count(trainer: Trainer, data: Any) -> int:
     return len(_batch_counts(trainer))
 
 
-class LoggedValues:
-    """The tensors that a module's step gives to its logging.
-
-    Args:
-        module: the module.
-    """
-
-    def __init__(self, module: LightningModule) -> None:
-        self._module = module
-        self._before: Any = None  # a `log` of the module's own
-        self._listening: Any = None
-        self.values: list[tuple[str, Tensor]] = []
-
-    def start(self) -> None:
-        """Listen from now on: the module's own `log` is called all the same."""
-        self.stop()
-        self.values = []
-        self._before = self._module.__dict__.get("log")
-        log = self._module.log
-
-        def listening(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            if isinstance(value, Tensor):
-                self.values.append((name, value))
-            log(name, value, *args, **kwargs)
-
-        self._module.__dict__["log"] = self._listening = listening
-
-    def stop(self) -> None:
-        """Listen no more."""
-        if self._listening is not None:
-            if self._before is None:
-                self._module.__dict__.pop("log", None)
-            else:
-                self._module.__dict__["log"] = self._before
-            self._listening = None
-
-
 class MeasuredValidation:
     """Records a validation's own passes, or runs passes of its own before the first batch.
 
@@ -106,6 +70,9 @@ class MeasuredValidation:
     Attributes:
         measured: what is measured, in words; None: nothing so far.
         choice: the method that has been chosen; None: none, or it was named.
+        facts: what is measured and how, by name.
+        samples: how many samples the loaders with values have, in all processes.
+        distributions: the values of all samples by name, shape (n,), for each of these loaders.
     """
 
     def __init__(
@@ -136,6 +103,9 @@ class MeasuredValidation:
         self.measured: str | None = None
         self._layers: dict[int, str] = {}  # by loader
         self._assumed = ""
+        self.facts: dict[str, str] = {}
+        self.samples = 0
+        self.distributions: dict[str, Tensor] = {}
         self._churn, self._churned = churn or PredictionChurn(), dict[int, float]()
         self._churn.start()
         self._samples = samples
@@ -194,6 +164,7 @@ class MeasuredValidation:
         with failures.contained():
             self.choice = common_choice(self.choice, self._module, *sums[-3:])
         valid = [index for index in loaders if samples[index] and not failures.excludes(index)]
+        self.samples = sum(samples[index] for index in valid)
         self._churned = {index: counts[index] / samples[index] for index in valid if not unknown[index]}
         self._churn.finish([] if self._trainer.sanity_checking else valid)
         return valid
@@ -212,6 +183,11 @@ class MeasuredValidation:
         values = {index: self._evaluations[index].compute() for index in loaders}
         for index in self._churned:
             values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
+        self.distributions = {
+            f"{name}{_ending(index, self._count)}": each
+            for index in loaders
+            for name, each in self._evaluations[index].distributions.items()
+        }
         return {f"{key}{suffix}{_ending(i, self._count)}": value for i in loaders for key, value in values[i].items()}
 
     def layers(self, suffix: str) -> dict[str, str]:
@@ -268,6 +244,7 @@ class MeasuredValidation:
         if self._loss is None:
             returned = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if isinstance(returned, Tensor) and recorder.depends(returned) and returned.numel() == 1:
+                self.facts["loss"] = "returned by validation_step"
                 return returned
             logged = {n: v for n, v in self._logged.values if v.numel() == 1 and recorder.depends(v)}
             if len({id(value) for value in logged.values()}) > 1:
@@ -276,6 +253,7 @@ class MeasuredValidation:
                     "`validation_step`, or say how it is computed: `loss=lambda output, targets: ...`."
                 )
             if logged:
+                self.facts["loss"] = f"logged by validation_step as {' and '.join(logged)}"
                 return next(iter(logged.values()))
             numbers = [v for v in (returned, *(v for _, v in self._logged.values)) if _is_number(v)]
             if (bypassing := recorder.bypassing(numbers)) is not None:
@@ -284,6 +262,7 @@ class MeasuredValidation:
         if is_empty(batch, targets):
             return None
         recorder.require_recorded()
+        self.facts["loss"] = _loss_name(self._loss)
         value = computed_loss(self._loss, recorder.output, targets)
         if self._loss is None:
             self._failures.warn_once(
@@ -298,6 +277,8 @@ class MeasuredValidation:
             batches, limit = batches_for_rank(self._data, self._trainer, self._max_samples)
             if description := getattr(batches, "description", ""):
                 self._assumed = f", on {description}"
+                self.facts["data"] = description
+            self.facts["loss"] = _loss_name(self._loss)
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
             options = limit, self._target, self._loss, self._verification
             for quantities in measured_batches(recorder, method, model, prepared, *options):
@@ -308,6 +289,10 @@ class MeasuredValidation:
         self._layers[loader] = str(recorder.layer)
         if isinstance(method, AutoMethod):
             self.choice = method.choice
+        method_name = method.name if self.choice is None else self.choice.name
+        self.facts |= {"layer": str(recorder.layer), "method": method_name}
+        if self.choice is not None and self.choice.reason and method_name != "pooled":
+            self.facts["because"] = self.choice.reason
         self.measured = self.measured or f"`{recorder.layer}` up to the loss{self._assumed}{_why(self.choice)}"
 
     def _samples_left(self, loader: int) -> int | None:
@@ -321,6 +306,12 @@ def _chosen(recorded: RecordedPass | RecordedPasses, method: Method) -> Recorded
     if isinstance(recorded, RecordedPass):
         return recorded
     return cast(RecordedPass, getattr(recorded, cast(Choice, cast(AutoMethod, method).choice).name))
+
+
+def _loss_name(loss: Loss | Callable[[Any, Any], Tensor] | None) -> str:
+    if loss is None:
+        return f"{ASSUMED} (assumed)"
+    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def _why(choice: Choice | None) -> str:

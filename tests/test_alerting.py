@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,16 +108,6 @@ class Fails(Action):
         raise self.error
 
 
-class Shows(CSVLogger):
-    """A logger that can show alerts."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.texts: list[str] = []
-        self.experiment.add_text = lambda tag, text, step: self.texts.append(text)
-        self.experiment.add_scalar = lambda *_: None
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -124,17 +116,19 @@ class Shows(CSVLogger):
     ],
 )
 def test_an_alert_is_shown_before_its_action_fails(tmp_path: Any, error: Exception, message: str) -> None:
-    stop, logger = StopTraining(), Shows(tmp_path)
+    stop, logger = StopTraining(), CSVLogger(tmp_path)
     rules = [Rule(**ALWAYS, action=Fails(error)), Rule(**ALWAYS, warmup=1, action=stop)]
     monitor = FlatnessMonitor(rules=rules)
     run = trainer(tmp_path, monitor, logger=logger, max_epochs=9)
     with pytest.warns(UserWarning, match=message) as caught:
         run.fit(Classifier())
     assert sum("FlatnessMonitor" in str(each.message) for each in caught) == 1
-    done = [message if isinstance(error, ActionError) else "RuntimeError('fault')"] * 2
-    assert all(
-        text.endswith(end) for text, end in zip(logger.texts, [done[0], f"{done[1]} Training stops."], strict=True)
-    )
+    lines = Path(logger.log_dir, "alerts.jsonl").read_text().splitlines()
+    failed = message if isinstance(error, ActionError) else "RuntimeError('fault')"
+    texts = [json.loads(line)["action"] for line in lines]
+    assert [text.endswith(end) for text, end in zip(texts, [failed, f"{failed} Training stops."], strict=True)] == [
+        True
+    ] * 2
     assert len(monitor.alerts) == 2
     assert len(firings(monitor)) == 3
     assert run.current_epoch == 2
@@ -142,7 +136,7 @@ def test_an_alert_is_shown_before_its_action_fails(tmp_path: Any, error: Excepti
 
 def test_what_happens_is_said_in_order(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lightning_flatness.alerting.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_flatness.alerting.say", said.append)
     trainer(tmp_path, FlatnessMonitor(rules=[Rule(**ALWAYS, action=ReduceLR(0.5))]), max_epochs=1).fit(Classifier())
     assert [text.split(": ")[0] for text in said] == ["Flatness alert", "Flatness action"]
     assert said[1].startswith("Flatness action: Learning rate cut from ")

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +201,15 @@ def test_all_act_on_the_data_of_one(tmp_path: Any, log: Path, factor: float) -> 
     assert (alerts, step, lr) == (([], 6, 0.1) if factor == 1 else ([0, 1, 2], 3, 0.05))
     assert log.read_text().count("Flatness alert") == len(alerts)
     assert told.read_text() == "1\n" if alerts else not told.exists()
-    shown = {"flatness/layer/text_summary", *["alert/margin/min/text_summary"] * bool(alerts)}
-    assert set(events.Tags()["tensors"]) == shown
-    assert len(events.Tensors("alert/margin/min/text_summary") if alerts else []) == len(alerts)
+    table = "monitor/alerts/text_summary"
+    assert (table in events.Tags()["tensors"]) == bool(alerts)
+    assert "flatness/layer/text_summary" in events.Tags()["tensors"]
+    assert len(events.Tensors(table) if alerts else []) == len(alerts)
+    lines = Path(logger.log_dir, "alerts.jsonl")
+    assert len(lines.read_text().splitlines() if lines.exists() else []) == len(alerts)
+    if find_spec("matplotlib"):
+        assert [each.step for each in events.Images("monitor/dashboard")] == (alerts or [5])
+    assert {each.histogram_value.num for each in events.Histograms("per_sample/margin")} == {12}
 
 
 def test_wandb_gets_one_alert(tmp_path: Any) -> None:

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from lightning_flatness.terminal import Parser, quiet, table
+from lightning_flatness.terminal import Parser, quiet
 
 
 def test_only_known_warnings_are_hidden() -> None:
@@ -31,8 +31,3 @@ def test_errors_take_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         Parser(prog="it").error("must be 1; got 2.")
     assert capsys.readouterr().err == "it: error: must be 1; got 2.\n"
-
-
-def test_columns_are_aligned() -> None:
-    lines = table({"a": ["1", "22"], "long heading": ["x", "y"]}).splitlines()
-    assert {len(line) for line in lines} == {len("22  long heading")}

@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, ForwardRecorder, PooledMethod, Rule
+from lightning_flatness.data.listening import LoggedValues
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.reporting.failures import Failures
-from lightning_flatness.validation import LoggedValues, MeasuredValidation
+from lightning_flatness.validation import MeasuredValidation
 
 
 class Measures(Callback):

@@ -203,3 +203,16 @@ def escalation(actions: Action | Sequence[Action] | None, number: int) -> Action
     if actions is None or isinstance(actions, Action):
         return actions
     return actions[min(number, len(actions)) - 1] if actions else None
+
+
+def action_text(alert: Alert) -> str:
+    """Return in two words what an alert did to the training: "lr / 10", "stopped"; empty: nothing.
+
+    Args:
+        alert: the alert.
+    """
+    action = escalation(alert.rule.action, alert.number)
+    would = "" if getattr(action, "armed", True) else "would be "
+    if isinstance(action, ReduceLR):
+        return f"{would}lr / {1 / action.factor:.3g}"
+    return f"{would}stopped" if isinstance(action, StopTraining) else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,27 @@ def require_batches(batches: Any, argument: str) -> None:
             f"`{argument}` must be an iterable of (inputs, targets); got {kind}. Pass a `DataLoader` or a list of "
             "batches."
         )
+
+
+def require_data(data: Any) -> None:
+    """Refuse data for a monitor that is neither named nor batches that can be read in every validation.
+
+    Args:
+        data: `"val"`, `"train"` or batches.
+
+    Raises:
+        ValueError: says what to give instead.
+
+    Example:
+        >>> require_data("train")
+    """
+    if isinstance(data, str):
+        if data not in ("val", "train"):
+            raise ValueError(f'`data` must be "val", "train" or an iterable of batches; got {data!r}.')
+        return
+    require_batches(data, "data")
+    if isinstance(data, Iterator):
+        raise ValueError(f"`data` must be iterable in every validation anew, as a list is; got {type(data).__name__}.")
 
 
 def batch_inputs(batch: Any) -> Any:

@@ -58,6 +58,24 @@ def _metrics(**options: Any) -> dict[str, SampleMetric]:
     }
 
 
+class _SampleFlatness(SampleMetric):
+    """Keeps the relative flatness of every sample."""
+
+    requires = ("relative_flatness",)
+
+    values: list[Tensor]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._add_values("values")
+
+    def _add(self, quantities: SampleQuantities) -> None:
+        self.values.append(quantities.relative_flatness.double())
+
+    def _value(self) -> Tensor:
+        return self._values("values")
+
+
 class Evaluation:
     """All quantities over the samples of one data set; exact for any split into batches and processes.
 
@@ -85,12 +103,15 @@ class Evaluation:
         self._keys = keys_of(method)
         metrics = _metrics(sync_on_compute=is_shared)
         self._metrics = {key: metric.to(device) for key, metric in metrics.items() if self._asks_for(key)}
+        self._flatness = _SampleFlatness(sync_on_compute=is_shared).to(device)
+        self.distributions: dict[str, Tensor] = {}
+        """The values of all samples of all processes by name, shape (n,), after `compute`."""
 
     def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch."""
         if quantities.hessian_trace.device.type == "mps":  # which has no float64
             quantities = quantities.cpu()
-        for metric in self._metrics.values():
+        for metric in (*self._metrics.values(), self._flatness):
             metric.update(quantities)
         self.samples += len(quantities)
 
@@ -107,6 +128,10 @@ class Evaluation:
             values.update(
                 {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
             )
+        self.distributions = {"relative_flatness": self._flatness.compute()}
+        margins = self._metrics.get("margin")
+        if isinstance(margins, MarginStatistics) and not margins.is_absent:
+            self.distributions["margin"] = margins.all_values
         if _LOGGED_CORRELATION in values:
             values[MARGIN_CORRELATION] = values[_LOGGED_CORRELATION]
         return {key: values[key] for key in self._keys if key in values}

@@ -45,7 +45,8 @@ class MarginStatistics(SampleMetric):
 
     def _value(self) -> dict[str, Tensor]:
         """Return mean, std, skewness, min, quantiles and the share of negative margins of all samples so far."""
-        return LF.distribution(self._values("margins"))
+        self.all_values = self._values("margins")
+        return LF.distribution(self.all_values)
 
 
 class _TwoMeans(SampleMetric):

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_flatness.errors import UnsupportedTailError
+from lightning_flatness.reporting.console import own_line, say, warn
 
 
 class Failures:
@@ -22,12 +24,14 @@ class Failures:
 
     Attributes:
         failed: the loaders of which something failed in this validation.
+        reason: why the last network that was refused was; empty: none was.
         label: what messages call the monitor.
     """
 
     def __init__(self, strict: bool, name: str = "") -> None:
         self.strict = strict
         self.failed: set[int | None] = set()
+        self.reason = ""
         self.label = f"FlatnessMonitor `{name}`" if name else "FlatnessMonitor"
         self._reported: set[str] = set()
 
@@ -60,20 +64,23 @@ class Failures:
         """Warn about a failure, once for each first line of a message; raise it if `strict`."""
         if self.strict:
             raise error
+        if isinstance(error, UnsupportedTailError):
+            self.reason = str(error)
         # The message of this error says how much memory is left, which differs every time.
         kind = type(error).__name__ if isinstance(error, torch.OutOfMemoryError) else str(error).split("\n")[0]
         if kind not in self._reported:
             self._reported.add(kind)
             # On the process where it happened: the first one may know nothing of it.
-            warnings.warn(f"{self.label} did not {what}: {error}", stacklevel=2)
+            with own_line():
+                warnings.warn(f"{self.label} did not {what}: {error}", stacklevel=2)
 
     def info_once(self, message: str) -> None:
         """Log a message on the first process, once."""
-        self._once(message, rank_zero_info)
+        self._once(message, say)
 
     def warn_once(self, message: str) -> None:
         """Warn on the first process, once."""
-        self._once(message, lambda text: rank_zero_warn(text, category=UserWarning))
+        self._once(message, warn)
 
     def _once(self, message: str, say: Callable[[str], None]) -> None:
         if message not in self._reported:

@@ -1,22 +1,219 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.saving import load_hparams_from_yaml
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning_runs import Classifier, trainer
 from torch.utils.data import DataLoader
-from wandb_files import records
 
-from lightning_flatness.reporting.loggers import LAYER, LoggerAlerts, log_layers, log_step
+from lightning_flatness import FlatnessMonitor, ReduceLR, Rule
+from lightning_flatness.reporting.loggers import LAYER, Loggers, log_folder, log_layers, log_step
 from lightning_flatness.rules.alert import Alert
 
-KEY, REASON, DONE = "flatness/relative", "flatness/relative rose from 1 to 2.3 since step 4.", "Training stops."
+REASON, DONE = "flatness/relative rose from 1 to 2.3 since step 4.", "Training stops."
+ALERT = Alert("rule", "flatness/relative/" + "x" * 60, math.nan, 1.0, 8, 1, REASON)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "alerts.jsonl").read_text().splitlines()]
+
+
+class Experiment:
+    """The experiment of a logger, with the given methods."""
+
+    def __init__(self, *methods: str) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        for method in methods:
+            setattr(self, method, lambda *args, method=method, **kwargs: self.calls.append((method, args, kwargs)))
+
+
+BOARD = ("add_text", "add_image", "add_histogram", "add_custom_scalars")
+
+
+def trainer_of(folder: Path | None = None, *experiments: Any, is_global_zero: bool = True) -> Any:
+    loggers = [SimpleNamespace(experiment=experiment) for experiment in experiments]
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7))
+    return SimpleNamespace(
+        loggers=loggers, is_global_zero=is_global_zero, fit_loop=loop, global_step=8, default_root_dir=folder
+    )
+
+
+def everything(loggers: Loggers, run: Any) -> None:
+    loggers.start(run)
+    loggers.describe(run, {"layer": "net.3", "not measured": "flattened"})
+    loggers.show(run, ALERT, DONE)
+    loggers.distributions(run, {"margin": np.arange(3.0)}, is_alert=True)
+    loggers.figure(run, lambda: np.zeros((2, 2, 3), np.uint8), step=7)
+
+
+def test_loggers_are_known_by_what_they_can_do(tmp_path: Path) -> None:
+    board, other = Experiment(*BOARD), Experiment("alert")
+    everything(Loggers(), trainer_of(tmp_path, board, other, None))
+    assert [call[0] for call in board.calls] == [
+        "add_custom_scalars",
+        "add_text",
+        "add_text",
+        "add_histogram",
+        "add_image",
+    ]
+    tags = {call[1][0]: call[1][2] for call in board.calls[1:]}
+    names = ("monitor/configuration", "monitor/alerts", "per_sample/margin", "monitor/dashboard")
+    assert tags == dict.fromkeys(names, 7)
+    assert not other.calls
+    assert [each["event"] for each in lines(tmp_path)] == ["refused", "alert"]
+    assert lines(tmp_path)[1] == {
+        "monitor": "",
+        "event": "alert",
+        "rule": "rule",
+        "key": ALERT.key,
+        "step": 8,
+        "epoch": 1,
+        "onset_step": None,
+        "value": None,  # JSON has no NaN
+        "reference": 1.0,
+        "ratio": None,
+        "reason": REASON,
+        "action": DONE,
+    }
+    assert log_step(SimpleNamespace(fit_loop=None, global_step=8)) == 8
+
+
+def test_the_table_of_alerts_grows_and_begins_anew_with_a_training(tmp_path: Path) -> None:
+    board, loggers = Experiment(*BOARD), Loggers("/train")
+    run = trainer_of(tmp_path, board)
+    for _ in range(2):
+        loggers.show(run, ALERT)
+    loggers.start(run, ["", "/train"])  # the first monitor lays out the scalars, not this one
+    loggers.show(run, ALERT)
+    texts = [call[1][1] for call in board.calls]
+    assert [text.count("\n") for text in texts] == [2, 3, 2]
+    assert {call[1][0] for call in board.calls} == {"monitor/alerts/train"}
+
+
+def test_only_the_first_process_touches_a_logger(tmp_path: Path) -> None:
+    board = Experiment(*BOARD)
+    everything(Loggers(), trainer_of(tmp_path, board, is_global_zero=False))
+    assert not board.calls
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_logger_is_one_warning_and_the_others_go_on(tmp_path: Path) -> None:
+    class Full(Experiment):
+        def __getattribute__(self, name: str) -> Any:
+            if name in BOARD:
+                return self.fail
+            return super().__getattribute__(name)
+
+        def fail(self, *_: Any, **__: Any) -> None:
+            raise OSError("no space left")
+
+    board = Experiment(*BOARD)
+    with pytest.warns(UserWarning, match="could not show a layout: OSError") as caught:
+        everything(Loggers(), trainer_of(tmp_path, Full(), board))
+    assert len(caught) == 1
+    assert len(board.calls) == 5
+
+
+class Broken(CSVLogger):
+    """Writes numbers, but nothing else."""
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(**dict.fromkeys(BOARD, self.fail))
+
+    def fail(self, *_: Any, **__: Any) -> None:
+        raise OSError("no connection")
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    log_hyperparams = log_graph = save = finalize = log_metrics
+
+
+def alerting(**options: Any) -> FlatnessMonitor:
+    rule = Rule("flatness/trace", above=-1.0, action=ReduceLR(0.5), name="always", cooldown=5)
+    return FlatnessMonitor(rules=[rule], **options)
+
+
+def test_a_logger_that_fails_costs_a_training_one_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Broken could not show") as caught:
+        trainer(tmp_path, alerting(), logger=Broken(tmp_path)).fit(Classifier())
+    assert len([each for each in caught if "could not" in str(each.message)]) == 1
+
+
+@pytest.mark.parametrize("kind", [None, CSVLogger])
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, kind: type[Logger] | None) -> None:
+    (tmp_path / "alerts.jsonl").mkdir()
+    (tmp_path / "dashboard.png").mkdir()
+    logger = kind(tmp_path, name="", version="") if kind else False
+    with pytest.warns(UserWarning, match="could not") as caught:
+        trainer(tmp_path, alerting(), logger=logger).fit(Classifier())
+    said = [str(each.message) for each in caught if "could not" in str(each.message)]
+    assert [line.split()[0] for line in said] == (["alerts.jsonl"] + ["dashboard.png"] * (kind is not None))
+
+
+@pytest.mark.parametrize("kind", [False, CSVLogger])
+def test_without_a_logger_for_pictures_there_are_files(tmp_path: Path, kind: Any) -> None:
+    logger = kind(tmp_path, name="", version="") if kind else False
+    run = trainer(tmp_path, alerting(), logger=logger, max_epochs=3)
+    run.fit(Classifier())
+    (alert,) = lines(tmp_path)
+    assert (alert["rule"], alert["step"]) == ("always", 5)
+    assert "Action: ReduceLR" in alert["action"]
+    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    csv = {"dashboard.png", "metrics.csv", "hparams.yaml"} if kind else set()
+    assert files - {"hparams.yaml"} == {"alerts.jsonl"} | csv - {"hparams.yaml"}
+    if kind:
+        assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
+        header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+        columns = header.split(",")
+        assert {"flatness/relative", "margin/mean", "margin_quantiles/q05"} < set(columns)
+        assert "margin/q05" not in columns
+        assert "margin/q05" in run.callback_metrics
+        assert len(rows) == 3
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}])
+def test_trials_leave_no_files(tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer(tmp_path, alerting(), **options).fit(Classifier())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_refused_network_is_visible(tmp_path: Path) -> None:
+    def coupled(module: Classifier, batch: Any) -> torch.Tensor:
+        logits = module(batch[0])
+        return torch.nn.functional.cross_entropy(logits - logits.mean(0), batch[1])
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    with pytest.warns(UserWarning, match="did not measure"):
+        trainer(tmp_path, FlatnessMonitor(), logger=logger).fit(Classifier(coupled))
+    (line,) = lines(tmp_path)
+    assert line["event"] == "refused"
+    assert "mean" in line["reason"]
+    assert not (tmp_path / "dashboard.png").exists()
+
+
+def test_the_folder_is_that_of_the_first_logger_that_has_one(tmp_path: Path) -> None:
+    def folder(*loggers: Any) -> Path | None:
+        return log_folder(SimpleNamespace(loggers=loggers, default_root_dir="root"))
+
+    wandb = SimpleNamespace(experiment=SimpleNamespace(dir="run/files"), log_dir=None, save_dir=".")
+    remote = SimpleNamespace(experiment=None, log_dir=None, save_dir="s3://bucket")
+    csv = SimpleNamespace(experiment=None, log_dir="csv/version_0", save_dir="csv")
+    assert [folder(), folder(remote), folder(remote, csv), folder(wandb, csv)] == [
+        Path(each) for each in ("root", "root", "csv/version_0", "run/files")
+    ]
+    run = Trainer(fast_dev_run=True, accelerator="cpu")
+    assert log_folder(run) is None
 
 
 class Line(LightningModule):
@@ -38,124 +235,6 @@ class Line(LightningModule):
         return DataLoader(torch.zeros(4, 1))
 
     val_dataloader = train_dataloader
-
-
-class AlertAlways(Callback):
-    def __init__(self) -> None:
-        self.loggers, self.steps = LoggerAlerts(), []
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log(KEY, 2.0 + trainer.current_epoch)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = 2.0 + trainer.current_epoch
-        alert = Alert("rule", KEY, value, 1.0, trainer.global_step, trainer.current_epoch, REASON)
-        self.steps.append(log_step(trainer))
-        self.loggers.show(trainer, alert, DONE)
-
-
-def fitted(*loggers: Logger) -> Trainer:
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=list(loggers),
-        callbacks=[AlertAlways()],
-        accumulate_grad_batches=2,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    trainer.fit(Line())
-    return trainer
-
-
-def test_tensorboard_shows_text_and_mark_at_the_step_of_the_metrics() -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    trainer = fitted(TensorBoardLogger("."), CSVLogger("."))
-    events = event_accumulator.EventAccumulator(trainer.loggers[0].log_dir, {"tensors": 0, "scalars": 0}).Reload()
-    metric, marks, texts = (
-        events.Scalars(KEY),
-        events.Scalars(f"alert/{KEY}"),
-        events.Tensors(f"alert/{KEY}/text_summary"),
-    )
-    assert [(each.step, each.value) for each in marks] == [(each.step, each.value) for each in metric]
-    assert [each.step for each in texts] == [each.step for each in metric] == trainer.callbacks[0].steps
-    assert [each.tensor_proto.string_val for each in texts] == [[f"{REASON} {DONE}".encode()]] * 2
-    assert "alert" not in Path(trainer.loggers[1].log_dir, "metrics.csv").read_text()
-
-
-def test_wandb_has_an_alert_of_the_run(tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb")
-    wandb.teardown()  # of an earlier test, with another working directory
-    fitted(WandbLogger(offline=True, save_dir=tmp_path))
-    wandb.teardown()  # its process has written the file only when it has ended
-    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    alerts = [record.alert for record in records(path) if record.HasField("alert")]
-    assert [(each.title, each.text, each.level) for each in alerts] == [
-        (f"{KEY} at step {step}", f"{REASON} {DONE}", "WARN") for step in (2, 4)
-    ]
-
-
-class Experiment:
-    """The experiment of a logger, with the given methods."""
-
-    def __init__(self, *methods: str) -> None:
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        for method in methods:
-            setattr(self, method, lambda *args, method=method, **kwargs: self.calls.append((method, args, kwargs)))
-
-
-def trainer_of(*experiments: Any, is_global_zero: bool = True) -> Any:
-    loggers = [SimpleNamespace(experiment=experiment) for experiment in experiments]
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7))
-    return SimpleNamespace(loggers=loggers, is_global_zero=is_global_zero, fit_loop=loop, global_step=8)
-
-
-ALERT = Alert("rule", "flatness/relative/" + "x" * 60, math.nan, 1.0, 8, 1, REASON)
-
-
-def test_loggers_are_known_by_what_they_can_do() -> None:
-    board, run, other = Experiment("add_text", "add_scalar"), Experiment("alert", "define_metric"), Experiment("alert")
-    LoggerAlerts().show(trainer_of(board, run, other, None), ALERT)
-    assert [call[0] for call in board.calls] == ["add_text", "add_scalar"]
-    assert board.calls[0][1:] == ((f"alert/{ALERT.key}", REASON, 7), {})
-    assert [len(call[2]["title"]) for call in run.calls] == [63]
-    assert not other.calls
-    assert log_step(SimpleNamespace(fit_loop=None, global_step=8)) == 8
-
-
-def test_only_the_first_process_touches_a_logger() -> None:
-    board = Experiment("add_text", "add_scalar")
-    LoggerAlerts().show(trainer_of(board, is_global_zero=False), ALERT)
-    assert not board.calls
-
-
-class FullDisk(CSVLogger):
-    """Writes numbers, but nothing else."""
-
-    @property
-    def experiment(self) -> Any:
-        return SimpleNamespace(add_text=self.fail, add_scalar=self.fail)
-
-    def fail(self, *_: Any) -> None:
-        raise OSError("no space left")
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
-
-    log_hyperparams = log_graph = save = finalize = log_metrics
-
-
-def test_a_failing_logger_is_one_warning_and_the_others_go_on() -> None:
-    board = Experiment("add_text", "add_scalar")
-    with pytest.warns(UserWarning, match="FullDisk could not show an alert: OSError") as caught:
-        trainer = fitted(FullDisk("."))
-    assert len([each for each in caught if "could not show" in str(each.message)]) == 1
-    assert trainer.global_step == 4
-    with pytest.warns(UserWarning, match="could not show"):
-        LoggerAlerts().show(trainer_of(FullDisk(".").experiment, board), ALERT)
-    assert len(board.calls) == 2
 
 
 class NameLayers(Callback):
