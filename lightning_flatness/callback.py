@@ -64,8 +64,8 @@ class FlatnessMonitor(Callback):
             number.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
-        verify: once per run and loader, call the network again on a few samples with moved filters, and compare it
-            with what the record predicts; see `docs/concepts/assumptions.md`. Everything is restored to the last bit.
+        verify: once per run, loader and layer, call the network again on a few samples with moved filters, and compare
+            it with what the record predicts; see `docs/concepts/assumptions.md`. All is restored to the last bit.
         chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted
             in groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
             take, which grows with the batch.
@@ -233,6 +233,7 @@ class FlatnessMonitor(Callback):
             failures.info_once(f"{failures.label} measures {validation.measured}.")
             for assumption in self._verification.assumed:
                 failures.info_once(f"{failures.label}: {assumption}.")
+        lacking: list[str] = []
         if self._choice is not None:
             given = keys_of(self._choice.name)
             lacking = [f"{key}{self._suffix}" for key in keys_of(self.method) if key not in given]
@@ -250,8 +251,9 @@ class FlatnessMonitor(Callback):
         if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
             values = {}
         mark_missing(trainer, self._logged - set(values))
-        # Rules must not take a loader for another one, which is missing; changed predictions may be missing anywhere.
-        is_whole = {key for key in self._logged if not key.startswith(CHURN)} <= set(values)
+        # Rules must not take a loader for another one, which is missing; changed predictions may be missing anywhere,
+        # and what the method does not give was that of another one.
+        is_whole = {key for key in self._logged if not key.startswith((CHURN, *lacking))} <= set(values)
         if self._schedule.is_resuming and validation.is_part:
             failures.warn_once(f"{failures.label} {PARTIAL}")
             is_whole = False
