@@ -140,7 +140,12 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "moving batches": ("lightning_flatness.validation.transferred", 2, BUT_FOR_THE_SECOND, OWN),
     "the network": ("lightning_flatness.validation.callable_module", 2, BUT_FOR_THE_SECOND, OWN),
     "own passes": ("lightning_flatness.data.passes.batch_inputs", 2, AFTER_THE_FIRST, OWN),
-    "a layer's hook": ("lightning_flatness.recording.classifier.ClassifierBuilder._begin_layer", 1, NONE, CLASSIFIER),
+    "a layer's hook": (
+        "lightning_flatness.recording.classifier.ClassifierBuilder._begin_layer",
+        1,
+        AFTER_THE_FIRST,
+        CLASSIFIER,
+    ),
     "the classifier's loss": ("lightning_flatness.curvature.classifier._head", 2, AFTER_THE_FIRST, CLASSIFIER),
     "the choice": ("lightning_flatness.curvature.methods.AutoMethod._choose", 1, AFTER_THE_FIRST, {"method": "auto"}),
 }
