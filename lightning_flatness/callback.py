@@ -68,8 +68,8 @@ class FlatnessMonitor(Displayed):
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
         per_sample: add up what the validations of a training say about each sample; see `samples`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
-        verify: once per run and loader, call the network again on a few samples with moved filters, and compare it
-            with what the record predicts; see `docs/concepts/assumptions.md`. Everything is restored to the last bit.
+        verify: once per run, loader and layer, call the network again on a few samples with moved filters, and compare
+            it with what the record predicts; see `docs/concepts/assumptions.md`. All is restored to the last bit.
         prog_bar: show the headline values in Lightning's progress bar.
         figure_every_n_validations: the loggers get the figure of the training (`figure()`) at every alert, in every
             n-th measured validation and at the end of `fit`, if matplotlib is installed. None: as often as drawing
@@ -254,6 +254,7 @@ class FlatnessMonitor(Displayed):
             failures.info_once(f"{failures.label} measures {validation.measured}.")
             for assumption in self._verification.assumed:
                 failures.info_once(f"{failures.label}: {assumption}.")
+        lacking: list[str] = []
         if self._choice is not None:
             given = keys_of(self._choice.name)
             lacking = [f"{key}{self._suffix}" for key in keys_of(self.method) if key not in given]
@@ -271,8 +272,9 @@ class FlatnessMonitor(Displayed):
         if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
             values = {}
         mark_missing(trainer, self._logged - set(values))
-        # Rules must not take a loader for another one, which is missing; changed predictions may be missing anywhere.
-        is_whole = {key for key in self._logged if not key.startswith(CHURN)} <= set(values)
+        # Rules must not take a loader for another one, which is missing; changed predictions may be missing anywhere,
+        # and what the method does not give was that of another one.
+        is_whole = {key for key in self._logged if not key.startswith((CHURN, *lacking))} <= set(values)
         if self._schedule.is_resuming and validation.is_part:
             failures.warn_once(f"{failures.label} {PARTIAL}")
             is_whole = False

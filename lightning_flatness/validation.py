@@ -147,7 +147,7 @@ class MeasuredValidation:
         """Return the indices of the loaders that have values; every process has to call this.
 
         A loader has values if it has samples and nothing failed in any process. None has values if processes have
-        chosen different methods.
+        chosen different methods. A choice by which nothing was measured is forgotten.
         """
         failures, loaders = self._failures, range(self._count)
         samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
@@ -165,6 +165,7 @@ class MeasuredValidation:
             self.choice = common_choice(self.choice, self._module, *sums[-3:])
         valid = [index for index in loaders if samples[index] and not failures.excludes(index)]
         self.samples = sum(samples[index] for index in valid)
+        self.choice = self.choice if any(samples) else None
         self._churned = {index: counts[index] / samples[index] for index in valid if not unknown[index]}
         self._churn.finish([] if self._trainer.sanity_checking else valid)
         return valid
@@ -225,9 +226,10 @@ class MeasuredValidation:
             return
         recorded = recorder.take_pass(loss)
         quantities = cast(Any, self._method).quantities(recorded, slice(left))
-        if self._verification.is_due(loader):
+        if self._verification.is_due(loader, recorder.layer):
             chosen = _chosen(recorded, self._method)
-            self._verification.note(loader, verify_call(chosen, self._trainer.precision_plugin.val_step_context))
+            obstacle = verify_call(chosen, self._trainer.precision_plugin.val_step_context)
+            self._verification.note(loader, recorder.layer, obstacle)
         self._add(quantities, loader)
         if recorded.takes_probabilities:
             self._failures.warn_once(f"{self._failures.label} {SQUASHED}")

@@ -298,3 +298,27 @@ def test_a_loss_of_both_branches_is_measured_in_the_deeper_one(tmp_path: Any) ->
     run.validate(module, module.val_dataloader(), verbose=False)
     report = report_of(module.teacher, module.val_dataloader())
     assert values_of(run)["flatness/trace"] == pytest.approx(report["flatness/trace"], rel=1e-12)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_after_a_phase_of_another_network_the_choice_is_made_anew(tmp_path: Any, epochs: int, back: bool) -> None:
+    """One of them is measured at its classifier; where the layer runs no more, one validation has no values."""
+
+    class Phases(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Sequential(nn.Flatten(), nn.Linear(50, 3)).double()
+
+        def validation_step(self, batch: Any, index: int) -> Any:
+            network = self.net if (self.current_epoch < epochs) == back else self.other
+            return F.cross_entropy(network(batch[0]), batch[1])
+
+    monitor, module = FlatnessMonitor(rules=[Rule("flatness/trace", above=0.0)]), Phases()
+    run = trainer(tmp_path, monitor, max_epochs=4)
+    with pytest.warns(UserWarning, match="none did"):
+        run.fit(module)
+    assert [alert.epoch for alert in monitor.alerts] == [epoch for epoch in range(4) if epoch != epochs]
+    assert values_of(run)["flatness/trace"] == pytest.approx(
+        report_of(module.other if back else module.net, module.val_dataloader())["flatness/trace"], rel=1e-12
+    )

@@ -78,8 +78,8 @@ def measured_batches(
             if recorded.takes_probabilities and not warned:
                 rank_zero_warn(f"lightning-flatness {SQUASHED}", category=UserWarning)
                 warned = True
-            if verification is not None and verification.is_due(0):
-                verification.note(0, _verified_on_few(recorder, step, inputs, targets))
+            if verification is not None and verification.is_due(0, recorder.layer):
+                verification.note(0, recorder.layer, _verified_on_few(recorder, step, inputs, targets))
             yield quantities
             left = None if left is None else left - len(quantities)
             if left is not None and left <= 0:

@@ -46,7 +46,7 @@ class Repetition(NamedTuple):
 
 
 class Verification:
-    """Says for which loaders of a run the record is still to be verified.
+    """Says for which loaders and layers of a run the record is still to be verified.
 
     Args:
         wanted: whether records are verified at all.
@@ -58,16 +58,16 @@ class Verification:
     def __init__(self, wanted: bool = True) -> None:
         """Start with nothing verified."""
         self._wanted = wanted
-        self._verified: set[int] = set()
+        self._verified: set[tuple[int, str | None]] = set()
         self.assumed: tuple[str, ...] = () if wanted else (f"{SKIPPED}: `verify=False`",)
 
-    def is_due(self, loader: int) -> bool:
-        """Return whether the record of a loader is still to be verified."""
-        return self._wanted and loader not in self._verified
+    def is_due(self, loader: int, layer: str | None) -> bool:
+        """Return whether the record from a layer, of a loader's batches, is still to be verified."""
+        return self._wanted and (loader, layer) not in self._verified
 
-    def note(self, loader: int, obstacle: str | None) -> None:
+    def note(self, loader: int, layer: str | None, obstacle: str | None) -> None:
         """Note that a record has been verified, or why that is not possible."""
-        self._verified.add(loader)
+        self._verified.add((loader, layer))
         if obstacle is not None and f"{SKIPPED}: {obstacle}" not in self.assumed:
             self.assumed += (f"{SKIPPED}: {obstacle}",)
 

@@ -107,13 +107,14 @@ def test_what_is_not_verified_is_said(make: Callable[[], nn.Module], options: di
 
 def test_each_loader_is_due_once() -> None:
     verification = Verification()
-    assert verification.is_due(0)
-    verification.note(0, None)
-    assert (verification.is_due(0), verification.is_due(1), verification.assumed) == (False, True, ())
-    verification.note(1, "it is odd")
-    verification.note(2, "it is odd")
+    assert verification.is_due(0, "conv")
+    verification.note(0, "conv", None)
+    due = [verification.is_due(*where) for where in ((0, "conv"), (1, "conv"), (0, "other"))]
+    assert (due, verification.assumed) == ([False, True, True], ())
+    verification.note(1, "conv", "it is odd")
+    verification.note(2, "conv", "it is odd")
     assert verification.assumed == (f"{SKIPPED}: it is odd",)
-    assert not Verification(wanted=False).is_due(0)
+    assert not Verification(wanted=False).is_due(0, "conv")
 
 
 class Reversed(torch.autograd.Function):
