@@ -46,6 +46,7 @@ WIRINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "flip": lambda z, skip: z.flip(1),
     "mask": lambda z, skip: z.masked_fill(skip > 0, 0.3),
 }
+WITH_SKIP = {"add", "add in place", "subtract", "scale", "divide", "cat", "cat of slices", "mask"}
 
 
 def local(*pools: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -186,7 +187,7 @@ class Network(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         h = self.stem(x).tanh()
-        skip = self.skip(h)
+        skip = self.skip(h) if self.tail.wiring in WITH_SKIP else h  # else it would be the deepest, for nothing
         a = (ACTIVATIONS | ODD_ACTIVATIONS)[self.tail.activation](self.norm(self.conv(h)))
         a = ACTIVATIONS[self.tail.second_activation]((WIRINGS | ODD_WIRINGS)[self.tail.wiring](a, skip))
         return (POOLS | ODD_POOLS)[self.tail.pool](a).flatten(1)

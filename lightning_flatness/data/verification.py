@@ -17,6 +17,7 @@ from lightning_flatness.recording.recorded_pass import RecordedPass
 _STEP = 0.5  # of the largest weight: large enough to stand out of rounding
 _CONVOLUTIONS = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
 _DERIVATIVES = {torch.float32: 1e-2, torch.float64: 1e-6}  # how far derivatives may differ, relative to the largest
+_ROUNDINGS = 1e3  # of derivatives that vanish, in those of the largest output per largest weight
 _HALF = 0.2  # in half precision
 _MARGIN = 10  # by how much rounding may grow when the filters are moved
 SKIPPED = "that the loss depends on the filters as recorded is assumed"
@@ -263,13 +264,16 @@ def _require_same_derivatives(
 ) -> None:
     dtype = repetition.observed[0].dtype
     tolerance = _HALF if dtype in LOW_PRECISION else _DERIVATIVES[dtype]
+    weight = float(recorded.calls[-1].weight.abs().max())
+    size = max(float(output.abs().where(output.isfinite(), 0.0).max()) for output in repetition.observed)
+    rounding = _ROUNDINGS * torch.finfo(dtype).eps * size / weight if weight else 0.0
     scale = 0.0
     for order, first, second in zip(("first", "second"), found, expected, strict=True):
         if first is None or second is None or (order == "second" and dtype in LOW_PRECISION):
             continue
         first, second = first.double(), second.double()
         scale = max(scale, float(first.abs().max()), float(second.abs().max()))
-        if _distance(first, second) > tolerance * scale:
+        if _distance(first, second) > tolerance * scale + rounding:
             custom = sorted(set(recorded.graph.functions.values()))
             raise UnsupportedTailError(
                 f"Autograd must differentiate {repetition.what} as the operations that compute it say; its {order} "
