@@ -13,7 +13,7 @@ from recorded import brute_force
 from torch import Tensor, nn
 
 from lightning_flatness import BothRecorder, UnsupportedTailError, measure, select_method
-from lightning_flatness.curvature.methods import METHODS, Choice, encoded_choice, known_choice, method_for
+from lightning_flatness.curvature.methods import METHODS, Choice, common_choice, encoded_choice, method_for
 
 
 class Transformer(nn.Module):
@@ -212,6 +212,8 @@ def test_names_are_checked() -> None:
 @pytest.mark.parametrize("choice", [Choice("pooled", "", ""), Choice("classifier", "head", "")], ids=lambda c: c.name)
 def test_processes_exchange_a_choice_as_a_number(choice: Choice) -> None:
     model = network(Excited)
-    known = known_choice(encoded_choice(choice, model), model)
+    code = encoded_choice(choice, model)
+    known = common_choice(None, model, 2 * code, 2 * code**2, 2)
+    assert known is not None
     assert (known.name, known.layer) == (choice.name, choice.layer)
     assert encoded_choice(None, model) == 0
