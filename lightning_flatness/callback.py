@@ -218,6 +218,7 @@ class FlatnessMonitor(Displayed):
                 self._verification,
                 self._churn,
                 self.samples if counts(trainer) else None,
+                _tools(self, pl_module)[0] if self.method == "jacobian" else None,
             )
 
     def on_validation_batch_start(

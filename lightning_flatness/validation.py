@@ -79,6 +79,7 @@ class MeasuredValidation:
         verification: says for which loaders the record is still to be verified.
         churn: has the predictions of the previous validation; None: there is none.
         samples: adds up what the validations say about each sample; None: nobody asks.
+        layers: a recorder of several layers; None: a single layer is measured.
 
     Attributes:
         measured: what is measured, in words; None: nothing so far.
@@ -102,6 +103,7 @@ class MeasuredValidation:
         verification: Verification,
         churn: PredictionChurn | None = None,
         samples: SampleHistory | None = None,
+        layers: Recorder | None = None,
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools, self.choice = failures, tools, choice
@@ -125,10 +127,9 @@ class MeasuredValidation:
         if samples is not None:
             samples.start()
         self._evaluations: list[Evaluation | LayerEvaluation] = []
-        recorder, _ = tools(choice)
-        self._exchange = LayerExchange(recorder, self._count)
+        self._exchange = LayerExchange(layers, self._count)
         with failures.contained(self.close):
-            self._evaluations = [evaluation_of(recorder, pl_module.device) for _ in range(self._count)]
+            self._evaluations = [evaluation_of(layers, pl_module.device) for _ in range(self._count)]
 
     def before_batch(self, loader: int, is_first: bool) -> None:
         """Record the pass of the batch that comes, or run the own passes before the first one."""

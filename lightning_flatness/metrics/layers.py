@@ -142,14 +142,14 @@ class LayerExchange:
     """What processes tell each other about the layers of all loaders; nothing if a method measures a single layer.
 
     Args:
-        recorder: of the network; the same layers in every process.
+        recorder: of the network, with the same layers in every process; None: of a single layer.
         loaders: the number of loaders.
 
     Raises:
         ValueError: if a layer has the name under which the network has its key.
     """
 
-    def __init__(self, recorder: Recorder, loaders: int) -> None:
+    def __init__(self, recorder: Recorder | None, loaders: int) -> None:
         """Count the numbers, which every process has to give even if it has no evaluation."""
         self._width, self._loaders = 0, loaders
         if isinstance(recorder, LayersRecorder):
@@ -173,12 +173,12 @@ class LayerExchange:
 
 
 def evaluation_of(
-    recorder: Recorder, device: torch.device, method: str = "auto", is_shared: bool = True
+    recorder: Recorder | None, device: torch.device, method: str = "auto", is_shared: bool = True
 ) -> Evaluation | LayerEvaluation:
     """Return a new evaluation of what a recorder records: of several layers, or of one.
 
     Args:
-        recorder: of the network.
+        recorder: of the network; None: of a single layer.
         device: device of the network.
         method: name of the method, if there is a single layer.
         is_shared: whether the samples of all processes count together.
