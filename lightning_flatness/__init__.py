@@ -8,7 +8,7 @@ from lightning_flatness.curvature.methods import Choice, select_method
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.errors import NonFiniteError, UnsupportedTailError
-from lightning_flatness.measure import FlatnessReport, compare, measure
+from lightning_flatness.measure import FlatnessReport, LayerFlatness, compare, measure
 from lightning_flatness.recording.both import BothRecorder, RecordedPasses
 from lightning_flatness.recording.classifier import ClassifierRecorder
 from lightning_flatness.recording.layers_recorder import LayersRecorder
@@ -35,6 +35,7 @@ __all__ = [  # noqa: RUF022  grouped by what they are for
     # Measure a model once.
     "measure",
     "FlatnessReport",
+    "LayerFlatness",
     "spectrum",
     "LayerSpectrum",
     "compare",

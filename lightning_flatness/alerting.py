@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_flatness.actions import escalation
-from lightning_flatness.keys import CHURN
+from lightning_flatness.keys import CHURN, OF_LAYER, keys_of, keys_of_layers
 from lightning_flatness.reporting.console import say
 from lightning_flatness.reporting.loggers import Loggers, log_step
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
@@ -46,6 +46,7 @@ class RuleRunner:
         suffix: str,
         loggers: Loggers | None = None,
     ) -> None:
+        _require_called(rules)
         given = default(suffix=suffix) if rules == "default" else [rules] if isinstance(rules, AnyRule) else rules
         if not all(isinstance(rule, AnyRule) for rule in given):
             raise ValueError(f'`rules` must be "default" or a list of Rule, AllOf and AnyOf; got {rules!r}.')
@@ -53,6 +54,8 @@ class RuleRunner:
         self.alerts: list[Alert] = []
         self._trackers = [RuleTracker(rule) for rule in self.rules]
         self._loggers = loggers or Loggers(suffix)
+        self._suffix = suffix
+        self._of_layers: list[str] = []  # keys that layers may have, with both labels
         self._absent: frozenset[str] = frozenset()  # keys that the method does not give
         self._recent = 0  # from this alert on, they began in the previous validation
         self._is_resuming = False  # a checkpoint has been loaded, and what its alerts had begun is not yet taken up
@@ -83,6 +86,23 @@ class RuleRunner:
             for key in rule.keys
             if _LOADER.sub("", key) in self._absent
         ]
+
+    def expect_layers(self, method: str, layers: Sequence[str], is_whole: bool) -> None:
+        """Refuse a rule that watches a key which a method of these layers never gives; see `keys_of_layers`.
+
+        Raises:
+            ValueError: if there is one; it lists the keys that may be logged.
+        """
+        self._of_layers = [f"{key}{self._suffix}" for key in keys_of_layers(layers, is_whole)]
+        common = [f"{key}{self._suffix}" for key in keys_of(method) if key not in OF_LAYER]
+        self.require_keys(self._of_layers + common)
+
+    def set_aside_layers(self, values: Collection[str], method: str) -> list[str]:
+        """Do as `set_aside` with the keys of layers that no loader has a value for, as with another label."""
+        if not values or not self._of_layers:
+            return []
+        given = {_LOADER.sub("", key) for key in values}
+        return self.set_aside([key for key in self._of_layers if key not in given], method)
 
     def observe(self, values: Mapping[str, float], trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate all rules on the values of one validation, and act on their alerts.
@@ -238,3 +258,11 @@ def _act(alert: Alert, trainer: Trainer, pl_module: LightningModule) -> tuple[st
 
 def _unknown(key: str, logged: Sequence[str]) -> ValueError:
     return ValueError(f"A rule must watch a key that is logged; got `{key}`. Logged: {sorted(logged)}.")
+
+
+def _require_called(rules: Any) -> None:
+    """Refuse a function or class that makes a rule in the place of the rule."""
+    for rule in rules if isinstance(rules, (list, tuple)) else [rules]:
+        if callable(rule):
+            name = getattr(rule, "__name__", repr(rule))
+            raise ValueError(f"`rules` must hold rules; got the function `{name}`. Call it: `rules={name}(...)`.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.actions import action_text
 from lightning_flatness.alerting import RuleRunner
-from lightning_flatness.curvature.methods import Choice, Method, MethodName, Recorder, method_for, require_method
+from lightning_flatness.curvature.methods import Choice, LayerName, MethodName, Tools, method_for, require_method
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.data.batches import require_data
 from lightning_flatness.data.churn import PredictionChurn
@@ -21,6 +21,7 @@ from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
 from lightning_flatness.keys import CHURN, keys_of
 from lightning_flatness.losses import as_loss
+from lightning_flatness.recording.layers_recorder import LayersRecorder
 from lightning_flatness.reporting.display import Display, Displayed
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.reporting.logged import collision, forget, keys_of_others, log_values, mark_missing
@@ -49,11 +50,14 @@ class FlatnessMonitor(Displayed):
     Several monitors in one Trainer need names of their own, `name=...`.
 
     Args:
-        layer: name of the monitored convolution; None: the deepest that runs on a map larger than 1 x 1.
+        layer: name of the monitored convolution; None: the deepest that runs on a map larger than 1 x 1. For
+            `method="jacobian"` the name of any linear layer or convolution, several names, or `"all"`: every one of
+            them, and the trace of the whole network.
         classifier: name of the linear classifier; None: found.
         method: `"auto"`: the convolution if that is exact, else the classifier's own weight, see `select_method`; a
             convolution that `layer` names is not replaced. `"pooled"`: the convolution or nothing. `"classifier"`: the
-            classifier's own weight.
+            classifier's own weight. `"jacobian"`: the layers that `layer` names, with keys of their own, such as
+            `flatness/relative/<layer>`; they end in `/ggn` where the value is that of the Gauss-Newton part.
         data: `"val"`: validation's own batches; `"train"`: a fixed sample of the training set, in passes of the
             monitor's own; or an iterable of (inputs, targets) batches, in passes of its own.
         max_samples: at most so many samples per evaluation and loader; None: all for `"val"` and for given
@@ -95,7 +99,7 @@ class FlatnessMonitor(Displayed):
 
     def __init__(
         self,
-        layer: str | None = None,
+        layer: LayerName = None,
         classifier: str | None = None,
         method: MethodName = "auto",
         data: Literal["val", "train"] | Iterable[Any] = "val",
@@ -117,7 +121,7 @@ class FlatnessMonitor(Displayed):
         require_data(data)
         require_counts(every_n_validations=every_n_validations, chunk_bytes=chunk_bytes)
         require_optional_counts(max_samples=max_samples)
-        require_method(method, layer)
+        require_method(method, layer, classifier, per_sample)
         if figure_every_n_validations != 0:
             require_optional_counts(figure_every_n_validations=figure_every_n_validations)
         self.layer = layer
@@ -136,7 +140,6 @@ class FlatnessMonitor(Displayed):
         self.prog_bar = prog_bar
         self.chunk_bytes = chunk_bytes
         self._suffix = f"/{self.name}" if self.name else ""
-        _require_called(rules)
         self.display = Display(self._suffix, figure_every_n_validations, action_text)
         self._runner = RuleRunner(rules, self._suffix, self.display.loggers)
         self._failures = Failures(strict, self.name)
@@ -179,13 +182,16 @@ class FlatnessMonitor(Displayed):
             self._schedule.start()
             self.samples = SampleHistory() if self.per_sample else None
             self.display.begin()
-        self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(self.method)])
+        if self.method != "jacobian":  # whose layers may not exist yet
+            self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(self.method)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch; say what this training will not do."""
         self._runner.resume(trainer)
         self._schedule.catch_up(trainer)
-        _tools(self, pl_module)
+        recorder, _ = _tools(self, pl_module)
+        if isinstance(recorder, LayersRecorder):
+            self._runner.expect_layers(self.method, recorder.layers, recorder.is_whole)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         suffixes = [each._suffix for each in callbacks if isinstance(each, FlatnessMonitor)]
         self.display.loggers.start(trainer, suffixes)
@@ -212,6 +218,7 @@ class FlatnessMonitor(Displayed):
                 self._verification,
                 self._churn,
                 self.samples if counts(trainer) else None,
+                _tools(self, pl_module)[0] if self.method == "jacobian" else None,
             )
 
     def on_validation_batch_start(
@@ -247,19 +254,16 @@ class FlatnessMonitor(Displayed):
         validation.close()
         # Every process decides alike, or the others would wait forever in the exchange of the sums.
         loaders = validation.agree()
-        self.measured = validation.measured
+        self.measured, self._choice = validation.measured, validation.choice
         self.display.note(validation.facts, validation.samples, failures.reason)
-        self._choice = validation.choice
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
             for assumption in self._verification.assumed:
                 failures.info_once(f"{failures.label}: {assumption}.")
-        lacking: list[str] = []
+        lacking, sentences = list[str](), list[str]()
         if self._choice is not None:
-            given = keys_of(self._choice.name)
-            lacking = [f"{key}{self._suffix}" for key in keys_of(self.method) if key not in given]
-            for sentence in self._runner.set_aside(lacking, self._choice.name):
-                failures.warn_once(f"{failures.label} {sentence}")
+            lacking = [f"{key}{self._suffix}" for key in keys_of(self.method) if key not in keys_of(self._choice.name)]
+            sentences = self._runner.set_aside(lacking, self._choice.name)
         values: dict[str, Tensor] = {}
         with failures.contained():
             values = validation.values(loaders, self._suffix)
@@ -271,6 +275,9 @@ class FlatnessMonitor(Displayed):
             self._layers |= layers
         if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
             values = {}
+        sentences += self._runner.set_aside_layers(values, self.method)
+        for sentence in sentences:
+            failures.warn_once(f"{failures.label} {sentence}")
         mark_missing(trainer, self._logged - set(values))
         # Rules must not take a loader for another one, which is missing; changed predictions may be missing anywhere,
         # and what the method does not give was that of another one.
@@ -279,8 +286,7 @@ class FlatnessMonitor(Displayed):
             failures.warn_once(f"{failures.label} {PARTIAL}")
             is_whole = False
         self._logged |= set(values)
-        self._measured = {key: float(value) for key, value in values.items()}
-        self._distributions = validation.distributions
+        self._measured, self._distributions = {k: float(value) for k, value in values.items()}, validation.distributions
         self._values = self._measured if is_whole else {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -354,17 +360,7 @@ def _join_other_namespace() -> None:
 FlatnessMonitor.state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
 
 
-def _require_called(rules: Any) -> None:
-    """Refuse a function or class that makes a rule in the place of the rule."""
-    for rule in rules if isinstance(rules, (list, tuple)) else [rules]:
-        if callable(rule):
-            name = getattr(rule, "__name__", repr(rule))
-            raise ValueError(f"`rules` must hold rules; got the function `{name}`. Call it: `rules={name}(...)`.")
-
-
-def _tools(
-    monitor: FlatnessMonitor, pl_module: LightningModule, choice: Choice | None = None
-) -> tuple[Recorder, Method]:
+def _tools(monitor: FlatnessMonitor, pl_module: LightningModule, choice: Choice | None = None) -> Tools:
     """Return a new recorder of the module and a new method; raise a `ValueError` if a named module is not there."""
     name = choice.name if choice is not None else monitor.method
     classifier = choice.layer if choice is not None and name == "classifier" else monitor.classifier

@@ -6,6 +6,7 @@ The evaluation, the rules, the figures, the report and the demo read this table,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 RELATIVE = "flatness/relative"
@@ -24,6 +25,10 @@ SOFTMAX_MARGIN = "margin/softmax_mean"
 MARGIN_BOUND = "margin/bound"
 SCALE_FREE_MARGIN = "margin/scale_free"
 CHURN = "margin/churn"
+NETWORK = "network"
+"""Stands in the place of a layer's name."""
+OF_LAYER = (RELATIVE, TRACE)
+"""The keys that each of several layers has."""
 
 
 class Key(NamedTuple):
@@ -45,30 +50,32 @@ class Key(NamedTuple):
     direction: str
     source: str
     better: Literal["lower", "higher"] | None = None
-    methods: tuple[str, ...] = ("pooled", "classifier")
+    methods: tuple[str, ...] = ("pooled", "classifier", "jacobian")
 
 
 _FLAT = "lower is flatter"
 _SAFE = "higher is better"
 _OURS = "this package"
+_CLOSED = ("pooled", "classifier")  # methods with a closed form
 _TABLE = (
     Key(RELATIVE, "Relative flatness", "loss", _FLAT, "[P], [T]", "lower"),
     Key(TRACE, "Hessian trace", "loss per squared weight", _FLAT, "[T]", "lower"),
-    Key(SCALE_FREE, "Scale-free flatness", "loss", _FLAT, "this package, after [G]", "lower"),
+    Key(SCALE_FREE, "Scale-free flatness", "loss", _FLAT, "this package, after [G]", "lower", methods=_CLOSED),
     Key(CONFIDENCE, "Uncertainty 1 - |S|²", "none", "lower is more confident", "[M]", "lower"),
-    Key(HEAD, "Head factor", "squared weight", "none of its own", _OURS),
+    Key(HEAD, "Head factor", "squared weight", "none of its own", _OURS, methods=_CLOSED),
     Key(KERNEL, "Kernel factor", "squared weight", "none of its own", _OURS, methods=("pooled",)),
-    Key(FEATURES, "Feature factor", "squared feature per squared weight", "none of its own", _OURS),
-    Key(ALIGNMENT, "Alignment factor", "none", _FLAT, _OURS, "lower"),
-    Key(ACEHT, "Hessian trace of the classifier", "loss per squared weight", _FLAT, "[M]", "lower"),
+    Key(FEATURES, "Feature factor", "squared feature per squared weight", "none of its own", _OURS, methods=_CLOSED),
+    Key(ALIGNMENT, "Alignment factor", "none", _FLAT, _OURS, "lower", methods=_CLOSED),
+    Key(ACEHT, "Hessian trace of the classifier", "loss per squared weight", _FLAT, "[M]", "lower", methods=_CLOSED),
     Key(
         MARGIN_CORRELATION,
         "Correlation of trace and margin bound",
         "none",
         "none; near 1 the margins predict the flatness",
         "[M]",
+        methods=_CLOSED,
     ),
-    Key(MARGIN_SHARE, "Margin share of the trace", "none, 0 to 1", "none of its own", _OURS),
+    Key(MARGIN_SHARE, "Margin share of the trace", "none, 0 to 1", "none of its own", _OURS, methods=_CLOSED),
     Key(MARGIN, "Mean output margin", "logit", _SAFE, "[M], signed", "higher"),
     Key("margin/std", "Standard deviation of the margins", "logit", "none", "[M]"),
     Key("margin/skewness", "Skewness of the margins", "none", "lower (left) is better in [M]", "[M]", "lower"),
@@ -78,10 +85,10 @@ _TABLE = (
         for percent in (1, 5, 25, 50, 75, 95, 99)
     ),
     Key("margin/negative", "Share of negative margins", "none, 0 to 1", "lower is better", _OURS, "lower"),
-    Key(SCALE_FREE_MARGIN, "Scale-free margin", "none", _SAFE, "this package, after [G]", "higher"),
+    Key(SCALE_FREE_MARGIN, "Scale-free margin", "none", _SAFE, "this package, after [G]", "higher", methods=_CLOSED),
     Key(CHURN, "Share of changed predictions", "none, 0 to 1", "none of its own", "[F]"),
     Key(SOFTMAX_MARGIN, "Mean softmax margin", "none, -1 to 1", _SAFE, "[M], signed", "higher"),
-    Key(MARGIN_BOUND, "Margin bound of the trace", "loss per squared weight", _FLAT, "[M]", "lower"),
+    Key(MARGIN_BOUND, "Margin bound of the trace", "loss per squared weight", _FLAT, "[M]", "lower", methods=_CLOSED),
 )
 
 KEYS: dict[str, Key] = {key.name: key for key in _TABLE}
@@ -164,3 +171,34 @@ def key_suffix(key: str) -> str:
         '/train/dataloader_idx_1'
     """
     return "".join(f"/{part}" for part in key.split("/")[2:])
+
+
+def layer_key(key: str, layer: str | None, curvature: str = "hessian") -> str:
+    """Return the key of a quantity of one layer, or of the whole network.
+
+    Args:
+        key: of the quantity, such as `flatness/trace`.
+        layer: the layer's name; None: the network.
+        curvature: `"hessian"`, or `"ggn"` for a value of the Gauss-Newton part.
+
+    Example:
+        >>> layer_key("flatness/trace", "net.conv1", "ggn"), layer_key("flatness/trace", None)
+        ('flatness/trace/net.conv1/ggn', 'flatness/trace/network')
+    """
+    return f"{key}/{NETWORK if layer is None else layer}{'/ggn' if curvature == 'ggn' else ''}"
+
+
+def keys_of_layers(layers: Sequence[str], is_whole: bool) -> list[str]:
+    """Return the keys that several layers can have, each for the Hessian and for the Gauss-Newton part.
+
+    Args:
+        layers: their names.
+        is_whole: whether the whole network is measured too.
+
+    Example:
+        >>> keys_of_layers(["conv"], is_whole=False)[:2]
+        ['flatness/relative/conv', 'flatness/relative/conv/ggn']
+    """
+    pairs: list[tuple[str, str | None]] = [(key, layer) for layer in layers for key in OF_LAYER]
+    pairs += [(TRACE, None)] if is_whole else []
+    return [layer_key(*pair, curvature) for pair in pairs for curvature in ("hessian", "ggn")]

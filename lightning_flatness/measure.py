@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.curvature.methods import AutoMethod, Method, MethodName, Recorder, method_for
+from lightning_flatness.curvature.jacobian.method import Curvature, LayerQuantities
+from lightning_flatness.curvature.methods import (
+    AutoMethod,
+    LayerName,
+    Method,
+    MethodName,
+    Quantities,
+    Recorder,
+    method_for,
+)
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
-from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.passes import ASSUMED, device_of, measured_batches, preserved_state
 from lightning_flatness.data.verification import Verification
@@ -20,6 +28,7 @@ from lightning_flatness.errors import NonFiniteError, require_counts, require_op
 from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
+from lightning_flatness.metrics.layers import LayerEvaluation, evaluation_of
 from lightning_flatness.recording.layers import refuse_programs
 from lightning_flatness.reporting.report_figure import report_figure
 from lightning_flatness.reporting.tables import Table
@@ -40,17 +49,35 @@ _QUANTITIES = (
 
 
 @dataclass(frozen=True)
-class FlatnessReport:
-    """Exact flatness of one layer on a set of samples; lower is flatter.
+class LayerFlatness:
+    """Flatness of one layer on a set of samples; lower is flatter.
 
     Attributes:
-        layer: name of the layer: a convolution, or the classifier.
+        relative_flatness: mean over samples; unit of the loss.
+        hessian_trace: mean over samples; loss per squared weight.
+        curvature: `"hessian"`; `"ggn"` where both are those of the Gauss-Newton part, since the network is not known to
+            be piecewise linear behind the layer.
+    """
+
+    relative_flatness: float
+    hessian_trace: float
+    curvature: Curvature = "hessian"
+
+
+@dataclass(frozen=True)
+class FlatnessReport:
+    """Flatness of one layer, or of several, on a set of samples; lower is flatter.
+
+    Attributes:
+        layer: name of the layer: a convolution, the classifier, or what was asked for; several are separated by commas.
         classifier: name of the last linear layer behind it, or of the classifier itself; empty if there is none.
         n_samples: number of samples.
-        relative_flatness: mean over samples, see `functional.relative_flatness`; unit of the loss.
-        hessian_trace: mean over samples, see `functional.hessian_trace`; loss per squared weight.
+        relative_flatness: mean over samples, see `functional.relative_flatness`; unit of the loss. None where several
+            layers were measured, see `layers`.
+        hessian_trace: mean over samples, see `functional.hessian_trace`; loss per squared weight. None as above.
         scale_free_flatness: relative flatness of the predictor with its logits divided by their spread; unit of the
-            loss. None where the loss is neither cross-entropy nor binary cross-entropy, or the head is curved.
+            loss. None where the loss is neither cross-entropy nor binary cross-entropy, or the head is curved, and for
+            `"jacobian"`.
         confidence: mean of the uncertainty `1 - |S|^2`, see `functional.confidence`; no unit.
         margins: statistics of the signed output margins by name, see `functional.distribution`, and `scale_free`, their
             mean divided by the spread of the logits; in the unit of the logits, except for `skewness`, `negative` and
@@ -58,11 +85,19 @@ class FlatnessReport:
         samples: the values of each sample by name, shape (n,), if they were asked for: `relative_flatness`,
             `hessian_trace`, `confidence`, `affine_hessian_trace`, `head_relative_flatness`, `output_margin`,
             `softmax_margin` and `margin_bound`, as far as the loss and the head have them; `SampleQuantities`
-            describes them.
-        method: `"pooled"`, the closed form under global pooling; `"classifier"`, that of the classifier's own weight.
-        exact: whether the numbers are exact; True for both, which refuse what they cannot do exactly.
+            describes them. Where several layers were measured, the first two are `relative_flatness/<layer>` and
+            `hessian_trace/<layer>`; `network_trace` is that of each sample.
+        method: `"pooled"`, the closed form under global pooling; `"classifier"`, that of the classifier's own weight;
+            `"jacobian"`, backward passes.
+        exact: whether all numbers are those of the Hessian; True for the first two methods, which refuse what they
+            cannot do exactly.
         assumed: what was assumed instead of proved, in words.
         reason: why the method was chosen, if it was not named.
+        layers: the values of each layer by its name.
+        network_trace: mean trace with respect to all parameters of the network, for `layer="all"`; loss per squared
+            parameter. None if not all batches cover the same parameters.
+        network_curvature: what `network_trace` belongs to, as in `LayerFlatness`.
+        left_out: names of parameters that `network_trace` does not cover.
 
     Example:
         >>> import torch
@@ -80,8 +115,8 @@ class FlatnessReport:
     layer: str
     classifier: str
     n_samples: int
-    relative_flatness: float
-    hessian_trace: float
+    relative_flatness: float | None
+    hessian_trace: float | None
     scale_free_flatness: float | None
     confidence: float
     margins: dict[str, float]
@@ -90,10 +125,19 @@ class FlatnessReport:
     exact: bool = True
     assumed: tuple[str, ...] = ()
     reason: str = ""
+    layers: dict[str, LayerFlatness] = field(default_factory=dict)
+    network_trace: float | None = None
+    network_curvature: Curvature = "hessian"
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def curvature(self) -> Curvature:
+        """`"ggn"` if some of the numbers are those of the Gauss-Newton part, else `"hessian"`."""
+        return "hessian" if self.exact else "ggn"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python types, without the per-sample values."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "samples"}
+        return {name: value for name, value in asdict(replace(self, samples=None)).items() if name != "samples"}
 
     def plot(self, dark: bool = False) -> Figure:
         """Return a figure of the margins, and of the flatness of each sample if `per_sample=True` kept it.
@@ -112,7 +156,9 @@ class FlatnessReport:
 
     def __str__(self) -> str:
         """Return the report as a table."""
-        return "\n".join(f"{name:<22}{value}" for name, value in self._rows())
+        rows = self._rows()
+        width = max(22, *(len(name) + 2 for name, _ in rows))
+        return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
     def _repr_html_(self) -> str:
         """Return the report as an HTML table, which notebooks show."""
@@ -126,8 +172,7 @@ class FlatnessReport:
             *([("classifier", self.classifier)] if self.classifier not in ("", self.layer) else []),
             *([("measured by", f'"{self.method}". {self.reason}'.rstrip(". "))] if self.method != "pooled" else []),
             ("samples", f"{self.n_samples}"),
-            ("relative flatness", f"{self.relative_flatness:.6g}  (lower is flatter)"),
-            ("Hessian trace", f"{self.hessian_trace:.6g}  (lower is flatter)"),
+            *self._flatness_rows(),
             *([("scale-free flatness", f"{scale_free:.6g}  (lower is flatter)")] if scale_free is not None else []),
             ("confidence 1 - |S|^2", f"{self.confidence:.6g}  (lower is more confident)"),
             *((f"margin {name}", f"{value:.6g}") for name, value in self.margins.items()),
@@ -141,8 +186,29 @@ class FlatnessReport:
             "scale-free flatness": self.scale_free_flatness,
             "confidence": self.confidence,
         }
+        if self.relative_flatness is None:
+            for name, layer in self.layers.items():
+                own |= {f"{name}: relative flatness": layer.relative_flatness, f"{name}: trace": layer.hessian_trace}
+            own["whole network: trace"] = self.network_trace
         numbers = {name: value for name, value in own.items() if value is not None}
         return numbers | {f"margin {name}": value for name, value in self.margins.items()}
+
+    def _flatness_rows(self) -> list[tuple[str, str]]:
+        """Return the rows of the layers and of the network."""
+        rows: list[tuple[str, str]] = []
+        for name, layer in self.layers.items():
+            relative, trace, end = f"{layer.relative_flatness:.6g}", f"{layer.hessian_trace:.6g}", _end(layer.curvature)
+            if self.relative_flatness is None:
+                rows.append((name, f"relative flatness {relative}, Hessian trace {trace}{end}"))
+            else:
+                rows += [("relative flatness", f"{relative}{end}"), ("Hessian trace", f"{trace}{end}")]
+        if self.network_trace is not None:
+            rows.append(("whole network", f"Hessian trace {self.network_trace:.6g}{_end(self.network_curvature)}"))
+        return rows + [("not covered", name) for name in self.left_out]
+
+
+def _end(curvature: Curvature) -> str:
+    return f"  (lower is flatter{'; of the Gauss-Newton part' if curvature == 'ggn' else ''})"
 
 
 def compare(first: FlatnessReport, second: FlatnessReport) -> Table:
@@ -184,7 +250,7 @@ def compare(first: FlatnessReport, second: FlatnessReport) -> Table:
 def measure(
     model: nn.Module,
     batches: Iterable[Any],
-    layer: str | None = None,
+    layer: LayerName = None,
     classifier: str | None = None,
     method: MethodName = "auto",
     max_samples: int | None = None,
@@ -194,7 +260,7 @@ def measure(
     verify: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> FlatnessReport:
-    """Measure the exact Hessian trace and relative flatness of one layer: a pooled convolution, or the classifier.
+    """Measure the Hessian trace and relative flatness of a layer: a pooled convolution, the classifier, or any other.
 
     The model is evaluated in eval mode and left as it was: modes, gradients, hooks, buffers, random generators. What
     the forward pass changes elsewhere stays changed, such as a Python counter or a tensor that is not a buffer.
@@ -204,11 +270,14 @@ def measure(
     Args:
         model: any module; it is called with the inputs of each batch.
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
-        layer: name of the convolution; None: the deepest that runs on a map larger than 1 x 1.
+        layer: name of the convolution; None: the deepest that runs on a map larger than 1 x 1. For
+            `method="jacobian"` the name of any linear layer or convolution, several names, or `"all"`: every one of
+            them, and the trace of the whole network.
         classifier: name of the linear classifier; None: found.
         method: `"auto"`: the convolution if that is exact, else the classifier's own weight, see `select_method`; a
             convolution that `layer` names is not replaced. `"pooled"`: the convolution or nothing. `"classifier"`: the
-            classifier's own weight.
+            classifier's own weight. `"jacobian"`: the layers that `layer` names; exact where the network is piecewise
+            linear behind the layer, else the values of the Gauss-Newton part, which are labelled.
         max_samples: stop after so many samples; None: all.
         per_sample: also keep the values of every sample.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
@@ -217,9 +286,9 @@ def measure(
             that it is assumed.
         verify: call the network again on a few samples with moved filters, and compare its loss with what the record
             predicts; see `docs/concepts/assumptions.md`. The weight is restored to the last bit.
-        chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted in
-            groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
-            take, which grows with the batch.
+        chunk_bytes: how much memory the contraction over filters (for `"jacobian"`, the derivatives) may take at once,
+            in bytes: samples are contracted in groups that fit, or one by one. It does not bound what the forward pass
+            and its record take, nor for the other methods the derivatives; that grows with the batch.
 
     Returns:
         The report; `print` it, or read its attributes.
@@ -246,13 +315,13 @@ def measure(
     refuse_programs(model)
     recorder, measuring = method_for(model, method, layer, classifier, chunk_bytes)
     criterion = None if loss is None else as_loss(loss)
-    evaluation = Evaluation(device_of(model), measuring.name, is_shared=False)
+    evaluation = evaluation_of(recorder, device_of(model), measuring.name, is_shared=False)
     verification = Verification(verify)
-    parts: list[SampleQuantities] = []
+    parts: list[Quantities] = []
     with preserved_state(model):
         options = max_samples, target, criterion, verification
         for quantities in measured_batches(recorder, measuring, model, batches, *options):
-            evaluation.update(quantities)
+            evaluation.update(cast(Any, quantities))
             if per_sample:
                 parts.append(quantities)
     if evaluation.samples == 0:
@@ -268,24 +337,31 @@ def measure(
 def _report(
     recorder: Recorder,
     method: Method,
-    evaluation: Evaluation,
+    evaluation: Evaluation | LayerEvaluation,
     samples: dict[str, Tensor] | None,
     assumed: tuple[str, ...],
 ) -> FlatnessReport:
     """Return the report of an evaluation, after checking that its values are finite."""
-    values = {key: float(value) for key, value in evaluation.compute().items()}
-    if broken := [f"{key} = {value}" for key, value in values.items() if not isfinite(value)]:
-        raise NonFiniteError(
-            f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, and for logits of "
-            "minus infinity that mask the true class."
-        )
+    parts: dict[str | None, tuple[dict[str, Tensor], Curvature]] = {}
+    if isinstance(evaluation, LayerEvaluation):
+        parts, common = evaluation.by_part(), evaluation.common()
+    else:
+        parts[str(recorder.layer)] = common, _ = evaluation.compute(), "hessian"
+    values = _finite(common)
+    whole, whole_curvature = parts.pop(None, ({}, "hessian"))
+    trace = _finite(whole, "of the network").get(TRACE)
+    layers = {}
+    for name, (own, curvature) in parts.items():
+        found = _finite(own, f"of `{name}`")
+        layers[str(name)] = LayerFlatness(found[RELATIVE], found[TRACE], curvature)
+    only = next(iter(layers.values())) if len(layers) == 1 else None
     choice = method.choice if isinstance(method, AutoMethod) else None
     return FlatnessReport(
         layer=str(recorder.layer),
         classifier=recorder.classifier or "",
         n_samples=evaluation.samples,
-        relative_flatness=values[RELATIVE],
-        hessian_trace=values[TRACE],
+        relative_flatness=only.relative_flatness if only else None,
+        hessian_trace=only.hessian_trace if only else None,
         scale_free_flatness=values.get(SCALE_FREE),
         confidence=values[CONFIDENCE],
         margins={
@@ -295,12 +371,41 @@ def _report(
         },
         samples=samples,
         method=choice.name if choice else method.name,
+        exact="ggn" not in (whole_curvature, *(layer.curvature for layer in layers.values())),
         assumed=assumed,
         reason=choice.reason if choice else "",
+        layers=layers,
+        network_trace=trace,
+        network_curvature=whole_curvature,
+        left_out=getattr(evaluation, "left_out", ()),
     )
 
 
-def _per_sample(parts: list[SampleQuantities]) -> dict[str, Tensor]:
-    """Return the quantities that all batches have."""
-    names = [name for name in _QUANTITIES if all(getattr(part, name) is not None for part in parts)]
-    return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+def _finite(values: dict[str, Tensor], whose: str = "") -> dict[str, float]:
+    """Return values as numbers, after checking that they are finite."""
+    found = {key: float(value) for key, value in values.items()}
+    if broken := [f"{key} {whose}".rstrip() + f" = {value}" for key, value in found.items() if not isfinite(value)]:
+        raise NonFiniteError(
+            f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, and for logits of "
+            "minus infinity that mask the true class."
+        )
+    return found
+
+
+def _per_sample(parts: list[Quantities]) -> dict[str, Tensor]:
+    """Return the quantities of each sample that all batches have, by name."""
+    rows = [_named(part) for part in parts]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
+
+
+def _named(part: Quantities) -> dict[str, Tensor]:
+    """Return the quantities of one batch by name; with several layers, those of a layer are named after it."""
+    if not isinstance(part, LayerQuantities):
+        return {name: value for name in _QUANTITIES if (value := getattr(part, name)) is not None}
+    found = {} if part.network is None else {"network_trace": part.network}
+    for layer, own in part.by_layer.items():
+        values = _named(own)
+        if len(part.by_layer) > 1:
+            values |= {f"{name}/{layer}": values.pop(name) for name in ("relative_flatness", "hessian_trace")}
+        found |= values
+    return found

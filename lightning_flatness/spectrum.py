@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lightning_flatness.curvature.eigenvalues import eigenvalues
 from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.pooled.mean_hessian import PooledHessian
 from lightning_flatness.curvature.pooled.method import PooledMethod
+from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.passes import ASSUMED, measured_batches, preserved_state
 from lightning_flatness.errors import require_counts, require_optional_counts
@@ -184,7 +185,8 @@ def spectrum(
     recorder, method = ForwardRecorder(model, layer, classifier), _KeptDerivatives()
     criterion = None if loss is None else as_loss(loss)
     with preserved_state(model):
-        measured = list(measured_batches(recorder, method, model, batches, max_samples, target, criterion))
+        found = measured_batches(recorder, method, model, batches, max_samples, target, criterion)
+        measured = [cast(SampleQuantities, quantities) for quantities in found]
     if not (parts := [part for part in method.parts if len(part)]):
         raise ValueError(
             "`batches` must yield at least one sample; got none. If it is a generator, make a new one: it can be read "

@@ -5,22 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import isfinite
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_flatness.curvature.methods import AutoMethod, Choice, Method, Recorder, common_choice, encoded_choice
-from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.curvature.jacobian.method import LayerQuantities
+from lightning_flatness.curvature.methods import (
+    AutoMethod,
+    Choice,
+    Method,
+    Quantities,
+    Recorder,
+    chosen_record,
+    common_choice,
+    encoded_choice,
+    reason_of,
+)
 from lightning_flatness.data.batches import batch_targets, is_empty
 from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.listening import LoggedValues
 from lightning_flatness.data.passes import (
     ASSUMED,
     SQUASHED,
+    batch_counts,
     callable_module,
     computed_loss,
+    is_number,
+    loss_name,
     measured_batches,
     preserved_state,
     transferred,
@@ -28,13 +41,13 @@ from lightning_flatness.data.passes import (
 from lightning_flatness.data.repetition import verify_call
 from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_indices, sample_limit
-from lightning_flatness.data.verification import Verification
+from lightning_flatness.data.verification import UNVERIFIED, Verification
 from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.keys import CHURN
 from lightning_flatness.losses import Loss
 from lightning_flatness.metrics.evaluation import Evaluation
-from lightning_flatness.recording.both import RecordedPasses
-from lightning_flatness.recording.recorded_pass import RecordedPass
+from lightning_flatness.metrics.layers import LayerEvaluation, LayerExchange, evaluation_of
+from lightning_flatness.recording.recorded_layers import RecordedLayers
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.reporting.loggers import LAYER
 
@@ -43,7 +56,7 @@ def loader_count(trainer: Trainer, data: Any) -> int:
     """Return how many loaders have values of their own; the monitor's own batches count as one loader."""
     if not _rides(data):
         return 1
-    return len(_batch_counts(trainer))
+    return len(batch_counts(trainer))
 
 
 class MeasuredValidation:
@@ -66,6 +79,7 @@ class MeasuredValidation:
         verification: says for which loaders the record is still to be verified.
         churn: has the predictions of the previous validation; None: there is none.
         samples: adds up what the validations say about each sample; None: nobody asks.
+        layers: a recorder of several layers; None: a single layer is measured.
 
     Attributes:
         measured: what is measured, in words; None: nothing so far.
@@ -89,6 +103,7 @@ class MeasuredValidation:
         verification: Verification,
         churn: PredictionChurn | None = None,
         samples: SampleHistory | None = None,
+        layers: Recorder | None = None,
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools, self.choice = failures, tools, choice
@@ -111,9 +126,10 @@ class MeasuredValidation:
         self._samples = samples
         if samples is not None:
             samples.start()
-        self._evaluations: list[Evaluation] = []
+        self._evaluations: list[Evaluation | LayerEvaluation] = []
+        self._exchange = LayerExchange(layers, self._count)
         with failures.contained(self.close):
-            self._evaluations = [Evaluation(pl_module.device, "auto") for _ in range(self._count)]
+            self._evaluations = [evaluation_of(layers, pl_module.device) for _ in range(self._count)]
 
     def before_batch(self, loader: int, is_first: bool) -> None:
         """Record the pass of the batch that comes, or run the own passes before the first one."""
@@ -156,13 +172,14 @@ class MeasuredValidation:
         known, unknown = [count or 0 for count in changed], [count is None for count in changed]
         # On the device of the network: NCCL exchanges no others.
         chosen = [code := encoded_choice(self.choice, self._module), code**2, int(code > 0)]
-        numbers = [*samples, *failed, *known, *unknown, *chosen]
+        numbers = [*samples, *failed, *known, *unknown, *chosen, *self._exchange.numbers(self._evaluations)]
         table = torch.tensor(numbers, dtype=torch.int64, device=self._module.device)
         sums = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
         samples, failed, counts, unknown = (sums[row * self._count : (row + 1) * self._count] for row in range(4))
+        self._exchange.agree(self._evaluations, sums[4 * self._count + 3 :])
         failures.failed |= {index for index in loaders if failed[index]}
         with failures.contained():
-            self.choice = common_choice(self.choice, self._module, *sums[-3:])
+            self.choice = common_choice(self.choice, self._module, *sums[4 * self._count :][:3])
         valid = [index for index in loaders if samples[index] and not failures.excludes(index)]
         self.samples = sum(samples[index] for index in valid)
         self.choice = self.choice if any(samples) else None
@@ -201,7 +218,7 @@ class MeasuredValidation:
 
         Lightning leaves batches out where it goes on from a checkpoint that was saved amid a validation.
         """
-        expected = _batch_counts(self._trainer) if _rides(self._data) else ()
+        expected = batch_counts(self._trainer) if _rides(self._data) else ()
         return any(isfinite(n) and seen < n for seen, n in zip(self._batches, expected, strict=False))
 
     def close(self) -> None:
@@ -227,19 +244,21 @@ class MeasuredValidation:
         recorded = recorder.take_pass(loss)
         quantities = cast(Any, self._method).quantities(recorded, slice(left))
         if self._verification.is_due(loader, recorder.layer):
-            chosen = _chosen(recorded, self._method)
-            obstacle = verify_call(chosen, self._trainer.precision_plugin.val_step_context)
+            context = self._trainer.precision_plugin.val_step_context
+            of_layers = isinstance(recorded, RecordedLayers)
+            obstacle = UNVERIFIED if of_layers else verify_call(chosen_record(recorded, self._method), context)
             self._verification.note(loader, recorder.layer, obstacle)
         self._add(quantities, loader)
         if recorded.takes_probabilities:
             self._failures.warn_once(f"{self._failures.label} {SQUASHED}")
         self._note_success(recorder, self._method, loader)
 
-    def _add(self, quantities: SampleQuantities, loader: int) -> None:
-        self._evaluations[loader].update(quantities)
+    def _add(self, quantities: Quantities, loader: int) -> None:
+        cast(Any, self._evaluations[loader]).update(quantities)
+        own = next(iter(quantities.by_layer.values())) if isinstance(quantities, LayerQuantities) else quantities
         if self._samples is not None:
-            self._samples.add(loader, quantities)
-        self._churn.add(loader, quantities.prediction, ordered_source(self._data, self._trainer, loader))
+            self._samples.add(loader, own)
+        self._churn.add(loader, own.prediction, ordered_source(self._data, self._trainer, loader))
 
     def _loss_of(self, recorder: Recorder, outputs: Any, batch: Any) -> Tensor | None:
         """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
@@ -257,14 +276,14 @@ class MeasuredValidation:
             if logged:
                 self.facts["loss"] = f"logged by validation_step as {' and '.join(logged)}"
                 return next(iter(logged.values()))
-            numbers = [v for v in (returned, *(v for _, v in self._logged.values)) if _is_number(v)]
+            numbers = [v for v in (returned, *(v for _, v in self._logged.values)) if is_number(v)]
             if (bypassing := recorder.bypassing(numbers)) is not None:
                 return bypassing  # which is refused: it is the loss of another branch
         targets = (self._target or batch_targets)(batch)
         if is_empty(batch, targets):
             return None
         recorder.require_recorded()
-        self.facts["loss"] = _loss_name(self._loss)
+        self.facts["loss"] = loss_name(self._loss)
         value = computed_loss(self._loss, recorder.output, targets)
         if self._loss is None:
             self._failures.warn_once(
@@ -280,7 +299,7 @@ class MeasuredValidation:
             if description := getattr(batches, "description", ""):
                 self._assumed = f", on {description}"
                 self.facts["data"] = description
-            self.facts["loss"] = _loss_name(self._loss)
+            self.facts["loss"] = loss_name(self._loss)
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
             options = limit, self._target, self._loss, self._verification
             for quantities in measured_batches(recorder, method, model, prepared, *options):
@@ -295,35 +314,13 @@ class MeasuredValidation:
         self.facts |= {"layer": str(recorder.layer), "method": method_name}
         if self.choice is not None and self.choice.reason and method_name != "pooled":
             self.facts["because"] = self.choice.reason
-        self.measured = self.measured or f"`{recorder.layer}` up to the loss{self._assumed}{_why(self.choice)}"
+        layers = "every layer" if getattr(recorder, "is_whole", False) else f"`{recorder.layer}`"
+        self.measured = self.measured or f"{layers} up to the loss{self._assumed}{reason_of(self.choice)}"
 
     def _samples_left(self, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""
         limit = sample_limit(self._trainer, loader, self._max_samples)
         return None if limit is None else max(0, limit - self._evaluations[loader].samples)
-
-
-def _chosen(recorded: RecordedPass | RecordedPasses, method: Method) -> RecordedPass:
-    """Return the record that was measured; of two it is that of the method that was chosen."""
-    if isinstance(recorded, RecordedPass):
-        return recorded
-    return cast(RecordedPass, getattr(recorded, cast(Choice, cast(AutoMethod, method).choice).name))
-
-
-def _loss_name(loss: Loss | Callable[[Any, Any], Tensor] | None) -> str:
-    if loss is None:
-        return f"{ASSUMED} (assumed)"
-    return getattr(loss, "__name__", type(loss).__name__)
-
-
-def _why(choice: Choice | None) -> str:
-    """Return why the classifier is measured instead of a convolution, and how to forbid it."""
-    if choice is None or choice.name == "pooled":
-        return ""
-    return (
-        f', the classifier\'s own weight (`method="{choice.name}"`), since no convolution has an exact value: '
-        f'{choice.reason.rstrip(".")}. `method="pooled"` forbids that'
-    )
 
 
 def _rides(data: Any) -> bool:
@@ -334,15 +331,3 @@ def _rides(data: Any) -> bool:
 def _ending(loader: int, count: int) -> str:
     """Return how the names of a loader end, of so many."""
     return f"/dataloader_idx_{loader}" if count > 1 else ""
-
-
-def _is_number(value: Any) -> TypeGuard[Tensor]:
-    """Return whether a value is a tensor with one floating number."""
-    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
-
-
-def _batch_counts(trainer: Trainer) -> Sequence[float]:
-    """Return how many batches each loader has; loaders whose batches come together count as one, as for Lightning."""
-    counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-    loop = trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
-    return counts if loop._is_sequential else [min(counts)]  # private, as seen in Lightning 2.5.3 to 2.6.6

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_runs import (
     Values,
     assert_same,
     everything,
+    firings,
     given_batches,
     hooks,
     images,
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_flatness import FlatnessMonitor, ReduceLR, Rule, StopTraining
+from lightning_flatness import FlatnessMonitor, ReduceLR, Rule, StopTraining, measure
 from lightning_flatness.rules import divergence, label_noise
 
 
@@ -535,3 +537,64 @@ def test_a_rule_on_a_key_that_the_method_lacks_is_inactive_and_named_once(tmp_pa
     assert [alert.key for alert in monitor.alerts] == ["flatness/trace"] * 3
     with pytest.raises(ValueError, match="got `flatness/kernel`"):
         trainer(tmp_path, FlatnessMonitor(rules=rules, method="classifier")).fit(attentive())
+
+
+class Smooth(Classifier):
+    """The first convolution lies before a curved step."""
+
+    def __init__(self) -> None:
+        super().__init__(loaders=2)
+        self.net.act = torch.nn.SiLU()
+
+
+@pytest.mark.parametrize("layer", ["all", "net.conv1", ("net.conv1", "net.head")])
+def test_layers_have_keys_of_their_own_with_the_values_of_measure(tmp_path: Any, layer: Any) -> None:
+    rules = [Rule("flatness/trace/net.conv1/ggn/x", above=0.0), Rule("flatness/relative/net.conv1/x", above=0.0)]
+    left = []
+    for callbacks in ([FlatnessMonitor(layer, method="jacobian", name="x", rules=rules, strict=True)], []):
+        module = Smooth()
+        run = trainer(tmp_path, *callbacks)
+        with (
+            pytest.warns(UserWarning, match="`flatness/relative/net.conv1/x`.*inactive") if callbacks else nullcontext()
+        ):
+            run.fit(module)
+        left.append(everything(module, run))
+        if callbacks:
+            (monitor,), metrics = callbacks, dict(run.callback_metrics)
+    assert left[0] == left[1]
+    for index, loader in enumerate(module.val_dataloader()):
+        report, end = measure(module, loader, layer, method="jacobian"), f"/x/dataloader_idx_{index}"
+        expected = {f"flatness/confidence{end}": report.confidence, f"margin/mean{end}": report.margins["mean"]}
+        for name, own in report.layers.items():
+            label = "/ggn" if own.curvature == "ggn" else ""
+            expected[f"flatness/relative/{name}{label}{end}"] = own.relative_flatness
+            expected[f"flatness/trace/{name}{label}{end}"] = own.hessian_trace
+        if layer == "all":
+            expected[f"flatness/trace/network/ggn{end}"] = report.network_trace
+        logged = {
+            key: float(value) for key, value in metrics.items() if key.endswith(end) and key.startswith("flatness/")
+        }
+        assert set(logged) | {f"margin/mean{end}"} == set(expected)
+        assert {key: float(metrics[key]) for key in expected} == pytest.approx(expected, rel=1e-12)
+    assert {alert.key for alert in firings(monitor)} == {"flatness/trace/net.conv1/ggn/x"}
+
+
+def test_jacobian_refuses_before_the_first_batch(tmp_path: Any) -> None:
+    for options, message in (
+        ({}, "needs the layers"),
+        ({"layer": "all", "per_sample": True}, "per_sample"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FlatnessMonitor(method="jacobian", **options)
+    unknown = Rule("flatness/trace/net.conv3", above=0.0)
+    for monitor, message in (
+        (FlatnessMonitor("net.conv3", method="jacobian"), "must name one of.*net.conv3"),
+        (FlatnessMonitor("all", method="jacobian", rules=[unknown]), "net.conv3.*flatness/trace/net.conv1/ggn"),
+        (FlatnessMonitor("all", method="jacobian", rules="default"), "got `flatness/"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, monitor, num_sanity_val_steps=0).fit(Classifier())
+    module = Classifier()
+    module.network = torch.nn.Linear(2, 2).double()
+    with pytest.raises(ValueError, match="`network` as well"):
+        trainer(tmp_path, FlatnessMonitor("all", method="jacobian")).validate(module, verbose=False)

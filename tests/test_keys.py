@@ -26,7 +26,8 @@ ROWS = [re.split(r" \| ", line.strip("| ")) for line in PAGE.splitlines() if re.
 
 def test_the_page_has_the_table() -> None:
     documented = [(row[0].strip("`"), *row[2:]) for row in ROWS]
-    methods = {("pooled",): "pooled", ("pooled", "classifier"): "both"}
+    closed = ("pooled", "classifier")
+    methods = {("pooled",): "pooled", closed: "both", (*closed, "jacobian"): "all"}
     expected = [(key.name, key.unit, key.direction, key.source, methods[key.methods]) for key in KEYS.values()]
     assert documented == expected
 
@@ -40,6 +41,7 @@ def test_a_direction_in_words_is_the_one_that_rules_and_figures_use(key: Key) ->
 def test_factors_are_keys_and_keys_know_their_suffix() -> None:
     assert set(FACTORS) < set(keys_of("pooled")) == set(KEYS) == set(keys_of("auto"))
     assert set(keys_of("pooled")) - set(keys_of("classifier")) == {KERNEL}
+    assert set(keys_of("jacobian")) < set(keys_of("classifier"))
     assert keys_of("no method") == ()
     assert [key_suffix(f"margin/mean{suffix}") for suffix in ("", "/a", "/a/b")] == ["", "/a", "/a/b"]
 

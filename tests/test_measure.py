@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SUPPORTED, UNSUPPORTED, Case
+from layer_cases import CASES as LAYER_CASES
+from layer_cases import gauss_newton, whole_trace
 from networks import Net, StandardizedConv
 from recorded import brute_force
 from torch import Tensor, nn
@@ -278,6 +280,12 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "classifier of another kind": ({"classifier": "norm"}, "norm.*head|head.*norm"),
     "no samples wanted": ({"max_samples": 0}, r"max_samples.*\b0\b"),
     "half a sample wanted": ({"max_samples": 2.5}, r"max_samples.*2\.5"),
+    "several layers": ({"layer": ["conv", "head"]}, r"one convolution; got \['conv', 'head'\].*jacobian"),
+    "all layers": ({"layer": "all"}, "one convolution; got 'all'.*jacobian"),
+    "jacobian of no layer": ({"method": "jacobian"}, "needs the layers.*`layer=None`"),
+    "jacobian of nothing": ({"method": "jacobian", "layer": []}, r"needs the layers.*`layer=\[\]`"),
+    "jacobian of a norm": ({"method": "jacobian", "layer": ["norm"]}, "norm.*head|head.*norm"),
+    "jacobian and classifier": ({"method": "jacobian", "layer": "head", "classifier": "head"}, "classifier='head'"),
     "no memory": ({"chunk_bytes": 0}, r"chunk_bytes.*\b0\b"),
     "memory left open": ({"chunk_bytes": None}, "chunk_bytes.*None"),
 }
@@ -335,3 +343,63 @@ def test_negative_samples_stay_in_the_sums(max_samples: int | None) -> None:
     trace, kappa = brute_force(model, "conv", lambda model, x, y: focal(model(x), y), x[:n], y[:n])
     assert report.hessian_trace == pytest.approx(float(trace), rel=1e-9)
     assert report.relative_flatness == pytest.approx(float(kappa), rel=1e-9)
+
+
+LENET, TOKENS = (next(case for case in LAYER_CASES if case.name == name) for name in ("LeNet", "attention"))
+
+
+def test_every_layer_and_the_network_equal_brute_force() -> None:
+    model, (x, y) = LENET.model(), LENET.data()
+    report = measure(model, in_batches(x, y, 2, len(x) - 2), layer="all", method="jacobian", per_sample=True)
+    assert (report.exact, report.curvature, report.left_out) == (True, "hessian", ())
+    assert (report.relative_flatness, report.hessian_trace, report.layer) == (None, None, "all")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    assert list(report.layers) == names
+    assert len(names) > 2
+    for name, layer in report.layers.items():
+        trace, relative = (of(model, name, x, y) for of in (oracle.hessian_trace, oracle.relative_flatness))
+        assert_same(layer.hessian_trace, trace.mean(), rtol=1e-9)
+        assert_same(layer.relative_flatness, relative.mean(), rtol=1e-9)
+        assert_same(report.samples[f"hessian_trace/{name}"], trace, rtol=1e-9)
+        assert f"{name} " in str(report)
+    assert_same(report.network_trace, whole_trace(model, x, y).mean(), rtol=1e-9)
+    assert_same(report.samples["network_trace"].mean(), report.network_trace, rtol=1e-9)
+    assert_same(report.margins["negative"], (model(x).argmax(1) != y).double().mean(), rtol=1e-12)
+    assert "whole network" in str(report)
+    assert "Gauss-Newton" not in str(report)
+    assert any("jacobian" in sentence for sentence in report.assumed)
+
+
+def test_a_gauss_newton_value_is_labelled() -> None:
+    model, (x, y) = TOKENS.model(), TOKENS.data()
+    report = measure(model, [(x, y)], layer="qkv", method="jacobian")
+    trace, relative = gauss_newton(model, "qkv.weight", x, y)
+    assert_same(report.hessian_trace, trace.mean(), rtol=1e-9)
+    assert_same(report.relative_flatness, relative.mean(), rtol=1e-9)
+    assert (report.exact, report.curvature, report.layers["qkv"].curvature) == (False, "ggn", "ggn")
+    assert str(report).count("Gauss-Newton") == 2
+    assert (report.network_trace, list(report.layers)) == (None, ["qkv"])
+    several = measure(model, [(x, y)], layer=["qkv", "head", "qkv"], method="jacobian")
+    assert several.layers["qkv"] == report.layers["qkv"]
+    assert several.to_dict()["layers"]["head"]["curvature"] == "hessian"
+
+
+def test_the_report_of_one_layer_is_the_same_by_every_method() -> None:
+    case = CASES["relu"]
+    model, data = case.model(), [case.data()]
+    closed, general = (measure(model, data, layer="conv", method=method) for method in ("pooled", "jacobian"))
+    for report in (closed, general):
+        assert_same(report.relative_flatness, closed.relative_flatness, rtol=1e-9)
+        assert_same(report.hessian_trace, closed.hessian_trace, rtol=1e-9)
+        assert report.layers["conv"].relative_flatness == report.relative_flatness
+    assert_same(general.confidence, closed.confidence, rtol=1e-9)
+    assert {name: general.margins[name] for name in general.margins} == pytest.approx(
+        {name: value for name, value in closed.margins.items() if name != "scale_free"}
+    )
+
+
+def test_batch_norm_in_the_name_of_all_is_measured_and_left_as_it_was() -> None:
+    model, data = partly_trained(CASES["relu"]), [CASES["relu"].data()]
+    before = state_of(model)
+    assert measure(model, data, layer="all", method="jacobian").left_out == ()
+    assert state_of(model) == before

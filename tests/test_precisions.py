@@ -78,8 +78,8 @@ class Twofold(Evaluation):
     exact: Evaluation
     in_float64: SampleQuantities  # of the last batch
 
-    def __init__(self, device: torch.device, method: str) -> None:
-        super().__init__(device, method)
+    def __init__(self, device: torch.device, method: str, is_shared: bool) -> None:
+        super().__init__(device, method, is_shared)
         Twofold.exact = Scaled(device, method)
 
     @staticmethod
@@ -144,7 +144,7 @@ def deviations(folder: Any, precision: str, build: Callable[[], nn.Module], spre
 def test_bounds(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, precision: str, build: Callable[[], nn.Module], spread: float
 ) -> None:
-    monkeypatch.setattr("lightning_flatness.validation.Evaluation", Twofold)
+    monkeypatch.setattr("lightning_flatness.metrics.layers.Evaluation", Twofold)
     monkeypatch.setattr("lightning_flatness.curvature.pooled.method.sample_quantities", Twofold.quantities)
     found, bounds = deviations(tmp_path, precision, build, spread), BOUNDS[precision]
     assert found.arithmetic < bounds.arithmetic

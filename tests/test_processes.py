@@ -117,6 +117,41 @@ def test_values_are_those_of_one_process(
     assert values[1] == pytest.approx(values[0], rel=1e-10)
 
 
+class Curved(Classifier):
+    """Has a curved step behind its first convolution in some validation batches: those of the first process alone."""
+
+    def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+        self.net.act = torch.nn.SiLU() if index == 0 and rank() == 0 else torch.nn.ReLU()
+        super().validation_step(batch, index)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_samples": 1}, {"data": given_batches()}])
+@pytest.mark.parametrize("layer", ["all", ["net.conv1", "net.head"]])
+def test_values_of_layers_are_those_of_one_process(tmp_path: Any, layer: Any, options: dict[str, Any]) -> None:
+    values = []
+    for devices in (1, 2):
+        monitor = FlatnessMonitor(layer, method="jacobian", **options, strict=True)
+        run = trainer(tmp_path, monitor, Note(), **processes(devices))
+        run.validate(Classifier(), loader(), verbose=False)
+        _, logged, _ = notes(devices)
+        values.append({key: value for key, value in logged.items() if key.startswith("flatness/")})
+    assert len(values[0]) == (8 if layer == "all" else 5)
+    assert values[1] == pytest.approx(values[0], rel=1e-10)
+
+
+def test_processes_agree_on_the_label(tmp_path: Any) -> None:
+    run = trainer(tmp_path, FlatnessMonitor("all", method="jacobian", strict=True), Note(), **processes(2))
+    run.validate(Curved(), loader(), verbose=False)
+    _, logged, _ = notes(2)
+    layers = {key for key in logged if key.startswith("flatness/trace/")}
+    assert {key.removeprefix("flatness/trace/") for key in layers} == {
+        "net.conv1/ggn",
+        "net.conv2",
+        "net.head",
+        "network/ggn",
+    }
+
+
 class Still(Classifier):
     """Trains without moving."""
 

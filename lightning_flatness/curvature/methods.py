@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from torch import nn
 
 from lightning_flatness.curvature.classifier import ClassifierMethod
+from lightning_flatness.curvature.jacobian.method import JacobianMethod, LayerQuantities
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
@@ -15,12 +17,15 @@ from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.both import BothRecorder, RecordedPasses, joined, verdict
 from lightning_flatness.recording.classifier import ClassifierRecorder
 from lightning_flatness.recording.layers import modules_by_name
+from lightning_flatness.recording.layers_recorder import LayersRecorder
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import ForwardRecorder
 
-MethodName: TypeAlias = Literal["auto", "pooled", "classifier"]
+MethodName: TypeAlias = Literal["auto", "pooled", "classifier", "jacobian"]
 """What can be asked for."""
-METHODS: tuple[MethodName, ...] = ("auto", "pooled", "classifier")
+METHODS: tuple[MethodName, ...] = ("auto", "pooled", "classifier", "jacobian")
+LayerName: TypeAlias = str | Sequence[str] | None
+"""Which layer is measured; several, or `"all"`, by `"jacobian"`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ class AutoMethod:
 
 
 Recorder: TypeAlias = ForwardRecorder | BothRecorder
-Method: TypeAlias = PooledMethod | ClassifierMethod | AutoMethod
+Method: TypeAlias = PooledMethod | ClassifierMethod | AutoMethod | JacobianMethod
+Tools: TypeAlias = tuple[Recorder, Method]
+Quantities: TypeAlias = SampleQuantities | LayerQuantities
 
 
 def select_method(recorded: RecordedPasses) -> Choice:
@@ -125,7 +132,7 @@ def select_method(recorded: RecordedPasses) -> Choice:
 def method_for(
     model: nn.Module,
     method: str = "auto",
-    layer: str | None = None,
+    layer: LayerName = None,
     classifier: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Recorder, Method]:
@@ -134,15 +141,19 @@ def method_for(
     Args:
         model: any module whose forward pass will run.
         method: `"auto"`: see `select_method`, but a named layer is not replaced by another one; `"pooled"`;
-            `"classifier"`.
-        layer: name of the convolution; None: found.
+            `"classifier"`; `"jacobian"`.
+        layer: name of the convolution; None: found. For `"jacobian"` one name, several, or `"all"`.
         classifier: name of the linear classifier; None: found.
         chunk_bytes: how much memory the contractions may take at once.
 
     Raises:
         ValueError: if the method is unknown or measures no named layer, or a named module is not there.
     """
-    require_method(method, layer)
+    require_method(method, layer, classifier)
+    if method == JacobianMethod.name:
+        names = layer if layer == "all" else tuple(dict.fromkeys(require_layers(layer)))
+        return LayersRecorder(model, cast('tuple[str, ...] | Literal["all"]', names)), JacobianMethod(chunk_bytes)
+    layer = cast("str | None", layer)
     if method == ClassifierMethod.name:
         return ClassifierRecorder(model, classifier), ClassifierMethod(chunk_bytes)
     if method == PooledMethod.name or layer is not None:
@@ -184,8 +195,31 @@ def common_choice(own: Choice | None, model: nn.Module, total: int, squares: int
     return Choice(ClassifierMethod.name, list(modules_by_name(model))[code - 2], reason)
 
 
-def require_method(method: str, layer: str | None) -> None:
+def chosen_record(recorded: RecordedPass | RecordedPasses, method: Method) -> RecordedPass:
+    """Return the record that was measured; of two it is that of the method that was chosen."""
+    if isinstance(recorded, RecordedPass):
+        return recorded
+    return cast(RecordedPass, getattr(recorded, cast(Choice, cast(AutoMethod, method).choice).name))
+
+
+def reason_of(choice: Choice | None) -> str:
+    """Return why the classifier is measured instead of a convolution, and how to forbid it; empty if it is not."""
+    if choice is None or choice.name == "pooled":
+        return ""
+    return (
+        f', the classifier\'s own weight (`method="{choice.name}"`), since no convolution has an exact value: '
+        f'{choice.reason.rstrip(".")}. `method="pooled"` forbids that'
+    )
+
+
+def require_method(method: str, layer: LayerName, classifier: str | None = None, needs_one: bool = False) -> None:
     """Refuse the name of a method that does not exist, or that does not measure the named layer.
+
+    Args:
+        method: the name.
+        layer: what to measure.
+        classifier: name of the classifier.
+        needs_one: whether the values of each sample are kept, which needs a single layer.
 
     Raises:
         ValueError: if it is refused.
@@ -197,6 +231,35 @@ def require_method(method: str, layer: str | None) -> None:
             f'`method="classifier"` measures the classifier, not a convolution; got `layer={layer!r}`. Name the '
             "linear layer with `classifier=...`, or leave `layer` out."
         )
+    if method == JacobianMethod.name:
+        require_layers(layer)
+        if classifier is not None:
+            raise ValueError(
+                f'`method="jacobian"` measures the layers that `layer` names; got `classifier={classifier!r}`. Name '
+                "it among them."
+            )
+        if needs_one and (layer == "all" or not isinstance(layer, str)):
+            raise ValueError(f"`per_sample` needs one layer, whose flatness each sample has; got `layer={layer!r}`.")
+    elif not (layer is None or isinstance(layer, str)) or layer == "all":
+        raise ValueError(
+            f"`layer` must be the name of one convolution; got {layer!r}. Several layers, or all, are measured by "
+            '`method="jacobian"`.'
+        )
+
+
+def require_layers(layer: LayerName) -> tuple[str, ...]:
+    """Return the names of layers; refuse what is none.
+
+    Raises:
+        ValueError: if no layer is named.
+    """
+    names = (layer,) if isinstance(layer, str) else tuple(layer or ())
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f'`method="jacobian"` needs the layers to measure; got `layer={layer!r}`. Give a name, a list of names, '
+            'or "all": `layer="all"`.'
+        )
+    return names
 
 
 def _measured(

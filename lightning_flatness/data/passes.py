@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeGuard, cast
@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_flatness.curvature.methods import Method, Recorder
-from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.curvature.methods import Method, Quantities, Recorder
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
-from lightning_flatness.data.verification import Repetition, Verification, verify
+from lightning_flatness.data.verification import UNVERIFIED, Repetition, Verification, verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS
+from lightning_flatness.recording.recorded_layers import RecordedLayers
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import only_for
 
@@ -43,7 +43,7 @@ def measured_batches(
     target: Callable[[Any], Tensor] | None = None,
     loss: Loss | Callable[[Any, Any], Tensor] | None = None,
     verification: Verification | None = None,
-) -> Iterator[SampleQuantities]:
+) -> Iterator[Quantities]:
     """Run the model on each batch and yield its quantities, of no more than `max_samples` samples in all.
 
     Args:
@@ -79,7 +79,9 @@ def measured_batches(
                 rank_zero_warn(f"lightning-flatness {SQUASHED}", category=UserWarning)
                 warned = True
             if verification is not None and verification.is_due(0, recorder.layer):
-                verification.note(0, recorder.layer, _verified_on_few(recorder, step, inputs, targets))
+                is_of_layers = isinstance(recorded, RecordedLayers)
+                obstacle = UNVERIFIED if is_of_layers else _verified_on_few(recorder, step, inputs, targets)
+                verification.note(0, recorder.layer, obstacle)
             yield quantities
             left = None if left is None else left - len(quantities)
             if left is not None and left <= 0:
@@ -275,3 +277,22 @@ def _holders(pl_module: LightningModule, kinds: tuple[type[nn.Module], ...]) -> 
         for name, child in pl_module.named_children()
         if any(isinstance(module, kinds) for module in child.modules())
     }
+
+
+def is_number(value: Any) -> TypeGuard[Tensor]:
+    """Return whether a value is a tensor with one floating number."""
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+
+
+def loss_name(loss: Loss | Callable[[Any, Any], Tensor] | None) -> str:
+    """Return the name of a loss; None is the one that is assumed."""
+    if loss is None:
+        return f"{ASSUMED} (assumed)"
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+def batch_counts(trainer: Trainer) -> Sequence[float]:
+    """Return how many batches each loader has; loaders whose batches come together count as one, as for Lightning."""
+    counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    loop = trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
+    return counts if loop._is_sequential else [min(counts)]  # private, as seen in Lightning 2.5.3 to 2.6.6

@@ -22,6 +22,8 @@ _HALF = 0.2  # in half precision
 _MARGIN = 10  # by how much rounding may grow when the filters are moved
 SKIPPED = "that the loss depends on the filters as recorded is assumed"
 """Begins the sentence of `FlatnessReport.assumed` about a record that was not verified."""
+UNVERIFIED = '`method="jacobian"` does not move the weights to verify its record'
+"""Why the record of several layers is not verified."""
 
 
 class Repetition(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class Evaluation:
         device: device of the model; the sums are kept on it, and processes exchange them over it.
         method: name of the method that gives the quantities, or "auto"; only the keys that it gives are evaluated.
         is_shared: whether the samples of all processes count together; False: those of this process alone.
+        keys: the keys to evaluate; None: all that the method gives.
 
     Example:
         >>> evaluation = Evaluation(torch.device("cpu"))
@@ -95,12 +97,14 @@ class Evaluation:
         0
     """
 
-    def __init__(self, device: torch.device, method: str = "pooled", is_shared: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, method: str = "pooled", is_shared: bool = True, keys: Sequence[str] | None = None
+    ) -> None:
         """Start with no samples."""
         device = torch.device("cpu") if device.type == "mps" else device
         self.samples = 0
         """Number of samples so far, of this process."""
-        self._keys = keys_of(method)
+        self._keys = keys_of(method) if keys is None else keys
         metrics = _metrics(sync_on_compute=is_shared)
         self._metrics = {key: metric.to(device) for key, metric in metrics.items() if self._asks_for(key)}
         self._flatness = _SampleFlatness(sync_on_compute=is_shared).to(device)

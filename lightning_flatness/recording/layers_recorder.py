@@ -27,6 +27,7 @@ class LayersBuilder:
         layer: the layers in words.
         nodes: of the parameters, by name.
         outputs: what the outer modules returned, by name, in order.
+        choice: None: the layers are named.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
     """
@@ -38,6 +39,7 @@ class LayersBuilder:
         self.tracer: GraphTracer | None = None
         self.nodes: dict[str, int] = {}
         self.outputs: list[tuple[str, Any]] = []
+        self.choice = None
         self.is_ignored = False
         self.failure: Exception | None = None
 
@@ -110,7 +112,7 @@ class LayersRecorder(ForwardRecorder):
     def __init__(self, model: nn.Module, layers: tuple[str, ...] | Literal["all"] = "all") -> None:
         """Check the names against the model."""
         super().__init__(model)
-        self._model, self._is_whole = model, layers == "all"
+        self._model, self.is_whole = model, layers == "all"
         weights = {id(value): name for name, value in model.named_parameters(remove_duplicate=True)}
         owned = {name: weights.get(id(module._parameters.get("weight"))) for name, module in self._modules.items()}
         if layers == "all":
@@ -124,14 +126,15 @@ class LayersRecorder(ForwardRecorder):
                 )
         self._weights = {name: cast(str, owned[name]) for name in layers}
         self.layers = layers
+        self.layer = "all" if self.is_whole else ", ".join(layers)
         self.clear()
 
     def clear(self) -> None:
         """Forget what was recorded."""
         super().clear()
         chosen = set(self._weights.values())
-        parameters = {name: value for name, value in self._model.named_parameters() if self._is_whole or name in chosen}
-        words = "a linear layer or a convolution" if self._is_whole else ", ".join(f"`{name}`" for name in self.layers)
+        parameters = {name: value for name, value in self._model.named_parameters() if self.is_whole or name in chosen}
+        words = "a linear layer or a convolution" if self.is_whole else ", ".join(f"`{name}`" for name in self.layers)
         self._builder = LayersBuilder(parameters, words)  # type: ignore[assignment]
 
     def _verdict(self, loss: Tensor) -> RecordedLayers | Refusal:  # type: ignore[override]
@@ -150,7 +153,7 @@ class LayersRecorder(ForwardRecorder):
             graph,
             builder.nodes,
             self._weights,
-            self._is_whole,
+            self.is_whole,
             node,
             tuple(graph.cuts(list(builder.nodes.values()), node)),
             frozenset(graph.captures.of_storages(own)),

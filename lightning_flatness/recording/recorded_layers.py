@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_flatness.recording.graph import Cut, OperationGraph
-from lightning_flatness.recording.recorded_pass import LinearCall
+from lightning_flatness.recording.recorded_pass import LinearCall, takes_probabilities
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class RecordedLayers:
     def ancestry(self) -> frozenset[int]:
         """The numbers of the operations that the loss depends on, see `OperationGraph.ancestry`."""
         return frozenset(self.graph.ancestry(self.loss))
+
+    @property
+    def takes_probabilities(self) -> bool:
+        """See `RecordedPass.takes_probabilities`."""
+        return takes_probabilities(self.graph, self.ancestry)
 
     @property
     def path(self) -> str:

@@ -141,17 +141,7 @@ class RecordedPass:
     @property
     def takes_probabilities(self) -> bool:
         """Whether a loss that takes logits is given the output of a softmax or sigmoid, as it is or reshaped."""
-        operations = [self.graph.operations[number] for number in sorted(self.ancestry)]
-        squashed: set[int] = set()  # nodes
-        for operation in operations:
-            first = operation.args[0] if operation.args else None
-            if not isinstance(first, Node):
-                continue
-            if first.index in squashed and (operation.name in _TAKE_LOGITS or Trait.LOG_SOFTMAX in operation.traits):
-                return True
-            if operation.name in _SQUASHING or (first.index in squashed and operation.name in _RESHAPING):
-                squashed.update(operation.results)
-        return False
+        return takes_probabilities(self.graph, self.ancestry)
 
     def points(self) -> dict[int, Tensor]:
         """Return the recorded output of each call of the convolution by its node, ready to be differentiated by."""
@@ -179,3 +169,23 @@ class RecordedPass:
             (operation.function, map_tree(operation.args, encode), str(map_tree(operation.kwargs, encode)))
             for operation in operations
         )
+
+
+def takes_probabilities(graph: OperationGraph, ancestry: frozenset[int]) -> bool:
+    """Return whether one of these operations is a loss that takes logits and is given probabilities.
+
+    Args:
+        graph: the operations.
+        ancestry: the numbers of those that the loss depends on.
+    """
+    squashed: set[int] = set()  # nodes
+    for number in sorted(ancestry):
+        operation = graph.operations[number]
+        first = operation.args[0] if operation.args else None
+        if not isinstance(first, Node):
+            continue
+        if first.index in squashed and (operation.name in _TAKE_LOGITS or Trait.LOG_SOFTMAX in operation.traits):
+            return True
+        if operation.name in _SQUASHING or (first.index in squashed and operation.name in _RESHAPING):
+            squashed.update(operation.results)
+    return False

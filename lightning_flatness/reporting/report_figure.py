@@ -28,7 +28,8 @@ def report_figure(
 
     Args:
         margins: statistics of the margins by name, such as `q50`; empty: there are none.
-        samples: `output_margin` and `relative_flatness` of each sample, shape (n,); None: not kept.
+        samples: `output_margin` and `relative_flatness` of each sample, shape (n,); None: not kept. Without one of
+            them, as of several layers, it is as if they were not kept.
         text: the report in words.
         footer: a line below the panels.
         dark: light lines on a dark ground.
@@ -44,7 +45,7 @@ def report_figure(
     figure = Figure(figsize=(10, 3.8), dpi=100, facecolor=theme.paper)
     figure.subplots_adjust(left=0.075, right=0.97, top=0.82, bottom=0.23, wspace=0.24)
     left, right = (panel(figure, 1, 2, number, theme) for number in (1, 2))
-    given = samples if samples is not None and "output_margin" in samples else None
+    given = samples if samples is not None and {"output_margin", "relative_flatness"} <= set(samples) else None
     if given is not None:
         _histogram(left, given["output_margin"], theme)
         _scatter(right, given["output_margin"], given["relative_flatness"], theme)

@@ -222,7 +222,8 @@ def _values(recorded: RecordedLayers, cut: Cut) -> Tensor:
     """Return the values of the cut as the network computed them."""
     graph = recorded.graph
     if not is_overwritten(graph, cut.node, cut.end - 1):
-        return upcast(graph.tensor_of(cut.node).detach())
+        values = upcast(graph.tensor_of(cut.node).detach())
+        return values.clone() if values.is_inference() else values  # so that one can differentiate by it
     inputs = {node: graph.captures.value(index) for node, index in graph.inputs.items()}
     only = frozenset(graph.ancestry(cut.node, in_steps=True))
     return graph.replay(inputs, cut.end, only=only)[cut.node].detach()

@@ -191,6 +191,6 @@ def _is_linear(operation: Operation, dependent: list[Node]) -> bool:
         return len(dependent) == 1 and (name in _BATCH_NORMS or named["input"] not in dependent)
     if Trait.LINEAR_IN_FIRST in known:
         return len(dependent) == 1 and operation.args[0] in dependent
-    if Trait.LINEAR_IN_EACH in known or Trait.MATRIX_PRODUCT in known:
+    if Trait.LINEAR_IN_EACH in known or Trait.MATRIX_PRODUCT in known or name in _CONVOLUTIONS:
         return len(dependent) == 1
     return Trait.PIECEWISE_LINEAR in known or name in ("repeat", "expand_as")

@@ -111,7 +111,7 @@ class Replay:
     def _tapped(self, number: int | None, value: Tensor, tap: Tap) -> Tensor:
         """Note a tap and return what the network goes on with, free to be overwritten where it is."""
         if not value.requires_grad:
-            value = value.detach().requires_grad_()
+            value = (value.clone() if value.is_inference() else value.detach()).requires_grad_()
         self.taps.append(tap._replace(value=value))
         return value.clone() if number in self._plan.overwritten else value
 

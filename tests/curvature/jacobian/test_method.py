@@ -66,6 +66,22 @@ def test_behind_curved_steps_it_is_the_gauss_newton_part(case: Case) -> None:
     torch.testing.assert_close(found.network, total, **close)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_inference_mode_gives_the_same_labels(case: Case) -> None:
+    """Operators that are made of others are recorded as they are there, such as `conv2d`."""
+    model, (x, y) = case.model(), case.data()
+    expected = measured(model, x, y)
+    with torch.inference_mode():
+        found = measured(model, x, y)
+    assert (found.curvature, found.network_curvature) == (expected.curvature, expected.network_curvature)
+    for name, own in expected.by_layer.items():
+        torch.testing.assert_close(found.by_layer[name].relative_flatness, own.relative_flatness, **close)
+    left = {name.rsplit(".", 1)[0] for name in found.left_out}
+    assert {type(model.get_submodule(name)) for name in left} <= {nn.PReLU}  # `prelu` is not covered as a whole
+    if not left:
+        torch.testing.assert_close(found.network, expected.network, **close)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(name: str) -> None:
     case, loss = NAMED["residual, max-pool, groups, PReLU"], LOSSES[name]
