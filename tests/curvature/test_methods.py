@@ -200,7 +200,7 @@ def test_a_named_convolution_is_not_replaced() -> None:
 
 def test_names_are_checked() -> None:
     model = network(Excited)
-    with pytest.raises(ValueError, match=r"must be one of \['auto', 'pooled', 'classifier', 'jacobian'\]; got 'hessian'"):
+    with pytest.raises(ValueError, match=r"must be one of .*'jacobian'\]; got 'hessian'"):
         method_for(model, "hessian")
     with pytest.raises(ValueError, match="measures the classifier, not a convolution"):
         method_for(model, "classifier", layer="conv")
