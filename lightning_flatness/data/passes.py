@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.curvature.methods import Method, Quantities, Recorder
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
+from lightning_flatness.data.unchanged import is_plain, unchanged, write
 from lightning_flatness.data.verification import UNVERIFIED, Repetition, Verification, verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS
@@ -80,7 +81,8 @@ def measured_batches(
                 warned = True
             if verification is not None and verification.is_due(0, recorder.layer):
                 is_of_layers = isinstance(recorded, RecordedLayers)
-                obstacle = UNVERIFIED if is_of_layers else _verified_on_few(recorder, step, inputs, targets)
+                with unchanged(model):
+                    obstacle = UNVERIFIED if is_of_layers else _verified_on_few(recorder, step, inputs, targets)
                 verification.note(0, recorder.layer, obstacle)
             yield quantities
             left = None if left is None else left - len(quantities)
@@ -204,33 +206,6 @@ class _Buffers:
             self.module._non_persistent_buffers_set = self.temporary
         for name, value in self.values.items():
             write(cast(Tensor, self.tensors[name]), value)
-
-
-def is_plain(buffer: Tensor | None) -> TypeGuard[Tensor]:
-    """Return whether a buffer holds plain numbers: it is not None, lazy, sparse, quantised or on the meta device."""
-    return (
-        isinstance(buffer, Tensor)
-        and not nn.parameter.is_lazy(buffer)
-        and buffer.layout is torch.strided
-        and not (buffer.is_meta or buffer.is_quantized)
-    )
-
-
-def write(buffer: Tensor, value: Tensor) -> None:
-    """Give the buffer its earlier value. One that has it stays untouched: a graph may need it for its backward pass."""
-    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-        fits = (buffer.shape, buffer.dtype, buffer.device) == (value.shape, value.dtype, value.device)
-        if fits and type(buffer) is Tensor and torch.equal(_bits(buffer), _bits(value)):
-            return
-        if fits and 0 not in buffer.stride():
-            buffer.copy_(value)
-        else:
-            buffer.data = value
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor; compared as numbers, NaN would differ from itself and 0 would equal -0."""
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
-import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_flatness.data.passes import is_plain, write
-from lightning_flatness.data.randomness import is_generator, restore, state_of
+from lightning_flatness.data.unchanged import unchanged
 from lightning_flatness.data.verification import Repetition, verify
 from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.recording.dispatch import not_recorded
@@ -25,10 +20,6 @@ from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import only_for
 
 _KNOWN = ("torch", "lightning_flatness")  # whose hooks may run once more
-_CONTAINERS = (dict, list, tuple, set, deque)
-_LARGE = 1000  # items
-_PLAIN = (bool, int, float, str, type(None))
-_HOOKS = {name for name in vars(nn.Module()) if "hooks" in name}  # no pass adds any
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
 
@@ -127,61 +118,3 @@ def _foreign_hook(network: nn.Module) -> str | None:
     every += [*hooks_of_all._global_forward_hooks.values(), *hooks_of_all._global_forward_pre_hooks.values()]
     foreign = (hook for hook in every if (getattr(hook, "__module__", None) or "").partition(".")[0] not in _KNOWN)
     return next((getattr(hook, "__qualname__", type(hook).__name__) for hook in foreign), None)
-
-
-@contextmanager
-def unchanged(network: nn.Module) -> Iterator[None]:
-    """Restore what a forward pass changes in a network: modes, buffers, attributes, random generators.
-
-    LightningModules do not log meanwhile.
-    """
-    restorers = [_restorer(value) for module in network.modules() for value in _values_of(vars(module))]
-    generators = isolate_rng()
-    generators.__enter__()
-    try:
-        for module in network.modules():
-            if isinstance(module, LightningModule):
-                vars(module).update(log=_ignore, log_dict=_ignore)
-        yield
-    finally:
-        for restore_value in filter(None, restorers):
-            restore_value()
-        # Without the exception: given one, the context manager would not restore the generators.
-        generators.__exit__(None, None, None)
-
-
-def _values_of(own: dict[str, Any]) -> Iterator[Any]:
-    """Yield the attributes of a module as a container, each of them, and what those hold that are containers."""
-    yield own
-    for name, value in own.items():
-        if name not in _HOOKS and not isinstance(value, _PLAIN):
-            yield value
-            # A large container is data, which a forward pass does not change.
-            if isinstance(value, _CONTAINERS) and len(value) <= _LARGE:
-                yield from value.values() if isinstance(value, dict) else value
-
-
-def _restorer(value: Any) -> Callable[[], None] | None:
-    """Return what puts a value back in its present state: a container, a tensor that is no parameter, a generator."""
-    if isinstance(value, dict):
-        return partial(_refill, value, dict(value), value.update)
-    if isinstance(value, (list, set, deque)):
-        return partial(_refill, value, list(value), value.update if isinstance(value, set) else value.extend)
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and is_plain(value):
-        with torch.inference_mode(False), torch.no_grad():
-            return partial(write, value, value.detach().clone())
-    if is_generator(value):
-        return partial(restore, value, state_of(value))
-    return None
-
-
-def _refill(container: Any, before: Any, fill: Callable[[Any], None]) -> None:
-    """Give a container its earlier items, unless it has them."""
-    now, then = ([*each, *(each.values() if isinstance(each, dict) else ())] for each in (container, before))
-    if len(now) != len(then) or any(new is not old for new, old in zip(now, then, strict=True)):
-        container.clear()
-        fill(before)
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Do nothing."""

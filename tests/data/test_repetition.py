@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_flatness import FlatnessMonitor, UnsupportedTailError
-from lightning_flatness.data.repetition import unchanged
 
 
 class Wrapped(Classifier):
@@ -254,23 +253,6 @@ def test_autocast_of_the_step_is_repeated(tmp_path: Any) -> None:
     monitor = FlatnessMonitor(strict=True)
     trainer(tmp_path, monitor).validate(Half(), verbose=False)
     assert not monitor._verification.assumed
-
-
-def test_what_a_container_held_is_there_again() -> None:
-    module = nn.Module()
-    module.register_buffer("a", torch.zeros(2))
-    module.items, module.names, module.table = [1], {"a"}, {"k": 1}
-    module.grown = None
-    with unchanged(module):
-        module.a.fill_(float("nan"))
-        module.register_buffer("b", torch.ones(1))
-        del module._buffers["a"]
-        module.items.append(2), module.names.clear(), module.table.update(k=2, j=3)
-        module.grown, module.training, module.new = [1], False, 1
-    assert list(module._buffers) == ["a"]
-    assert module.a.tolist() == [0, 0]
-    assert (module.items, module.names, module.table) == ([1], {"a"}, {"k": 1})
-    assert (module.grown, module.training, hasattr(module, "new")) == (None, True, False)
 
 
 class Swish(torch.autograd.Function):
