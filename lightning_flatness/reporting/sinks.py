@@ -71,8 +71,9 @@ class TensorBoardSink(Sink):
         self.experiment.add_text(f"monitor/configuration{suffix}", table.markdown(), step)
 
     def alert(self, suffix: str, alert: Alert, text: str, table: Table, step: int) -> None:
-        """Show the table as one text."""
+        """Show the table as one text, and a mark at the alert's value, in a group behind the curves."""
         self.experiment.add_text(f"monitor/alerts{suffix}", table.markdown(), step)
+        self.experiment.add_scalar(f"monitor/alerts/{alert.key}", alert.value, step)
 
     def distributions(self, suffix: str, values: Mapping[str, np.ndarray], is_alert: bool, step: int) -> None:
         """Show histograms."""

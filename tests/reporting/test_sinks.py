@@ -36,8 +36,11 @@ def test_tensorboard_opens_with_the_headline(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(tmp_path), kinds).Reload()
     scalars = events.Tags()["scalars"]
     assert sorted(tag for tag in scalars if tag.startswith(("flatness/", "margin/"))) == sorted(HEADLINE)
-    assert {tag.split("/")[0] for tag in scalars if "/" in tag} == {"flatness", "margin", *LOGGER_GROUPS}
-    assert not [tag for tag in scalars if "alert" in tag]
+    assert {tag.split("/")[0] for tag in scalars if "/" in tag} == {"flatness", "margin", "monitor", *LOGGER_GROUPS}
+    marks = [tag for tag in scalars if "alert" in tag]
+    assert marks == [f"monitor/alerts/{alert.key}" for alert in watching.alerts[:1]]
+    series = dict(zip(STEPS, watching.history.values[watching.alerts[0].key], strict=True))
+    assert all(each.value == pytest.approx(series[each.step], rel=1e-6) for each in events.Scalars(marks[0]))
     for key, series in watching.history.values.items():
         shown = {each.step: each.value for each in events.Scalars(logger_key(key) if "/" in key else key)}
         expected = {step: value for step, value in zip(STEPS, series, strict=True) if value == value}
