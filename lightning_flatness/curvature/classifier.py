@@ -136,8 +136,6 @@ def _head(reader: ObjectiveReader, recorded: RecordedPass, samples: slice) -> _H
             f"it than its output. Name another linear layer (`classifier=...`).\n  path: {recorded.path}"
         ).error()
     require_numbers(goal.logits)
-    chosen = torch.zeros_like(goal.counted)
-    chosen[samples] = True
     dtype = features.dtype
     rows = _reduced(call.weight.double())
     scale = rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)
@@ -151,7 +149,7 @@ def _head(reader: ObjectiveReader, recorded: RecordedPass, samples: slice) -> _H
         target=None if goal.target is None else goal.target.to(dtype),
         head_curvature=None if goal.head_curvature is None else goal.head_curvature.to(dtype),
     )
-    kept = chosen & goal.counted
+    kept = goal.kept(samples)
     return head if bool(kept.all()) else head.select(kept)
 
 

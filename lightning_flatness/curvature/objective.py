@@ -43,6 +43,12 @@ class Objective:
     target: Tensor | None = None
     head_curvature: Tensor | None = None
 
+    def kept(self, samples: slice) -> Tensor:
+        """Return which samples are to be measured, shape (n,): those of a slice on which the loss depends."""
+        chosen = torch.zeros_like(self.counted)
+        chosen[samples] = True
+        return chosen & self.counted
+
 
 def objective(recorded: RecordedLoss, pooled: Cut, features: Tensor) -> Objective | Refusal:
     """Return what the loss is as a function of the pooled features, or why that cannot be said.
@@ -102,8 +108,7 @@ class ObjectiveReader:
 def _known(recorded: RecordedPass, pooled: Cut, features: Tensor, goal: Objective) -> _Known | None:
     if isinstance(goal.loss, Differentiated) or goal.head.dim() > 2 or goal.cut == pooled:
         return None
-    operations = recorded.graph.operations[pooled.end : goal.cut.end]
-    used = tuple(captured.index for operation in operations for captured in operation.captured)
+    used = _used(recorded, pooled, goal.cut)
     shift = goal.logits[0] - goal.head @ features.detach()[0].double()
     steps = _steps(recorded, pooled)
     return _Known(pooled, goal.cut, steps, recorded.graph.captures, used, goal.head, shift)
@@ -114,9 +119,8 @@ def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor)
     if pooled != known.pooled or _steps(recorded, pooled) != known.steps:
         return None
     captures, cut = recorded.graph.captures, known.cut
-    operations = recorded.graph.operations[pooled.end : cut.end]
-    used = (captured.index for operation in operations for captured in operation.captured)
-    if not all(known.captures.same(old, captures, new) for old, new in zip(known.used, used, strict=True)):
+    pairs = zip(known.used, _used(recorded, pooled, cut), strict=True)
+    if not all(known.captures.same(old, captures, new) for old, new in pairs):
         return None
     features = features.detach().double()
     form = proved_form(RecordedFunction(recorded, cut, recorded.cuts[-1]), len(features))
@@ -128,6 +132,12 @@ def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor)
     if not bool(((logits - expected).abs() <= EXACT * size).all()):
         return None
     return Objective(cut, _counted(form), logits, known.head, *form)
+
+
+def _used(recorded: RecordedPass, pooled: Cut, cut: Cut) -> tuple[int, ...]:
+    """Return the indices of the values that the head captured."""
+    operations = recorded.graph.operations[pooled.end : cut.end]
+    return tuple(captured.index for operation in operations for captured in operation.captured)
 
 
 def _steps(recorded: RecordedPass, pooled: Cut) -> tuple[Any, ...]:

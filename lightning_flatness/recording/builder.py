@@ -185,9 +185,7 @@ class PassBuilder:
         """Return the refusal of a record that an exception has ended; raise one that says nothing of the network."""
         watched = self.choice.watch.failure if self.choice else None
         failure = self.failure or watched or (self.tracer.graph.out_of_memory if self.tracer else None)
-        if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
-            raise failure
-        return None if failure is None else Refusal(f"Recording the forward pass failed: {failure!r}", failure)
+        return ended_by(failure)
 
     def remedy(self, name: str | None) -> str:
         """Return what to do if this convolution cannot be measured."""
@@ -196,7 +194,7 @@ class PassBuilder:
         return f"Name another convolution (`layer=...`){listed}."
 
     def _begin(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor, arguments: dict[str, Any]) -> None:
-        if self._watch is None or not _is_own_weight(module, arguments["weight"]):
+        if self._watch is None or not is_own_weight(module, arguments["weight"]):
             return
         self._has_convolved = True
         if self._wanted is None and not has_several_positions(output):
@@ -224,14 +222,10 @@ class PassBuilder:
         self.convolution_calls, self.linear_calls, self.outputs, self.passed_over = [], [], [], None
         self.tracer, self.layer = GraphTracer(finds_functions=not self._keeps_copies), name
         self.network_call = self._open_call
-        self.tracer.is_convolving = True
-        for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
-            if weight.dim() > 1:
-                self.tracer.forbid_storage(weight)
-        self.tracer.start()
+        start_at(module, self.tracer)
 
 
-def _is_own_weight(module: nn.Module, used: Tensor) -> bool:
+def is_own_weight(module: nn.Module, used: Tensor) -> bool:
     """Return whether an operation uses the weight of the module: itself, computed anew, or in the dtype of autocast."""
     weight = cast(Tensor, module.weight)
     if used.shape != weight.shape:
@@ -241,3 +235,24 @@ def _is_own_weight(module: nn.Module, used: Tensor) -> bool:
     if used.dtype == weight.dtype:
         return used.data_ptr() == weight.data_ptr()
     return weight.is_cuda or torch.equal(used, weight.detach().to(used.dtype))
+
+
+def ended_by(failure: Exception | None) -> Refusal | None:
+    """Return the refusal of a record that an exception has ended; raise one that says nothing of the network.
+
+    Raises:
+        ValueError: if a batch was empty.
+        OutOfMemoryError: if memory was short.
+    """
+    if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
+        raise failure
+    return None if failure is None else Refusal(f"Recording the forward pass failed: {failure!r}", failure)
+
+
+def start_at(module: nn.Module, tracer: GraphTracer) -> None:
+    """Start a record while its layer runs: from then on nothing else may read the layer's weight."""
+    tracer.is_convolving = True
+    for weight in (cast(Tensor, module.weight), *module.parameters()):  # or what the weight is computed from
+        if weight.dim() > 1:
+            tracer.forbid_storage(weight)
+    tracer.start()

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import Refusal, UnsupportedTailError
-from lightning_flatness.recording.builder import PassBuilder
+from lightning_flatness.recording.builder import PassBuilder, is_own_weight, start_at
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
 from lightning_flatness.recording.graph import OperationGraph
 from lightning_flatness.recording.layers import CLASSIFIERS
@@ -146,11 +145,7 @@ class ClassifierBuilder(PassBuilder):
         found = _Candidate(name, tracer, [], copies, self._open_call)
         self._have_run.add(name)
         self.candidates.append(found)
-        found.tracer.is_convolving = True
-        for own in (cast(Tensor, module.weight), *module.parameters()):
-            if own.dim() > 1:
-                found.tracer.forbid_storage(own)
-        found.tracer.start()
+        start_at(module, found.tracer)
         for old in self.candidates[:-_KEPT]:
             self._drop(old.name)
         return found
@@ -286,14 +281,6 @@ def _reads_of(graph: OperationGraph, other: OperationGraph) -> bool:
 
 
 def _is_own_weight(module: nn.Module, used: Tensor) -> bool:
-    """Return whether a product uses the weight of the module: itself, computed anew, or in the dtype of autocast."""
-    weight = cast(Tensor, module.weight)
-    if used.shape != weight.shape:
-        return False
-    if "weight" not in module._parameters:  # computed, as by a parametrization
-        return True
-    if used.stride() != weight.stride():  # of a square weight, its transpose
-        return False
-    if used.dtype == weight.dtype:
-        return used.data_ptr() == weight.data_ptr()
-    return weight.is_cuda or torch.equal(used, weight.detach().to(used.dtype))
+    """Return whether a product uses the weight of the module; that of a square weight's transpose does not."""
+    is_computed = "weight" not in module._parameters
+    return is_own_weight(module, used) and (is_computed or used.stride() == cast(Tensor, module.weight).stride())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import Refusal
+from lightning_flatness.recording.builder import ended_by
 from lightning_flatness.recording.dispatch import GraphTracer, dispatcher
 from lightning_flatness.recording.graph import storage_of
 from lightning_flatness.recording.layers import CLASSIFIERS, program_kind, require_name
@@ -79,12 +79,8 @@ class LayersBuilder:
             OutOfMemoryError: if memory was short; that says nothing about the network.
         """
         failure = self.failure or (self.tracer.graph.out_of_memory if self.tracer else None)
-        if isinstance(failure, (ValueError, torch.OutOfMemoryError)):
-            raise failure
-        if failure is not None:
-            return Refusal(f"Recording the forward pass failed: {failure!r}", failure)
-        if self.tracer is not None:
-            return None
+        if (failed := ended_by(failure)) is not None or self.tracer is not None:
+            return failed
         kind = program_kind(modules.values())
         remedy = f"the network is {kind}; give the eager network that it was made from" if kind else "none did"
         return Refusal(f"A forward pass must run {self.layer}; {remedy}.")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning_runs import Classifier, everything, trainer, values_of
+from networks import RightSwish, Swish
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
@@ -253,27 +254,6 @@ def test_autocast_of_the_step_is_repeated(tmp_path: Any) -> None:
     monitor = FlatnessMonitor(strict=True)
     trainer(tmp_path, monitor).validate(Half(), verbose=False)
     assert not monitor._verification.assumed
-
-
-class Swish(torch.autograd.Function):
-    """Another backward than the derivative, or the derivative itself."""
-
-    is_right = False
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x.sigmoid()
-
-    @classmethod
-    def backward(cls, ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        s = x.sigmoid()
-        return gradient * (s + cls.is_right * x * s * (1 - s))
-
-
-class RightSwish(Swish):
-    is_right = True
 
 
 def activated(function: Any) -> Callable[[Any, Tensor], Tensor]:

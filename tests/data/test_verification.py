@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, conv2d
+from networks import Net, RightSwish, Swish, conv2d
 from recorded import brute_force
 from torch import Tensor, nn
 
@@ -127,27 +127,6 @@ class Reversed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return -gradient
-
-
-class Swish(torch.autograd.Function):
-    """Another backward than the derivative, or the derivative itself."""
-
-    is_right = False
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x.sigmoid()
-
-    @classmethod
-    def backward(cls, ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        s = x.sigmoid()
-        return gradient * (s + cls.is_right * x * s * (1 - s))
-
-
-class RightSwish(Swish):
-    is_right = True
 
 
 class Signs(torch.autograd.Function):

@@ -127,9 +127,7 @@ class JacobianMethod:
 
     def _quantities(self, network: _Network, samples: slice) -> LayerQuantities:
         goal, n = network.goal, len(network.values)
-        kept = torch.zeros_like(goal.counted)
-        kept[samples] = True
-        kept &= goal.counted
+        kept = goal.kept(samples)
         step = max(1, min(n, self._chunk_bytes // max(1, _bytes_per_sample(network))))
         try:
             sums = self._by_chunks(network, kept, step)

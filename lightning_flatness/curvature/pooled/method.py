@@ -99,8 +99,6 @@ class PooledMethod:
                 features, jacobian, second, _ = _differentiated(recorded, certificate)
         goal = require(self._reader.read(recorded, pooled, features))
         require_numbers(goal.logits)
-        chosen = torch.zeros_like(goal.counted)
-        chosen[samples] = True
         dtype = jacobian.dtype
         derivatives = PooledDerivatives(
             inputs=upcast(recorded.graph.captures.value(call.inputs)).to(dtype),
@@ -118,7 +116,7 @@ class PooledMethod:
             head_curvature=None if goal.head_curvature is None else goal.head_curvature.to(dtype),
             chunk_bytes=self._chunk_bytes,
         )
-        kept = chosen & goal.counted
+        kept = goal.kept(samples)
         return derivatives if bool(kept.all()) else derivatives.select(kept)
 
     def _certified(self, recorded: RecordedPass) -> Certificate:
