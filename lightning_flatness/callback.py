@@ -50,7 +50,7 @@ class FlatnessMonitor(Displayed):
     Several monitors in one Trainer need names of their own, `name=...`.
 
     Args:
-        layer: name of the monitored convolution; None: the deepest that runs on a map larger than 1 x 1. For
+        layer: name of the monitored convolution; None: the deepest. For
             `method="jacobian"` the name of any linear layer or convolution, several names, or `"all"`: every one of
             them, and the trace of the whole network.
         classifier: name of the linear classifier; None: found.

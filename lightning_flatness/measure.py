@@ -270,7 +270,7 @@ def measure(
     Args:
         model: any module; it is called with the inputs of each batch.
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
-        layer: name of the convolution; None: the deepest that runs on a map larger than 1 x 1. For
+        layer: name of the convolution; None: the deepest. For
             `method="jacobian"` the name of any linear layer or convolution, several names, or `"all"`: every one of
             them, and the trace of the whole network.
         classifier: name of the linear classifier; None: found.

@@ -150,7 +150,7 @@ def spectrum(
     Args:
         model: any module; it is called with the inputs of each batch.
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
-        layer: name of the convolution; None: the last one that runs on a map larger than 1 x 1.
+        layer: name of the convolution; None: the deepest.
         classifier: name of the linear classifier; None: found.
         max_samples: stop after so many samples; None: all. Memory grows with the samples.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.

@@ -188,7 +188,7 @@ BAD: dict[str, tuple[str, Callable[[], Classifier], Callable[[TensorDataset], An
         lambda d: TensorDataset(with_nan(d.tensors[0]), d.tensors[1]),
     ),
     "network never called": (
-        "must run a convolution on a map larger than 1 x 1",
+        "must run a convolution that is more than a linear layer",
         lambda: Classifier(silent),
         lambda d: d,
     ),

@@ -233,17 +233,24 @@ def _couples(values: Tensor, point: Tensor) -> bool:
     return False
 
 
-def _has_gradient(tail: RecordedFunction, samples: int) -> Tensor:
-    """Return whether each sample has a gradient somewhere: a hinge may be satisfied at the recorded values."""
+def _has_gradient(tail: RecordedFunction, samples: int, unless_linear: bool = False) -> Tensor:
+    """Return whether each sample has a gradient somewhere: a hinge may be satisfied at the recorded values.
+
+    With `unless_linear`, none has if the gradient is the same everywhere, as that of a mean over losses of samples is.
+    """
     found = torch.zeros(samples, dtype=torch.bool, device=tail.device)
+    gradients = []
     for point in drawn_points(tail, samples):
         for signed in (point, -point):
             try:
-                found |= tail.gradient(signed).abs().sum(-1) > 0  # NaN is no gradient
+                gradients.append(tail.gradient(signed))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # where the loss takes no such values, as a probability of 2
-                pass
+                continue
+            found |= gradients[-1].abs().sum(-1) > 0  # NaN is no gradient
+    if unless_linear and all(torch.equal(gradient, gradients[0]) for gradient in gradients):
+        return torch.zeros_like(found)
     return found
 
 
@@ -273,6 +280,9 @@ def _differentiated(
             return _refusal(recorded, "the loss couples the samples of a batch: it is no sum over samples")
         curvature = torch.stack([_row(gradient, phi, c) for c in range(phi.shape[1])], 1)
     counted = (gradient.detach().abs().sum(-1) > 0) | _has_gradient(tail, len(phi))
+    for later in candidates:  # a mask may cut a sample off from the filters: the loss still counts it
+        if later.end > cut.end:
+            counted |= _has_gradient(RecordedFunction(recorded, later, loss), len(phi), unless_linear=True)
     count = count_factor(tail, counted)
     form = Differentiated(gradient.detach() * count, curvature.detach() * count)
     return Objective(cut, counted, logits.detach(), jacobian, form)

@@ -98,7 +98,7 @@ class RecordedPass:
         weight_is_shared: whether another module has the same weight.
         is_alone: whether no operation uses numbers that a layer before this one computed in another way; only a record
             from the classifier on knows.
-        passed_over: name of a later convolution that was not followed, as its output is a single position.
+        passed_over: name of a later convolution that was not followed, as it sees all of its input at once.
         network_call: the outermost call of a module during which the convolution ran, in a recorder's first pass.
     """
 
@@ -135,7 +135,8 @@ class RecordedPass:
         if self.passed_over is None:
             return "Name another convolution (`layer=...`)."
         return (
-            f"`{self.passed_over}` runs later, on a single position: name it (`layer={self.passed_over!r}`) or another."
+            f"`{self.passed_over}` runs later, and sees all of its input at once: name it "
+            f"(`layer={self.passed_over!r}`) or another."
         )
 
     @property

@@ -47,7 +47,7 @@ class ForwardRecorder:
 
     Args:
         model: any module whose forward pass will run.
-        layer: name of the convolution to record from; None: the deepest that runs on a map larger than 1 x 1.
+        layer: name of the convolution to record from; None: the deepest.
         classifier: name of the linear classifier; None: found.
 
     Raises:

@@ -23,7 +23,7 @@ from lightning_flatness.curvature.pooled.certificate import (
 from lightning_flatness.curvature.pooled.closed_form import is_ill_conditioned, sample_quantities
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import NonFiniteError, Refusal, require_counts
+from lightning_flatness.errors import NonFiniteError, Refusal, UnrepeatableError, require_counts
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.precision import allclose_for_dtype, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
@@ -259,7 +259,9 @@ def _require_same(recorded: RecordedPass, pooled: Cut, features: Tensor) -> None
     if not observed.is_cuda and not allclose_for_dtype(features.detach(), observed):
         raise Refusal(
             f"Repeating the recorded steps after `{recorded.layer}` must give the features that the network computed; "
-            "it does not. A step is no torch operation, such as a kernel of an extension, and cannot be measured."
+            "it does not. A step is no torch operation, such as a kernel of an extension, and cannot be measured. The "
+            'classifier\'s own weight may be (`method="classifier"`).',
+            UnrepeatableError("a step was not recorded"),
         ).error()
 
 
