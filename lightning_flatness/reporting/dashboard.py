@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_flatness.errors import missing_package
 from lightning_flatness.keys import (
     ALIGNMENT,
     CONFIDENCE,
@@ -20,7 +19,21 @@ from lightning_flatness.keys import (
     quantity,
 )
 from lightning_flatness.reporting.history import History
-from lightning_flatness.reporting.style import DARK, GREEN, LIGHT, ORANGE, PURPLE, SKY, Theme, panel, title
+from lightning_flatness.reporting.style import (
+    DARK,
+    GREEN,
+    LIGHT,
+    ORANGE,
+    PURPLE,
+    SKY,
+    Theme,
+    curve,
+    empty_figure,
+    log_axis,
+    panel,
+    step_axis,
+    title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,12 +109,8 @@ def dashboard(
         raise ValueError(
             "A figure needs at least one validation with values; got none. Draw it after a validation of `fit`."
         )
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise missing_package("A figure", "matplotlib") from error
     theme, marks = DARK if dark else LIGHT, list(marks)
-    figure = Figure(figsize=(10, 6.6), dpi=100, facecolor=theme.paper)
+    figure = empty_figure(10, 6.6, theme)
     # Fixed positions: a layout engine would draw everything twice.
     figure.subplots_adjust(left=0.075, right=0.94, top=0.9, bottom=0.135, wspace=0.24, hspace=0.5)
     panels = [panel(figure, 2, 2, number, theme) for number in range(1, 5)]
@@ -110,7 +119,7 @@ def dashboard(
     _own_metrics(panels[1], history.steps, values, theme)
     _margins(panels[2], history.steps, values, suffix, theme)
     for axes in panels[:3]:
-        _steps(axes, history.steps, theme)
+        step_axis(axes, history.steps, theme)
         _draw_marks(axes, marks, theme, with_text=axes is panels[0])
     _factors(panels[3], history, suffix, since, theme)
     figure.text(0.012, 0.018, footer, color=theme.faint, fontsize=9.5, parse_math=False)
@@ -119,16 +128,6 @@ def dashboard(
 
 def _first_suffix(values: Mapping[str, Sequence[float]]) -> str:
     return next((key_suffix(key) for key in values if quantity(key) == RELATIVE), "")
-
-
-def _steps(axes: Axes, steps: Sequence[int], theme: Theme) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    first, last = steps[0], steps[-1]
-    room = max(last - first, 1)
-    axes.set_xlim(first - 0.02 * room, last + 0.02 * room)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=6))
-    axes.set_xlabel("step", fontsize=9.5, color=theme.faint)
 
 
 def _flatness(
@@ -140,33 +139,10 @@ def _flatness(
         (SCALE_FREE, "scale-free", theme.margin, "--"),
     ):
         if series := values.get(f"{key}{suffix}"):
-            shown += _curve(axes, steps, series, name, colour, style)
-    kind = _log_axis(axes, shown)
+            shown += curve(axes, steps, series, name, colour, style)
+    kind = log_axis(axes, shown)
     title(axes, "Flatness", f"lower is flatter; unit: loss; {kind}", theme)
     _legend(axes, theme)
-
-
-def _log_axis(axes: Axes, values: Sequence[float]) -> str:
-    """Make the axis logarithmic if there is something to show on it; return what it is, in words."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, SymmetricalLogLocator
-
-    sizes = [abs(value) for value in values if value]
-    if not sizes:
-        return "no values yet"
-    axes.yaxis.set_minor_locator(NullLocator())
-    if min(values) > 0:
-        axes.set_yscale("log")
-        subs = (1, 2, 5) if max(sizes) / min(sizes) < 100 else (1,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
-        kind = "log scale"
-    else:
-        threshold = 10 ** math.floor(math.log10(max(min(sizes), 1e-4 * max(sizes))))
-        axes.set_yscale("symlog", linthresh=threshold)
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
-        kind = f"log scale, linear within ±{threshold:g}"
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return kind
 
 
 def _own_metrics(axes: Axes, steps: Sequence[int], values: Mapping[str, Sequence[float]], theme: Theme) -> None:
@@ -183,9 +159,9 @@ def _own_metrics(axes: Axes, steps: Sequence[int], values: Mapping[str, Sequence
         right.tick_params(labelsize=9.5, labelcolor=theme.faint, color=theme.faint)
     colours = dict(zip(shown, _OWN_COLOURS, strict=False))
     for key in shares:
-        _curve(axes, steps, shown[key], key, colours[key])
+        curve(axes, steps, shown[key], key, colours[key])
     for key in others:
-        _curve(right, steps, shown[key], f"{key} (right)" if right is not axes else key, colours[key], "--")
+        curve(right, steps, shown[key], f"{key} (right)" if right is not axes else key, colours[key], "--")
     _legend(axes, theme, *([right] if right is not axes else []))
 
 
@@ -196,7 +172,7 @@ def _margins(
     if q05 and q25 and q50 and q75 and q95:
         axes.fill_between(steps, q05, q95, color=theme.margin, alpha=0.18, linewidth=0, label="5 to 95 %")
         axes.fill_between(steps, q25, q75, color=theme.margin, alpha=0.35, linewidth=0, label="quartiles")
-        _curve(axes, steps, q50, "median", theme.margin)
+        curve(axes, steps, q50, "median", theme.margin)
         axes.axhline(0, color=theme.ink, linewidth=1.0)
         note = "unit: logit; below 0: misclassified"
     else:
@@ -256,17 +232,6 @@ def _doublings(history: History, suffix: str, start: int) -> dict[str, float]:
             has_logarithm = 0 < before < math.inf and 0 < after < math.inf
             changes[key] = math.log2(after / before) if has_logarithm else math.nan
     return changes
-
-
-def _curve(
-    axes: Axes, steps: Sequence[int], series: Sequence[float], name: str, colour: str, style: str = "-"
-) -> list[float]:
-    """Draw a curve, with dots while there are few; return its finite values."""
-    marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(steps) < 8 else {}
-    finite = [value for value in series if math.isfinite(value)]
-    shown = [value if math.isfinite(value) else math.nan for value in series]
-    axes.plot(steps, shown, style, color=colour, linewidth=2, label=name, solid_capstyle="round", **marker)
-    return finite
 
 
 def _legend(axes: Axes, theme: Theme, *others: Axes) -> None:

@@ -209,6 +209,10 @@ def _record(alert: Alert) -> dict[str, Any]:
         "onset_step": alert.onset_step,
         **{name: number if number is None or math.isfinite(number) else None for name, number in numbers.items()},
         "reason": alert.reason,
+        "severity": alert.severity,
+        "causes": alert.causes,
+        "look_at": alert.look_at,
+        "others": list(alert.rule_names[1:]),
     }
 
 

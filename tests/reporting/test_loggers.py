@@ -36,7 +36,7 @@ class Experiment:
             setattr(self, method, lambda *args, method=method, **kwargs: self.calls.append((method, args, kwargs)))
 
 
-BOARD = ("add_text", "add_image", "add_histogram", "add_custom_scalars")
+BOARD = ("add_text", "add_image", "add_histogram", "add_custom_scalars", "add_scalar")
 
 
 def trainer_of(folder: Path | None = None, *experiments: Any, is_global_zero: bool = True) -> Any:
@@ -62,11 +62,13 @@ def test_loggers_are_known_by_what_they_can_do(tmp_path: Path) -> None:
         "add_custom_scalars",
         "add_text",
         "add_text",
+        "add_scalar",
         "add_histogram",
         "add_image",
     ]
     tags = {call[1][0]: call[1][2] for call in board.calls[1:]}
-    names = ("monitor/configuration", "monitor/alerts", "per_sample/margin", "monitor/dashboard")
+    mark = f"monitor/alerts/{ALERT.key}"
+    names = ("monitor/configuration", "monitor/alerts", mark, "per_sample/margin", "monitor/dashboard")
     assert tags == dict.fromkeys(names, 7)
     assert not other.calls
     assert [each["event"] for each in lines(tmp_path)] == ["refused", "alert"]
@@ -82,6 +84,10 @@ def test_loggers_are_known_by_what_they_can_do(tmp_path: Path) -> None:
         "reference": 1.0,
         "ratio": None,
         "reason": REASON,
+        "severity": "warning",
+        "causes": "",
+        "look_at": "",
+        "others": [],
         "action": DONE,
     }
     assert log_step(SimpleNamespace(fit_loop=None, global_step=8)) == 8
@@ -94,9 +100,9 @@ def test_the_table_of_alerts_grows_and_begins_anew_with_a_training(tmp_path: Pat
         loggers.show(run, ALERT)
     loggers.start(run, ["", "/train"])  # the first monitor lays out the scalars, not this one
     loggers.show(run, ALERT)
-    texts = [call[1][1] for call in board.calls]
-    assert [text.count("\n") for text in texts] == [2, 3, 2]
-    assert {call[1][0] for call in board.calls} == {"monitor/alerts/train"}
+    texts = [call[1] for call in board.calls if call[0] == "add_text"]
+    assert [text.count("\n") for _, text, _ in texts] == [2, 3, 2]
+    assert {tag for tag, _, _ in texts} == {"monitor/alerts/train"}
 
 
 def test_only_the_first_process_touches_a_logger(tmp_path: Path) -> None:
@@ -120,7 +126,7 @@ def test_a_failing_logger_is_one_warning_and_the_others_go_on(tmp_path: Path) ->
     with pytest.warns(UserWarning, match="could not show a layout: OSError") as caught:
         everything(Loggers(), trainer_of(tmp_path, Full(), board))
     assert len(caught) == 1
-    assert len(board.calls) == 5
+    assert len(board.calls) == 6
 
 
 class Broken(CSVLogger):
