@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_flatness.keys import KEYS, RELATIVE, SCALE_FREE
 from lightning_flatness.reporting.history import History
@@ -135,8 +135,8 @@ def _histograms(axes: Axes, last: Histogram, first: Histogram, theme: Theme) -> 
     import numpy as np
 
     edges = np.linspace(min(last.edges[0], first.edges[0]), max(last.edges[-1], first.edges[-1]), _BARS + 1)
-    filled = {"fill": True, "color": theme.margin, "alpha": 0.45}
-    line = {"color": theme.flatness, "linewidth": 1.8}
+    filled: dict[str, Any] = {"fill": True, "color": theme.margin, "alpha": 0.45}
+    line: dict[str, Any] = {"color": theme.flatness, "linewidth": 1.8}
     for word, each, style in (("last", last, filled), ("first", first, line))[: 1 if first is last else 2]:
         # Within one bar of the log the samples are spread evenly.
         below = np.interp(edges, each.edges, [0, *accumulate(each.counts)])

@@ -155,10 +155,17 @@ def runs_in(*places: str | Path) -> tuple[list[Run], list[str]]:
             notes.append(f"{folder} has no value of a FlatnessMonitor and no metric `val...`.")
     if not any(run.endings for run in runs):
         raise _no_flatness(folders, runs, notes)
+    _name(runs)
+    return runs, notes
+
+
+def _name(runs: Sequence[Run]) -> None:
+    """Name runs by their folders, without what all of them have in front or at the end, such as `version_0`."""
     base = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
     for run in runs:
-        run.name = run.folder.resolve().relative_to(base).as_posix()
-    return runs, notes
+        path = run.folder.resolve().relative_to(base)
+        is_shared = len(runs) > 1 and all(other.folder.name == path.name for other in runs)
+        run.name = (path.parent if is_shared else path).as_posix()
 
 
 def _folders(place: Path) -> Iterator[Path]:

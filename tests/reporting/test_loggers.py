@@ -166,25 +166,37 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, kind:
     assert [line.split()[0] for line in said] == (["alerts.jsonl"] + ["dashboard.png"] * (kind is not None))
 
 
-@pytest.mark.parametrize("kind", [False, CSVLogger])
-def test_without_a_logger_for_pictures_there_are_files(tmp_path: Path, kind: Any) -> None:
-    logger = kind(tmp_path, name="", version="") if kind else False
-    run = trainer(tmp_path, alerting(), logger=logger, max_epochs=3)
+def test_with_logging_switched_off_only_alerts_leave_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    watching = FlatnessMonitor(figure_every_n_validations=1)
+    trainer(tmp_path, watching, logger=False).fit(Classifier())
+    with pytest.warns(UserWarning, match="did not measure"):
+        trainer(tmp_path, FlatnessMonitor(), logger=False).fit(Classifier(coupled))
+    assert not list(tmp_path.iterdir())
+    assert len(watching.figure().axes) >= 4
+    trainer(tmp_path, alerting(), logger=False).fit(Classifier())
+    assert [path.name for path in tmp_path.iterdir()] == ["alerts.jsonl"]
+
+
+def test_without_a_logger_for_pictures_there_are_files(tmp_path: Path) -> None:
+    run = trainer(tmp_path, alerting(), logger=CSVLogger(tmp_path, name="", version=""), max_epochs=3)
     run.fit(Classifier())
     (alert,) = lines(tmp_path)
     assert (alert["rule"], alert["step"]) == ("always", 5)
     assert alert["action"].startswith("Learning rate cut from ")
-    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    csv = {"dashboard.png", "metrics.csv", "hparams.yaml"} if kind else set()
-    assert files - {"hparams.yaml"} == {"alerts.jsonl"} | csv - {"hparams.yaml"}
-    if kind:
-        assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
-        header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
-        columns = header.split(",")
-        assert {"flatness/relative", "margin/mean", "margin_quantiles/q05"} < set(columns)
-        assert "margin/q05" not in columns
-        assert "margin/q05" in run.callback_metrics
-        assert len(rows) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "alerts.jsonl",
+        "dashboard.png",
+        "metrics.csv",
+        "hparams.yaml",
+    }
+    assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    columns = header.split(",")
+    assert {"flatness/relative", "margin/mean", "margin_quantiles/q05"} < set(columns)
+    assert "margin/q05" not in columns
+    assert "margin/q05" in run.callback_metrics
+    assert len(rows) == 3
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}])
@@ -194,11 +206,12 @@ def test_trials_leave_no_files(tmp_path: Path, options: dict[str, Any], monkeypa
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_refused_network_is_visible(tmp_path: Path) -> None:
-    def coupled(module: Classifier, batch: Any) -> torch.Tensor:
-        logits = module(batch[0])
-        return torch.nn.functional.cross_entropy(logits - logits.mean(0), batch[1])
+def coupled(module: Classifier, batch: Any) -> torch.Tensor:
+    logits = module(batch[0])
+    return torch.nn.functional.cross_entropy(logits - logits.mean(0), batch[1])
 
+
+def test_a_refused_network_is_visible(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     with pytest.warns(UserWarning, match="did not measure"):
         trainer(tmp_path, FlatnessMonitor(), logger=logger).fit(Classifier(coupled))

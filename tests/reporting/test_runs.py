@@ -86,6 +86,9 @@ def test_runs_are_found_in_subfolders_and_sorted_as_people_count(tmp_path: Path)
     alone, _ = runs_in(tmp_path / "logs" / "version_10" / "metrics.csv")
     assert [run.name for run in alone] == ["version_10"]
     assert len(runs_in(tmp_path / "logs", tmp_path / "logs" / "version_9")[0]) == 2
+    write(tmp_path / "more" / "version_9", *GOOD)
+    several, _ = runs_in(tmp_path / "logs" / "version_9", tmp_path / "more")
+    assert [run.name for run in several] == ["logs", "more"]
 
 
 def test_files_of_a_training_that_broke_off(tmp_path: Path) -> None:
