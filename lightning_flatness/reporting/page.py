@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ACCURACY = "accuracy"
 """What the table shows of runs without a metric of their own: the share of samples whose margin is not negative."""
 _NEGATIVE = "margin/negative"
+_SHOWN = (RELATIVE, SCALE_FREE, MARGIN)
 _LOWER_IS_BETTER = ("loss", "err", "mse", "mae", "nll", "perplexity")
 _MOST_METRICS = 4  # in the curves
 _DOTS = 150  # per inch
@@ -90,7 +91,7 @@ def html_report(*folders: str | Path, metric: str | None = None) -> str:
             notes=notes,
             metric=first,
             metric_direction="lower" if _is_lower_better(first) else "higher",
-            quantities=[first, *(KEYS[key].title for key in (RELATIVE, SCALE_FREE, MARGIN))],
+            quantities=[first, *(KEYS[key].title for key in _SHOWN)],
             curves=_picture(lambda dark: run_curves(_panels(runs, views, first), dark)) if len(views) > 1 else None,
             sections=[_section(run, [view for view in views if view.run == n]) for n, run in enumerate(runs)],
             light=LIGHT,
@@ -119,7 +120,9 @@ def _first_metric(runs: Sequence[Run], wanted: str | None) -> str:
 def _views(runs: Sequence[Run], metric: str) -> list[_View]:
     views: list[_View] = []
     for number, run in enumerate(runs):
-        for ending in run.endings or [""]:
+        # What has the trace alone, as the whole network beside its layers, has nothing to show here.
+        shown = [each for each in run.endings if any(_series(run, key, each) for key in _SHOWN)]
+        for ending in shown or [""]:
             name = f"{run.name}{ending.replace('/', ' ', 1)}"
             views.append(_View(number, ending, name, Look.of(len(views)), _cells(run, ending, metric)))
     return views
@@ -127,7 +130,8 @@ def _views(runs: Sequence[Run], metric: str) -> list[_View]:
 
 def _series(run: Run, key: str, ending: str) -> Mapping[int, float]:
     if key == ACCURACY:
-        return {step: 1 - share for step, share in run.series.get(f"{_NEGATIVE}{ending}", {}).items()}
+        negative = run.series.get(f"{_NEGATIVE}{run.without_layer(ending)}", {})
+        return {step: 1 - share for step, share in negative.items()}
     return run.series.get(f"{key}{ending}", {}) if key in KEYS else run.own(key, ending)
 
 
@@ -135,7 +139,7 @@ def _cells(run: Run, ending: str, metric: str) -> list[_Cell]:
     """Return the cells of a row: of each quantity the first value, the one in the best validation, the last."""
     best = best_step(_series(run, metric, ending), _is_lower_better(metric))
     cells = []
-    for key in (metric, RELATIVE, SCALE_FREE, MARGIN):
+    for key in (metric, *_SHOWN):
         series = _series(run, key, ending)
         values = list(series.values())
         shown = (values[0], None if best is None else series.get(best), values[-1]) if values else (None, None, None)
@@ -148,7 +152,7 @@ def _panels(runs: Sequence[Run], views: Sequence[_View], metric: str) -> dict[st
     own = dict.fromkeys(each for run in runs for each in run.own_metrics if each != metric)
     panels = {
         key: {n: found for n, view in enumerate(views) if (found := _series(runs[view.run], key, view.ending))}
-        for key in (metric, RELATIVE, SCALE_FREE, MARGIN, *list(own)[: _MOST_METRICS - 1])
+        for key in (metric, *_SHOWN, *list(own)[: _MOST_METRICS - 1])
     }
     return {key: series for key, series in panels.items() if series}
 

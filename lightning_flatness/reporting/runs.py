@@ -102,6 +102,12 @@ class Run:
         found = {quantity(key) for key in self.series if key_suffix(key) == ending and quantity(key) in KEYS}
         return bool(monitor_of(ending)) and found <= set(OF_LAYER)
 
+    def without_layer(self, ending: str) -> str:
+        """Return how the keys of the monitor end that has measured this layer; another ending stays as it is."""
+        if not self.is_layer(ending):
+            return ending
+        return "".join(f"/{part}" for part in ending.split("/")[2:] if part != "ggn")
+
     def own(self, metric: str, ending: str) -> dict[int, float]:
         """Return a metric of the module for the loader that an ending names, by step; empty: it has none."""
         loader = _LOADER.search(ending)

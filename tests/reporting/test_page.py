@@ -148,10 +148,11 @@ def test_a_validation_that_was_not_measured_has_no_flatness(tmp_path: Path) -> N
 @pytest.mark.usefixtures("no_pictures")
 def test_monitors_and_layers_are_rows_of_their_own(tmp_path: Path) -> None:
     write(tmp_path / "a" / "x", {"val_acc": ACC} | RUN, suffix="/train")
-    write(tmp_path / "a" / "y", {"val_acc": ACC, "margin/mean": ACC, "flatness/relative/conv": ACC})
+    layers = {"flatness/relative/net.conv": ACC, "flatness/trace/network": ACC}
+    write(tmp_path / "a" / "y", {"val_acc": ACC, "margin/mean": ACC} | layers)
     write(tmp_path / "a" / "z", {"val_acc": ACC, "val_loss": ACC})
     shown = page_of(tmp_path)
-    assert shown.names == ["x train", "y conv", "y", "z"]
+    assert shown.names == ["x train", "y net.conv", "y", "z"]
     assert [row[4] for row in shown.rows[2:]] == [2, 0.5, None, None]
     assert "No value of a FlatnessMonitor" in shown.text
 
@@ -160,6 +161,14 @@ ALERT = """{"monitor": "", "event": "alert", "rule": "too <b>sharp", "step": 20,
 "severity": "critical", "causes": "a high rate", "look_at": "the rate", "action": "Rate cut.", "others": ["noise"],
 "onset_step": 10}"""
 REFUSED = '{"event": "refused", "reason": "It flattens its map."}'
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_layer_has_the_accuracy_of_its_monitor(tmp_path: Path) -> None:
+    names = "flatness/relative/net.conv/ggn,margin_statistics/negative,margin/mean"
+    (tmp_path / "metrics.csv").write_text(f"step,{names}\n1,5,0.75,1\n2,6,0.5,1\n")
+    rows = page_of(tmp_path).rows[2:]
+    assert [row[1:7] for row in rows] == [[0.25, 0.5, 0.5, 5, 6, 6], [0.25, 0.5, 0.5, None, None, None]]
 
 
 @pytest.mark.usefixtures("no_pictures")
