@@ -13,6 +13,8 @@ from lightning_flatness.keys import (
     FEATURES,
     HEAD,
     KERNEL,
+    KEYS,
+    OF_LAYER,
     RELATIVE,
     SCALE_FREE,
     key_suffix,
@@ -72,8 +74,9 @@ def dashboard(
 
     It has four panels over the steps of the training:
 
-    - relative and scale-free flatness, on a logarithmic axis. Behind curved activations they can be negative; the axis
-      is then linear around zero and logarithmic beyond, so that no value is lost;
+    - relative and scale-free flatness, on a logarithmic axis; of several layers the relative flatness of the first
+      four. Behind curved activations both can be negative; the axis is then linear around zero and logarithmic beyond,
+      so that no value is lost;
     - the first four of the module's own `val...` metrics: those between 0 and 1 on the left axis, losses and others on
       the right one;
     - the margins: median, quartiles, 5 to 95 %, and the zero below which samples are misclassified;
@@ -127,12 +130,15 @@ def dashboard(
 
 
 def _first_suffix(values: Mapping[str, Sequence[float]]) -> str:
-    return next((key_suffix(key) for key in values if quantity(key) == RELATIVE), "")
+    """Return how the keys of the first monitor and loader end, without the layers that some of them name."""
+    own = [key for key in values if quantity(key) in KEYS]
+    return next((key_suffix(key) for key in [*(each for each in own if quantity(each) not in OF_LAYER), *own]), "")
 
 
 def _flatness(
     axes: Axes, steps: Sequence[int], values: Mapping[str, Sequence[float]], suffix: str, theme: Theme
 ) -> None:
+    """Draw both kinds of flatness; of several layers the relative flatness of the first ones."""
     shown: list[float] = []
     for key, name, colour, style in (
         (RELATIVE, "relative", theme.flatness, "-"),
@@ -140,9 +146,18 @@ def _flatness(
     ):
         if series := values.get(f"{key}{suffix}"):
             shown += curve(axes, steps, series, name, colour, style)
+    layers = {} if shown else {k: v for k, v in values.items() if quantity(k) == RELATIVE and k.endswith(suffix)}
+    for (key, series), colour in zip(layers.items(), theme.curves[:_MOST_CURVES], strict=False):
+        shown += curve(axes, steps, series, key_suffix(key).removesuffix(suffix).removeprefix("/"), colour)
     kind = log_axis(axes, shown)
-    title(axes, "Flatness", f"lower is flatter; unit: loss; {kind}", theme)
-    _legend(axes, theme)
+    if layers:
+        which = f"the first {_MOST_CURVES} of {len(layers)} layers" if len(layers) > _MOST_CURVES else "by layer"
+        title(axes, "Relative flatness", f"{which}; lower is flatter; unit: loss; {kind}", theme)
+        # Names of layers can be too long to stand above the panel.
+        axes.legend(loc="upper left", fontsize=8.5, facecolor=theme.paper, edgecolor="none", labelcolor=theme.ink)
+    else:
+        title(axes, "Flatness", f"lower is flatter; unit: loss; {kind}", theme)
+        _legend(axes, theme)
 
 
 def _own_metrics(axes: Axes, steps: Sequence[int], values: Mapping[str, Sequence[float]], theme: Theme) -> None:

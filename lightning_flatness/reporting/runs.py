@@ -114,8 +114,9 @@ class Run:
         return self.series.get(f"{metric}{loader[0] if loader else ''}") or self.series.get(metric, {})
 
     def history(self, ending: str) -> History:
-        """Return the validations that a monitor has measured, with the module's own metrics at these."""
-        values = {key: series for key, series in self.series.items() if key_suffix(key) == ending}
+        """Return the validations that a monitor has measured, also of its layers, with the module's own metrics."""
+        endings = {ending, *(each for each in self.endings if self.without_layer(each) == ending)}
+        values = {key: series for key, series in self.series.items() if key_suffix(key) in endings}
         values = {key: series for key, series in values.items() if quantity(key) in KEYS}
         steps = sorted({step for series in values.values() for step in series})
         values |= {metric: own for metric in self.own_metrics if (own := self.own(metric, ending))}

@@ -123,6 +123,8 @@ def test_layers_are_told_from_monitors(tmp_path: Path) -> None:
     ((run,), _) = runs_in(tmp_path)
     assert {ending: run.is_layer(ending) for ending in run.endings} == {"/net.conv1": True, "": False, "/train": False}
     assert run.history("/train").values == {"margin/q50/train": [4.0]}
+    values = {"flatness/relative/net.conv1": [1.0], "flatness/trace/net.conv1": [2.0], "margin/mean": [3.0]}
+    assert run.history("").values == values
 
 
 def empty(folder: Path) -> None: ...
