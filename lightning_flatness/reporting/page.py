@@ -81,6 +81,7 @@ def html_report(*folders: str | Path, metric: str | None = None) -> str:
     runs, notes = runs_in(*folders)
     first = _first_metric(runs, metric)
     views = _views(runs, first)
+    panels = _panels(runs, views, first) if len(views) > 1 else {}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -92,7 +93,7 @@ def html_report(*folders: str | Path, metric: str | None = None) -> str:
             metric=first,
             metric_direction="lower" if _is_lower_better(first) else "higher",
             quantities=[first, *(KEYS[key].title for key in _SHOWN)],
-            curves=_picture(lambda dark: run_curves(_panels(runs, views, first), dark)) if len(views) > 1 else None,
+            curves=_picture(lambda dark: run_curves(panels, dark)) if panels else None,
             sections=[_section(run, [view for view in views if view.run == n]) for n, run in enumerate(runs)],
             light=LIGHT,
             dark=DARK,

@@ -136,6 +136,8 @@ def test_without_a_metric_the_margins_tell_the_accuracy(tmp_path: Path) -> None:
     assert "accuracy" in shown.text
     lonely = write(tmp_path / "b", {"flatness/trace": [1.0, 2.0]})
     assert page_of(lonely).rows[-1][1:] == [None] * 12 + [0]
+    several = page_of(lonely, write(tmp_path / "c", {"flatness/trace": [1.0, 2.0]}))
+    assert "Curves" not in several.text  # there would be none
 
 
 @pytest.mark.usefixtures("no_pictures")
