@@ -104,7 +104,8 @@ def test_the_table_has_the_first_the_best_and_the_last_validation(tmp_path: Path
     assert len(shown.pictures) == 2 * (1 + 2 + 2)  # light and dark: curves of all, and figure and margins of each
 
 
-def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
+def test_the_page_needs_nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "_DOTS", 15)  # small pictures take less time
     write(tmp_path / "a", {"val_acc": ACC} | RUN)
     text = html_report(tmp_path)
     shown = Page(text)
