@@ -29,6 +29,10 @@ NETWORK = "network"
 """Stands in the place of a layer's name."""
 OF_LAYER = (RELATIVE, TRACE)
 """The keys that each of several layers has."""
+RELATIVE_GGN = f"{RELATIVE}/ggn"
+TRACE_GGN = f"{TRACE}/ggn"
+LABELLED = {RELATIVE: RELATIVE_GGN, TRACE: TRACE_GGN}
+"""The keys of the Gauss-Newton part, which stand for those of the Hessian where this would take too long."""
 
 
 class Key(NamedTuple):

@@ -100,6 +100,7 @@ class RecordedPass:
             from the classifier on knows.
         passed_over: name of a later convolution that was not followed, as it sees all of its input at once.
         network_call: the outermost call of a module during which the convolution ran, in a recorder's first pass.
+        network_weights: how many numbers the parameters of the network have.
     """
 
     graph: OperationGraph
@@ -113,6 +114,7 @@ class RecordedPass:
     is_alone: bool = True
     passed_over: str | None = None
     network_call: NetworkCall | None = None
+    network_weights: int = 0
 
     def __len__(self) -> int:
         """Return the number of samples that the convolution saw."""

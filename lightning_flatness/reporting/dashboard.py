@@ -16,6 +16,7 @@ from lightning_flatness.keys import (
     KEYS,
     OF_LAYER,
     RELATIVE,
+    RELATIVE_GGN,
     SCALE_FREE,
     key_suffix,
     quantity,
@@ -142,6 +143,7 @@ def _flatness(
     shown: list[float] = []
     for key, name, colour, style in (
         (RELATIVE, "relative", theme.flatness, "-"),
+        (RELATIVE_GGN, "relative, Gauss-Newton", theme.flatness, "-"),
         (SCALE_FREE, "scale-free", theme.margin, "--"),
     ):
         if series := values.get(f"{key}{suffix}"):

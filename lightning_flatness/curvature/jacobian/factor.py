@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lightning_flatness.curvature.objective import Objective
@@ -13,15 +12,11 @@ def loss_factor(goal: Objective) -> tuple[Tensor, Tensor | None]:
     """Return `F` with `B = F^T diag(signs) F`, the curvature of the loss at the cut, shape (m, n, j), and the signs.
 
     Args:
-        goal: what the loss is as a function of the cut.
+        goal: what the loss is as a function of the cut, which is where a curved head ends.
 
     Returns:
         The factor, and the signs of its rows, shape (m, n); None: all positive.
     """
     rows, signs = cotangents(goal.loss, goal.logits, goal.target)
     rows = rows @ goal.head
-    if goal.head_curvature is not None:
-        curvature = rows.mT @ (signs.unsqueeze(-1) * rows) + goal.head_curvature
-        eigenvalues, vectors = torch.linalg.eigh((curvature + curvature.mT) / 2)
-        rows, signs = vectors.mT * eigenvalues.abs().sqrt().unsqueeze(-1), eigenvalues.sign()
     return rows.transpose(0, 1), None if bool((signs > 0).all()) else signs.T

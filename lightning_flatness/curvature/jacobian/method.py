@@ -179,7 +179,11 @@ def _network_up_to(recorded: RecordedLayers, cut: Cut) -> _Network:
         goal = objective(recorded, cut, values.flatten(1))
     if isinstance(goal, Refusal):
         raise goal.error()
-    if goal.head_curvature is not None and goal.cut != cut:  # the same end whichever layers are measured
+    if goal.head_curvature is not None and goal.is_own_logit:
+        form = Differentiated(goal.head[:, 0], goal.head_curvature.dense())
+        identity = torch.eye(goal.head.shape[2]).to(goal.head)
+        goal = Objective(cut, goal.counted, values.flatten(1).double(), identity, form)
+    elif goal.head_curvature is not None:  # the same end whichever layers are measured
         return _network_up_to(recorded, goal.cut)
     plan = Plan(recorded, cut, len(values))
     if not recorded.is_whole and not all(map(plan.is_weight, recorded.layers.values())):

@@ -32,6 +32,12 @@ from lightning_flatness.recording.recorded_pass import ConvolutionCall, Recorded
 
 _CANDIDATES = 3  # tensors that are tried for the pooled features
 
+# How many features times weights of a curved head there may be for each weight of the network. Each feature takes a
+# Hessian-vector product of 2.5 multiply-adds for each weight of the head; a forward pass takes some 50 for each
+# weight of a convolution, one at each position of the map. So all products take about as long as a forward pass. Unlike
+# the operations of that pass, the number of weights is the same for all batches and processes.
+_HEAD_SIZE = 20
+
 
 class PooledMethod:
     """The exact Hessian trace and relative flatness of a convolution under global pooling, for every sample.
@@ -74,6 +80,9 @@ class PooledMethod:
             NonFiniteError: if the pooled features or the logits hold NaN.
         """
         derivatives = self.derivatives(recorded, samples)
+        bent = derivatives.head_curvature
+        if bent is not None and bent.size > _HEAD_SIZE * recorded.network_weights:
+            derivatives = derivatives.gauss_newton
         with not_recorded(), torch.inference_mode(False):
             quantities = sample_quantities(derivatives)
             if is_ill_conditioned(derivatives, quantities):
