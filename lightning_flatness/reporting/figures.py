@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
-from lightning_flatness.errors import missing_package
 from lightning_flatness.keys import KEYS, RELATIVE, SCALE_FREE, TRACE
+from lightning_flatness.reporting.style import LIGHT, empty_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,13 +165,11 @@ def _log_bars(axes: Axes, bins: list[float], sign: int, ticks: int) -> None:
 
 def _figure(width: float, height: float) -> Figure:
     """Return an empty figure that does not belong to `matplotlib.pyplot`."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ModuleNotFoundError as error:
-        raise missing_package("A figure", "matplotlib") from error
-    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12, wspace=0.03)
-    return Figure(figsize=(width, height), dpi=200, layout=layout, facecolor="white")
+    figure = empty_figure(width, height, LIGHT, dpi=200)
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12, wspace=0.03))
+    return figure
 
 
 def _plain(axes: Axes) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,8 +40,10 @@ DARK = Theme(
 )
 
 
-def empty_figure(width: float, height: float, theme: Theme) -> Figure:
-    """Return a figure without panels, in inches at 100 dots per inch; it does not belong to `matplotlib.pyplot`.
+def empty_figure(width: float, height: float, theme: Theme, dpi: int = 100) -> Figure:
+    """Return a figure without panels, in inches; it does not belong to `matplotlib.pyplot`.
+
+    Notebooks show it as a picture, also without `%matplotlib inline`.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
@@ -48,7 +52,17 @@ def empty_figure(width: float, height: float, theme: Theme) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise missing_package("A figure", "matplotlib") from error
-    return Figure(figsize=(width, height), dpi=100, facecolor=theme.paper)
+    # IPython learns how to show figures when pyplot is imported, which these do not need.
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None and Figure not in (png := shell.display_formatter.formatters["image/png"]).type_printers:
+        png.for_type(Figure, _png)
+    return Figure(figsize=(width, height), dpi=dpi, facecolor=theme.paper)
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def panel(figure: Figure, rows: int, columns: int, number: int, theme: Theme) -> Axes:

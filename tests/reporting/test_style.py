@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
-from lightning_flatness.reporting.style import DARK, LIGHT, Theme
+from lightning_flatness.reporting.style import DARK, LIGHT, Theme, empty_figure
 
 
 def luminance(colour: str) -> float:
@@ -17,3 +22,15 @@ def luminance(colour: str) -> float:
 def test_lines_and_letters_stand_out(theme: Theme, part: str, least: float) -> None:
     light, dark = sorted((luminance(theme.paper), luminance(getattr(theme, part))), reverse=True)
     assert (light + 0.05) / (dark + 0.05) >= least
+
+
+def test_a_notebook_learns_to_show_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    printers: dict[type, Callable[[Figure], bytes]] = {}
+    formatter = SimpleNamespace(type_printers=printers, for_type=printers.setdefault)
+    shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters={"image/png": formatter}))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    figure = empty_figure(1, 1, dpi=10)
+    assert printers[Figure](figure).startswith(b"\x89PNG")
+    printers[Figure] = own = lambda _: b""  # what `%matplotlib inline` has set stays
+    empty_figure(1, 1, dpi=10)
+    assert printers == {Figure: own}
