@@ -226,7 +226,7 @@ def _factors(axes: Axes, history: History, suffix: str, since: int | None, theme
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="x", length=0)
     low, high = min([*sizes, 0.0]), max([*sizes, 0.0])
-    room = 0.28 * max(high - low, 1.0)
+    room = 0.36 * max(high - low, 1.0)  # for the numbers beside the bars
     axes.set_xlim(low - room * (low < 0), high + room)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.set_xlabel("doublings", fontsize=9.5, color=theme.faint)
@@ -270,8 +270,22 @@ def _legend(axes: Axes, theme: Theme, *others: Axes) -> None:
         legend.set_zorder(5)
 
 
+def _raise_top(axes: Axes, share: float) -> None:
+    """Keep this share of the height free of curves, at the top."""
+    import numpy as np
+
+    scale = axes.yaxis.get_transform()
+    bottom, top = scale.transform(axes.get_ylim())
+    with np.errstate(over="ignore"):
+        raised = float(scale.inverted().transform(bottom + (top - bottom) / (1 - share)))
+    if math.isfinite(raised):
+        axes.set_ylim(top=raised)
+
+
 def _draw_marks(axes: Axes, marks: Sequence[Mark], theme: Theme, with_text: bool) -> None:
     """Draw the vertical lines; the last few are named, from the top down so that their names do not overlap."""
+    if with_text and marks:
+        _raise_top(axes, min(0.04 + 0.1 * len(marks), 0.4))
     for number, mark in enumerate(marks):
         colour, style, over = (theme.faint, "-", 2.2) if mark.is_action else (PURPLE, "--", 2.3)
         axes.axvline(mark.step, color=colour, linestyle=style, linewidth=1.6, zorder=over)

@@ -146,3 +146,14 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
 def test_pyplot_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     dashboard(history()).savefig(io.BytesIO())
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, 90.0), (-1.0, 0.5, 90.0)], ids=["log", "symlog"])
+def test_names_of_alerts_do_not_cover_the_curves(values: tuple[float, ...]) -> None:
+    made = History()
+    for step, value in enumerate(values):
+        made.add(step, step, {"flatness/relative": value, "flatness/scale_free": 1.0})
+    axes = dashboard(made, [Mark(1, f"rule {number}") for number in range(3)]).axes[0]
+    highest = axes.transAxes.inverted().transform(axes.transData.transform((2, max(values))))[1]
+    names = [text.xy[1] for text in axes.texts if text.get_text().startswith("rule")]
+    assert highest < min(names) - 0.05
