@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_flatness.rules import AllOf, AnyOf, Rule
 from lightning_flatness.rules.detectors import WINDOW
@@ -138,6 +139,23 @@ def notices(trainer: Trainer, rules: Sequence[Rule | AllOf | AnyOf], every: int)
                 f"has a rule that fires when `{rule.monitor}` is {1 + rule.limit:g} times its reference "
                 f"(`rise={rule.limit:g}`). If {rule.limit:g} % above it was meant, write `rise={rule.limit / 100:g}`."
             )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if done := _chooses_by_flatness(callback):
+            yield (
+                f"runs beside `{type(callback).__name__}(monitor={callback.monitor!r})`, which {done}: an untrained "
+                "network is the flattest. Let a metric of your own decide first, as `FlattestCheckpoint(monitor="
+                "'val_acc', mode='max', tolerance=0.005)` does."
+            )
+
+
+def _chooses_by_flatness(callback: Callback) -> str:
+    """Return what a callback that minimises flatness does to a healthy training, in words; empty: it does not."""
+    kind, minimises = type(callback), getattr(callback, "mode", "") == "min"
+    if not minimises or not str(getattr(callback, "monitor", "")).startswith("flatness/"):
+        return ""
+    if issubclass(kind, EarlyStopping):
+        return "ends a healthy training early"
+    return "keeps an early checkpoint" if issubclass(kind, ModelCheckpoint) else ""
 
 
 def _least_validations(rule: Rule | AllOf | AnyOf) -> int:

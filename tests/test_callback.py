@@ -630,3 +630,8 @@ def test_the_gauss_newton_part_has_keys_of_its_own(
     for wrong in ("ggn", "ggn/mine"):
         with pytest.raises(ValueError, match=r"`name` must not be"):
             FlatnessMonitor(name=wrong)
+
+
+def test_the_class_in_the_place_of_a_monitor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"must hold a monitor; got the class. Write `callbacks=\[FlatnessMonitor"):
+        trainer(tmp_path, FlatnessMonitor).fit(Classifier())

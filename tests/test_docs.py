@@ -1,31 +1,32 @@
-"""What the documentation tells people to type: every block of Python and every command, as written."""
+"""What the documentation tells people to type: its Python runs as written, and so do its commands, or they exist."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
+import runpy
 import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
-import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness.__main__ import COMMANDS, main
 
 pytest.importorskip("sklearn")
-from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule, ResidualGapNet
+from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SHELLS = {"bash", "sh", "console"}
 FENCE = re.compile(r"^``` ?\{? ?\.?(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-STARTS = ("python", "make ", "pip ", "tensorboard ", "wandb ", "git ", ".venv/bin/")
-# Lightning's own options that make a training short; what it prints and saves goes into the test's folder.
+SNIPPET = re.compile(r'--8<-- "(.*)"')
+STARTS = ("python ", "make ", "pip install ", "tensorboard ", "wandb ", ".venv/bin/")
 SHORT = {
     "max_epochs": 1,
     "limit_train_batches": 2,
@@ -34,38 +35,34 @@ SHORT = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-OPTIONS = [f"--trainer.{name}={str(value).lower()}" for name, value in SHORT.items()]
+DIGITS = "lightning_flatness.examples.digits"
 
 
-def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    yield from FENCE.findall(page.read_text(encoding="utf-8"))
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and code; a file that the page shows stands in the place of its name."""
+    return [
+        (language, SNIPPET.sub(lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), code))
+        for language, code in FENCE.findall(page.read_text(encoding="utf-8"))
+    ]
 
 
 def commands() -> Iterator[str]:
-    """Of blocks, of indented lines, and of code within sentences."""
+    """Those in blocks, in indented lines, and within sentences."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        lines = "\n".join(code for language, code in blocks(page) if language in SHELLS or "make " in code)
-        lines += "\n" + "\n".join(re.findall(r"^    (?=\S)(.*)", text, re.MULTILINE))
-        plain = FENCE.sub("", text)
-        lines += "\n" + "\n".join(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", plain))
-        for line in lines.replace("\\\n", "").splitlines():
-            yield from (part.strip() for part in re.split(r"&&|\s#\s", line) if part.strip().startswith(STARTS))
-
-
-
-def names() -> dict[str, Any]:
-    """What the text around the blocks takes for granted."""
-    data = DigitsDataModule()
-    data.setup("fit")
-    batches = [tuple(tensor[:32] for tensor in data.validation.tensors)]
-    loaders = {name: batches for name in ("loader", "val_loader")}
-    return {"model": DigitsClassifier(), "train_loader": data.train_dataloader(), **loaders, "training_set": data}
+        code = [code for language, code in blocks(page) if language != "python"]
+        code += re.findall(r"^    (\S.*)", text, re.MULTILINE)
+        code += [" ".join(each.split()) for each in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+        for line in "\n".join(code).replace("\\\n", "").splitlines():
+            for part in re.split(r"&&|\s#\s", line):
+                command = re.sub(r"^([A-Z_]+=\S+ )+|^srun ", "", part.strip())
+                if command.startswith(STARTS):
+                    yield command
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Trainer trains two batches, every search has one trial."""
+    """Every Trainer trains for two batches, every search has one trial."""
     original = L.Trainer
     monkeypatch.setattr(L, "Trainer", lambda **options: original(**{**options, **SHORT}))
     if importlib.util.find_spec("optuna"):
@@ -75,14 +72,84 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(optuna.Study, "optimize", lambda study, aim, n_trials: search(study, aim, n_trials=1))
 
 
-with_python = [page for page in PAGES if any(language == "python" for language, _ in blocks(page))]
-
-
 @pytest.mark.usefixtures("short")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", with_python, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace = names()
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(language == "python" for language, _ in blocks(page))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_the_python_of_a_page_runs(page: Path) -> None:
+    if page.stem == "optuna":
+        pytest.importorskip("optuna_integration")
+    data = DigitsDataModule()
+    data.setup("fit")
+    loader = DataLoader(TensorDataset(*(tensor[:32] for tensor in data.validation.tensors)), batch_size=32)
+    # What the sentences around the blocks take for granted.
+    names: dict[str, Any] = dict.fromkeys(["loader", "train_loader", "val_loader"], loader)
+    names["model"] = DigitsClassifier()
     for language, code in blocks(page):
-        if language == "python" and "LightningCLI()" not in code:  # which a command below runs
-            exec(compile(code, str(page), "exec"), namespace)
+        if language == "python" and "LightningCLI()" not in code:  # which the commands run
+            names["__name__"] = "page" if "sys.argv" in code else "__main__"
+            exec(compile(code, str(page), "exec"), names)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with what the commands find in it."""
+    (tmp_path / "train.py").write_text(blocks(ROOT / "docs" / "how-to" / "cli.md")[0][1])
+    (tmp_path / "cli.yaml").write_text((ROOT / "docs" / "examples" / "cli.yaml").read_text(encoding="utf-8"))
+    classes = "DigitsClassifier as Classifier, DigitsDataModule as Images"
+    (tmp_path / "mine.py").write_text(f"from {DIGITS} import {classes}")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("command", sorted(set(commands())), ids=str)
+def test_a_command_runs_or_exists(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *words = shlex.split(command)
+    match program.removeprefix(".venv/bin/"), words:
+        case "make", [target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        case "pip", ["install", *packages]:
+            extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+            named = {extra for package in packages if package[0] == "." for extra in re.findall(r"\w+", package[1:])}
+            assert named <= {*extras, "lightning", "flatness"}
+        case "python", ["-m", "lightning_flatness", "measure", *options]:
+            trainer = L.Trainer(logger=False, **{**SHORT, "max_epochs": 0})
+            trainer.fit(DigitsClassifier(), DigitsDataModule())
+            for name in (word for word in options if word.endswith(".ckpt")):
+                trainer.save_checkpoint(folder / name)
+            assert main(["measure", *options]) == 0
+        case "python", ["-m", "lightning_flatness", *options]:
+            named = [options[0]] if options and options[0] in COMMANDS else []
+            with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as shown:
+                main([*named, "--help"])
+            assert {word for word in options if word[:2] == "--"} <= set(re.findall(r"--[\w-]+", shown.getvalue()))
+        case "python", ["train.py", *options]:
+            run_training(options, folder, monkeypatch)
+        case "python", ["-m", module, *options]:
+            assert importlib.util.find_spec(module)
+            assert all((ROOT / word).exists() for word in options if "/" in word)
+        case "python", [script, *_]:
+            assert any((ROOT / place / script).is_file() for place in (".", "docs/examples"))
+        case ("tensorboard" | "wandb" | "ruff") as name, _:
+            assert name == "ruff" or name in {script.name for script in entry_points(group="console_scripts")}
+        case _:
+            pytest.fail("This test does not know the command yet.")
+
+
+def run_training(options: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `python train.py ...` of the page about LightningCLI for a moment."""
+    pytest.importorskip("jsonargparse")
+    if "..." in options:
+        place = options.index("...")
+        options[place : place + 1] = ["--model", f"{DIGITS}.DigitsClassifier", "--data", f"{DIGITS}.DigitsDataModule"]
+    is_shown = bool({"--print_config", "--trainer.callbacks.help"} & set(options))
+    short = [] if is_shown else [f"--trainer.{name}={str(value).lower()}" for name, value in SHORT.items()]
+    short += [] if is_shown else ["--trainer.max_epochs=0"]  # tests/test_cli.py trains the example
+    monkeypatch.setattr("sys.argv", ["train.py", *options, *short])
+    with pytest.raises(SystemExit) if is_shown else nullcontext() as end:
+        runpy.run_path(str(folder / "train.py"), run_name="__main__")
+    assert not is_shown or end.value.code in (0, None)

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_runs import Classifier, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_flatness import AllOf, AnyOf, FlatnessMonitor, Rule
+from lightning_flatness import AllOf, AnyOf, FlatnessMonitor, FlattestCheckpoint, Rule
 from lightning_flatness.schedule import Schedule, notices, planned_validations
 
 
@@ -132,10 +134,28 @@ def test_what_is_said_at_the_start(rules: list[Any], count: int, wanted: str | N
         accumulate_grad_batches=1,
         check_val_every_n_epoch=1,
         fast_dev_run=False,
+        callbacks=[],
     )
     said = list(notices(run, rules, every=1))
     assert len(said) == (wanted is not None)
     assert wanted is None or re.search(wanted, said[0])
+
+
+@pytest.mark.parametrize(
+    ("callback", "wanted"),
+    [
+        (EarlyStopping("flatness/relative"), "ends a healthy training early"),
+        (ModelCheckpoint(monitor="flatness/trace"), "keeps an early checkpoint"),
+        (EarlyStopping("flatness/relative", mode="max"), None),
+        (EarlyStopping("val_loss"), None),
+        (ModelCheckpoint(), None),
+        (FlattestCheckpoint("val_acc", mode="max", tolerance=0.1), None),
+    ],
+)
+def test_choosing_by_flatness_alone_is_said(callback: Callback, wanted: str | None, tmp_path: Any) -> None:
+    said = list(notices(trainer(tmp_path, callback, enable_checkpointing=True), [], every=1))
+    assert wanted is None or wanted in said.pop()
+    assert not [each for each in said if "flattest" in each]
 
 
 def test_the_monitor_says_it_once_and_by_its_name(tmp_path: Any) -> None:

@@ -19,6 +19,10 @@ from lightning_flatness.recording.recorded_pass import ConvolutionCall, Recorded
 from lightning_flatness.recording.recorder import ForwardRecorder, guarded, weight_is_shared
 from lightning_flatness.recording.weights import WeightCopies
 
+_NONE = (
+    "The model has none. Modules in a plain list or dictionary are not part of a model: assign the network to an "
+    "attribute, or use `nn.ModuleList`."
+)
 _KEPT = 4  # layers: what runs behind the classifier need not reach the loss
 _PRODUCTS = {"addmm": ("mat1", "mat2"), "mm": ("self", "mat2"), "linear": ("input", "weight")}
 
@@ -115,7 +119,7 @@ class ClassifierBuilder(PassBuilder):
         if (failed := self._failed()) is not None or self.tracer is not None:
             return failed
         there = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        remedy = f"Name one that runs with `classifier=...`: {there}." if there else "The model has none."
+        remedy = f"Name one that runs with `classifier=...`: {there}." if there else _NONE
         return Refusal(f"A forward pass must run a linear layer with its own weight; none did. {remedy}")
 
     def _begin_layer(

@@ -78,7 +78,8 @@ class Rule:
         given = [name for name in CONDITIONS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"A rule must have exactly one of {', '.join(CONDITIONS)}; got {' and '.join(given) or 'none'}."
+                f"A rule must have exactly one of {', '.join(CONDITIONS)}; got {' and '.join(given) or 'none'}. "
+                "Write one, such as `rise=0.5`."
             )
         signed = self.condition in ("above", "below")
         if not math.isfinite(self.limit) or (self.limit <= 0 and not signed):
