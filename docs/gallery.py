@@ -14,7 +14,7 @@ import math
 import runpy
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -267,39 +266,35 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 
 
-def kept(learning_rate: float, options: dict[str, Any]) -> Iterator[tuple[str, float, float, int]]:
-    """Yield name, accuracy, relative flatness and step of the checkpoints that each way of choosing keeps."""
-    L.seed_everything(0, verbose=False)
-    monitor = FlatnessMonitor()
-    with tempfile.TemporaryDirectory() as folder:
-        ways = {
-            "accuracy alone": ModelCheckpoint(f"{folder}/a", monitor="val_accuracy", mode="max"),
-            "flatness alone": ModelCheckpoint(f"{folder}/f", monitor=RELATIVE, mode="min"),
-            "both": FlattestCheckpoint("val_accuracy", mode="max", tolerance=TOLERANCE, dirpath=f"{folder}/b"),
-        }
-        trainer = L.Trainer(max_epochs=20, callbacks=[monitor, *ways.values()], **QUIET, **options)
-        trainer.fit(DigitsClassifier(learning_rate), datamodule=DigitsDataModule())
-        for name, checkpoint in ways.items():
-            step = torch.load(checkpoint.best_model_path)["global_step"] - 1  # as the loggers count
-            at = monitor.history.steps.index(step)
-            values = monitor.history.values
-            yield name, values["val_accuracy"][at], values[RELATIVE][at], step
-
-
 def checkpoints() -> None:
     """Make the table of docs/how-to/flattest-checkpoint.md."""
-    rows = [["setting", "chosen by", "accuracy", "relative flatness", "step"]]
+    ways = ["best accuracy", "`FlattestCheckpoint`", "flatness alone", "the same, with `EarlyStopping`"]
+    rows = [["setting", *ways]]
     for setting, (learning_rate, options) in SETTINGS.items():
-        found = list(kept(learning_rate, options))
-        best = max(accuracy for _, accuracy, _, _ in found)
-        assert next(accuracy for way, accuracy, _, _ in found if way == "both") >= best - TOLERANCE, setting
-        for way, accuracy, flatness, step in found:
-            name = "`FlattestCheckpoint`" if way == "both" else way
-            rows.append([setting, name, f"{accuracy:.2%}", number(flatness), str(step)])
-            setting = ""
-    write(
-        "how-to/flattest-checkpoint.md", "table checkpoints", table(rows).replace("| ---: | ---: |", "| --- | --- |", 1)
-    )
+        L.seed_everything(0, verbose=False)
+        monitor = FlatnessMonitor()
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = FlattestCheckpoint("val_accuracy", mode="max", tolerance=TOLERANCE, dirpath=folder)
+            trainer = L.Trainer(max_epochs=20, callbacks=[monitor, checkpoint], **QUIET, **options)
+            trainer.fit(DigitsClassifier(learning_rate), datamodule=DigitsDataModule())
+            step = torch.load(checkpoint.best_model_path)["global_step"] - 1  # as the loggers count
+        accuracy, flatness = (monitor.history.values[key] for key in ("val_accuracy", RELATIVE))
+        best, kept = accuracy.index(max(accuracy)), monitor.history.steps.index(step)
+        assert accuracy[kept] >= accuracy[best] - TOLERANCE, setting
+        stopped = flatness[: validations_until_stop(flatness)]
+        chosen = (best, kept, flatness.index(min(flatness)), stopped.index(min(stopped)))
+        rows.append([setting, *(f"{accuracy[at]:.1%}, {number(flatness[at])}" for at in chosen)])
+    write("how-to/flattest-checkpoint.md", "table checkpoints", table(rows).replace("| ---: |", "| --- |", 1))
+
+
+def validations_until_stop(values: Sequence[float], patience: int = 3) -> int:
+    """Return after how many validations an `EarlyStopping` that minimises a key ends the training."""
+    best, since = math.inf, 0
+    for count, value in enumerate(values, 1):
+        best, since = (value, 0) if value < best else (best, since + 1)
+        if since == patience:
+            return count
+    return len(values)
 
 
 def examples() -> None:

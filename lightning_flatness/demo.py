@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import SupportsFloat
 
 import lightning as L
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "csv" in names:
         print(f"CSV          {run / 'metrics.csv'}")
     if "tensorboard" in names:
-        print(f"TensorBoard  tensorboard --logdir {arguments.output}")
+        print(f"TensorBoard  {_command('tensorboard')} --logdir {arguments.output}")
     if "wandb" in names:
         print(f"W&B          wandb sync {run / 'wandb' / 'latest-run'}")
     return 0
@@ -125,6 +127,12 @@ def _logger(name: str, run: Path) -> Logger:
         return CSVLogger(run, name="", version="")
     settings = {"silent": True}
     return WandbLogger(project="lightning-flatness-demo", name=run.name, save_dir=run, offline=True, settings=settings)
+
+
+def _command(name: str) -> str:
+    """Return what starts a program of this environment: its path, unless the shell finds it by its name."""
+    path = Path(sys.executable).with_name(name)
+    return str(path) if which(name) is None and path.exists() else name
 
 
 def _require(packages: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import io
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import entry_points
@@ -61,7 +62,7 @@ def commands() -> Iterator[str]:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every Trainer trains for two batches, every search has one trial."""
     original = L.Trainer
     monkeypatch.setattr(L, "Trainer", lambda **options: original(**{**options, **SHORT}))
@@ -70,6 +71,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
         search = optuna.Study.optimize
         monkeypatch.setattr(optuna.Study, "optimize", lambda study, aim, n_trials: search(study, aim, n_trials=1))
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
 
 
 @pytest.mark.usefixtures("short")

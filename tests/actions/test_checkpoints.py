@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_flatness import FlattestCheckpoint
+from lightning_flatness import FlatnessMonitor, FlattestCheckpoint
 
 NAN = float("nan")
 
@@ -117,3 +117,36 @@ def test_it_stands_beside_another_checkpoint_and_the_last_weights(tmp_path: Path
 def test_wrong_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FlattestCheckpoint("val_acc", "max", **arguments)
+
+
+# Of the four settings in which flatness alone keeps a network that has hardly learnt.
+SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
+    "rate 0.05": (0.05, {}),
+    "rate 0.005": (0.005, {}),
+    "rate 0.001": (0.001, {}),
+    "four validations an epoch": (0.05, {"val_check_interval": 0.25}),
+}
+
+
+@pytest.mark.parametrize(("rate", "options"), SETTINGS.values(), ids=SETTINGS)
+def test_the_advice_of_the_readme(tmp_path: Path, rate: float, options: dict[str, Any]) -> None:
+    pytest.importorskip("sklearn")
+    from lightning_flatness.examples.digits import DigitsClassifier, digits_split
+
+    training, validation = ([part[at] for at in range(256)] for part in digits_split())
+    monitor = FlatnessMonitor(max_samples=64, verify=False, figure_every_n_validations=0)
+    checkpoint = FlattestCheckpoint("val_accuracy", mode="max", tolerance=0.02, dirpath=tmp_path)
+    trainer = Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[monitor, checkpoint],
+        **options,
+    )
+    trainer.fit(DigitsClassifier(rate), DataLoader(training, 32), DataLoader(validation, 256))
+    accuracy, flatness = (monitor.history.values[key] for key in ("val_accuracy", "flatness/relative"))
+    kept = monitor.history.steps.index(torch.load(checkpoint.best_model_path)["global_step"] - 1)
+    allowed = [at for at, value in enumerate(accuracy) if value >= max(accuracy) - 0.02]
+    assert kept == min(allowed, key=lambda at: flatness[at])

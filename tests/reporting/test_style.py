@@ -29,8 +29,8 @@ def test_a_notebook_learns_to_show_figures(monkeypatch: pytest.MonkeyPatch) -> N
     formatter = SimpleNamespace(type_printers=printers, for_type=printers.setdefault)
     shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters={"image/png": formatter}))
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    figure = empty_figure(1, 1, dpi=10)
+    figure = empty_figure(1, 1, LIGHT, dpi=10)
     assert printers[Figure](figure).startswith(b"\x89PNG")
     printers[Figure] = own = lambda _: b""  # what `%matplotlib inline` has set stays
-    empty_figure(1, 1, dpi=10)
+    empty_figure(1, 1, LIGHT, dpi=10)
     assert printers == {Figure: own}
