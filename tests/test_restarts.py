@@ -144,7 +144,7 @@ class SavesAmidAValidation(Classifier):
 def test_a_validation_that_goes_on_in_its_middle_is_named_and_not_judged(tmp_path: Any) -> None:
     def fitted(module: Classifier, **options: Any) -> FlatnessMonitor:
         monitor = FlatnessMonitor(rules=[Rule(KEY, above=0.0)])
-        trainer(tmp_path, monitor, EarlyStopping(KEY, patience=9), max_epochs=4).fit(module, **options)
+        trainer(tmp_path, monitor, EarlyStopping(KEY, mode="max", patience=9), max_epochs=4).fit(module, **options)
         return monitor
 
     unbroken = fitted(SavesAmidAValidation())
