@@ -19,6 +19,7 @@ import pytest
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatness.__main__ import COMMANDS, main
+from lightning_flatness.keys import KEYS
 
 pytest.importorskip("sklearn")
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
@@ -157,3 +158,18 @@ def run_training(options: list[str], folder: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit) if is_shown else nullcontext() as end:
         runpy.run_path(str(folder / "train.py"), run_name="__main__")
     assert not is_shown or end.value.code in (0, None)
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)  # MkDocs checks the others
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if ":" not in link and not (ROOT / link).exists()]
+
+
+def test_the_gallery_has_every_key() -> None:
+    page = ROOT / "docs" / "reference" / "gallery.md"
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^### `(\w+/\w+)`", text, re.MULTILINE) == list(KEYS)
+    pictures = re.findall(r"\(\.\./(images/gallery/[\w-]+\.png)\)", text)
+    assert len(pictures) == len(KEYS) + 2  # and those of a report
+    assert all((page.parents[1] / picture).stat().st_size < 80_000 for picture in pictures)

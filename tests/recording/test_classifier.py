@@ -164,3 +164,10 @@ def test_an_empty_batch_and_an_error_of_the_network() -> None:
             recorder.take_pass(model(torch.randn(0, 3)).sum())
         recorder.take_pass(model(torch.randn(4, 3)).sum())
     assert hooks(model) == 0
+
+
+def test_a_network_in_a_list_is_no_part_of_the_model() -> None:
+    model = Layers(lambda self, x: self.parts[0](x))
+    model.parts = [nn.Linear(3, 3)]
+    with pytest.raises(UnsupportedTailError, match=r"plain list or dictionary .* use `nn\.ModuleList`"):
+        take(model)
