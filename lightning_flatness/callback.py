@@ -336,14 +336,6 @@ class FlatnessMonitor(Displayed):
             "_validation": None
         }
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException | None = None
-    ) -> None:
-        """Leave no hook behind."""
-        if not isinstance(self, FlatnessMonitor):  # Lightning calls the functions of a class, too
-            raise TypeError("`callbacks` must hold a monitor; got the class. Write `callbacks=[FlatnessMonitor()]`.")
-        _close(self)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         _close(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -175,6 +175,12 @@ class Displayed(Callback):
             ModuleNotFoundError: if matplotlib is not installed.
         """
         return self.display.figure(self.alerts, dark)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any = None) -> None:
+        """Leave no hook behind; say what is wrong where the Trainer was given the class and not a monitor."""
+        if not isinstance(self, Displayed):  # Lightning calls the functions of a class, too
+            raise TypeError("`callbacks` must hold a monitor; got the class. Write `callbacks=[FlatnessMonitor()]`.")
+        self.teardown(trainer, pl_module, "")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the last figure, and a table of the training in the console."""
