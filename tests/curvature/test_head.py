@@ -74,6 +74,20 @@ def test_a_head_without_second_derivative_has_none() -> None:
     assert not HeadCurvature(torch.ones(N, J).double(), point).dense().any()
 
 
+def test_a_sample_without_second_derivative_does_not_hide_the_form_of_the_others() -> None:
+    """A cosine head where all features are zero."""
+    point = torch.randn(N, J).double().index_fill(0, torch.tensor([1]), 0.0).requires_grad_()
+    logits, others = CosineLinear(J, C).double()(point), [0, 2, 3, 4]
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), point, create_graph=True)
+    found = HeadCurvature(gradient, point, weights=7)
+    rows = [torch.autograd.grad(column.sum(), point, retain_graph=True)[0] for column in gradient.unbind(1)]
+    expected = torch.stack(rows, 1)
+    assert found.size == 0
+    assert not expected[1].isfinite().all()
+    assert not found.dense()[1].isfinite().all()
+    torch.testing.assert_close(found.dense()[others], expected[others])
+
+
 def test_one_feature() -> None:
     point = torch.randn(N, 1).double().requires_grad_()
     (gradient,) = torch.autograd.grad(point.tanh().sum(), point, create_graph=True)
