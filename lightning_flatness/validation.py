@@ -143,12 +143,11 @@ class MeasuredValidation:
         if self._failures.excludes(loader):
             return
         with self._failures.contained(self.close, loader):
-            recorder = self._opened(loader)
             if self._samples_left(loader) == 0:
-                recorder.ignore_passes()
-            else:
-                recorder.clear()
-                self._logged.start()
+                self.close()  # the network runs on without hooks, and compiled if it was
+                return
+            self._opened(loader).clear()
+            self._logged.start()
 
     def after_batch(self, outputs: Any, batch: Any, loader: int) -> None:
         """Measure the batch that has just passed through the network."""
