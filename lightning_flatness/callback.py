@@ -21,6 +21,7 @@ from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
 from lightning_flatness.keys import CHURN, LABELLED, keys_of
 from lightning_flatness.losses import as_loss
+from lightning_flatness.recording.kept import KeptRecorders
 from lightning_flatness.recording.layers_recorder import LayersRecorder
 from lightning_flatness.reporting.display import Display, Displayed
 from lightning_flatness.reporting.failures import Failures
@@ -150,7 +151,7 @@ class FlatnessMonitor(Displayed):
         self._earlier: list[Alert] = []  # alerts of the trainings before
         self._validation: MeasuredValidation | None = None  # while it is measured
         self.measured: str | None = None
-        self._churn = PredictionChurn()
+        self._churn, self._kept = PredictionChurn(), KeptRecorders()
         self._measured: dict[str, float] = {}  # in this validation
         self._distributions: dict[str, Tensor] = {}
         self._values: dict[str, float] = {}  # those that rules may judge
@@ -169,7 +170,8 @@ class FlatnessMonitor(Displayed):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor of the same keys; begin anew if a training starts."""
         self._verification = Verification(self.verify)
-        self._stage, self._logged, self._layers, self._choice, self._churn = stage, set(), {}, None, PredictionChurn()
+        self._stage, self._logged, self._layers, self._choice = stage, set(), {}, None
+        self._churn, self._kept = PredictionChurn(), KeptRecorders()
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
             raise ValueError(
@@ -219,6 +221,7 @@ class FlatnessMonitor(Displayed):
                 self._churn,
                 self.samples if counts(trainer) else None,
                 _tools(self, pl_module)[0] if self.method == "jacobian" else None,
+                self._kept,
             )
 
     def on_validation_batch_start(
@@ -333,7 +336,8 @@ class FlatnessMonitor(Displayed):
         """Leave out what Lightning and a run have attached: it would drag the model along."""
         # Lightning 2.6 sets `log` and `log_dict` on every callback.
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")} | {
-            "_validation": None
+            "_validation": None,
+            "_kept": KeptRecorders(),
         }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -375,7 +379,8 @@ def _tools(monitor: FlatnessMonitor, pl_module: LightningModule, choice: Choice 
 
 
 def _close(monitor: FlatnessMonitor) -> None:
-    """End the measurement of a validation."""
+    """End the measurement of a validation, and forget the network."""
+    monitor._kept = KeptRecorders()
     if monitor._validation is not None:
         monitor._validation.close()
         monitor._validation = None

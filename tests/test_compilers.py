@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_runs import KEYS, Classifier, Network, assert_same, everything, given_batches, hooks, report_of, trainer, values_of
+from lightning_runs import (
+    KEYS,
+    Classifier,
+    Network,
+    assert_same,
+    everything,
+    given_batches,
+    hooks,
+    report_of,
+    trainer,
+    values_of,
+)
 from networks import Net, conv2d
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -122,9 +133,9 @@ COMPILED: dict[str, Change] = {
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("change", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize(("name", "change"), COMPILED.items(), ids=COMPILED)
 def test_a_compiled_module_is_measured_and_not_compiled_again(
-    tmp_path: Any, change: Change, backend: str, every: int
+    tmp_path: Any, name: str, change: Change, backend: str, every: int
 ) -> None:
     results, compiled = [], []
     for monitored in (True, False):
@@ -139,7 +150,8 @@ def test_a_compiled_module_is_measured_and_not_compiled_again(
             with torch.compiler.set_stance("force_eager"):
                 assert_same(values_of(run), report_of(module, module.val_dataloader()))
     assert results[0] == results[1]
-    assert 0 < compiled[0][0] <= compiled[1][0]
+    own = name in ("network", "network in place")  # whose beginning the monitor has compiled for itself
+    assert own < compiled[0][0] <= compiled[1][0] + own
     assert compiled[0][1] <= compiled[1][1]
 
 

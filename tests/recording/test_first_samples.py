@@ -56,7 +56,8 @@ def test_is_that_of_the_first_samples(tail: Tail) -> None:
     whole, _ = record(tail)
     cut = _pooled_features(whole)[0]
     part = first_samples(whole, cut.end, FEW)
-    assert part is not None and len(part) == FEW
+    assert part is not None
+    assert len(part) == FEW
     expected = features_at(whole, cut, whole.points())
     torch.testing.assert_close(features_at(part, cut, part.points()), expected[:FEW])
     (node,) = whole.points()
