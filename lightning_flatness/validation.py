@@ -79,6 +79,7 @@ class MeasuredValidation:
         samples: adds up what the validations say about each sample; None: nobody asks.
         layers: a recorder of several layers; None: a single layer is measured.
         kept: recorders of compiled networks, from the validations before.
+        keys: what to evaluate of a single layer; None: all.
 
     Attributes:
         measured: what is measured, in words; None: nothing so far.
@@ -104,6 +105,7 @@ class MeasuredValidation:
         samples: SampleHistory | None = None,
         layers: Recorder | None = None,
         kept: KeptRecorders | None = None,
+        keys: Sequence[str] | None = None,
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools, self.choice = failures, tools, choice
@@ -115,7 +117,7 @@ class MeasuredValidation:
         self._batches = [0] * self._count
         self._recorder: Recorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
-        self._kept = kept or KeptRecorders()
+        self._kept, self._keys = kept or KeptRecorders(), keys
         self.measured: str | None = None
         self._layers: dict[int, str] = {}  # by loader
         self._assumed = ""
@@ -130,7 +132,7 @@ class MeasuredValidation:
         self._evaluations: list[Evaluation | LayerEvaluation] = []
         self._exchange = LayerExchange(layers, self._count)
         with failures.contained(self.close):
-            self._evaluations = [evaluation_of(layers, pl_module.device) for _ in range(self._count)]
+            self._evaluations = [evaluation_of(layers, pl_module.device, keys=keys) for _ in range(self._count)]
 
     def before_batch(self, loader: int, is_first: bool) -> None:
         """Record the pass of the batch that comes, or run the own passes before the first one."""
@@ -200,8 +202,9 @@ class MeasuredValidation:
                 given = self._data, self._trainer, index
                 self._samples.finish(index, ordered_source(*given), partial(sample_indices, *given, self._max_samples))
         values = {index: self._evaluations[index].compute() for index in loaders}
-        for index in self._churned:
-            values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
+        for index in self._churned if self._keys is None or CHURN in self._keys else ():
+            like = next(iter(values[index].values()), torch.zeros((), dtype=torch.float64))
+            values[index][CHURN] = like.new_tensor(self._churned[index])
         self.distributions = {
             f"{name}{_ending(index, self._count)}": each
             for index in loaders
