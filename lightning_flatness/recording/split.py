@@ -102,7 +102,7 @@ class Split:
         # Nothing is compiled while a record is made, as in a second call of one step.
         if self.problem is not None or _get_current_dispatch_mode() is not None:
             return False, None
-        with EAGER.lifted("eager_on_recompile" if self._has_compiled else "default") as is_alone:
+        with EAGER.lifted("fail_on_recompile" if self._has_compiled else "default") as is_alone:
             if not is_alone:
                 return False, None
             self._has_run = False
@@ -111,6 +111,8 @@ class Split:
                 with nullcontext() if self._has_compiled else self._hooks.suspended():
                     output = self._run(*args, **kwargs)
             except Exception as error:  # the user's own comes again
+                if self._has_compiled and not self._has_run:  # a batch of another size, or another mode
+                    return False, None
                 error = getattr(error, "inner_exception", error)  # of what dynamo says about a backend
                 self.problem = str(error).strip().partition("\n")[0] or repr(error)
                 self._forget()

@@ -65,9 +65,9 @@ def test_can_be_lifted_for_its_only_user(users: int, alone: bool) -> None:
     for _ in range(users):
         shared.enter()
     before = stance()
-    with shared.lifted("eager_on_recompile") as is_alone:
+    with shared.lifted("fail_on_recompile") as is_alone:
         assert is_alone == alone
-        assert stance() == ("eager_on_recompile" if alone else before)
+        assert stance() == ("fail_on_recompile" if alone else before)
     assert stance() == before
     for _ in range(users):
         shared.leave()
