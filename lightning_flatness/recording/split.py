@@ -151,11 +151,10 @@ def _compiled_around(model: nn.Module, layer: nn.Module) -> _Compiled:
     found = [module for module in model.modules() if is_compiled(module)]
     if len(found) != 1:
         raise _Unsplit(f"{len(found)} of its modules are compiled")
-    (holder,) = found
-    from torch._dynamo.eval_frame import innermost_backend  # slow to import, and there once something is compiled
-
-    holder = cast(Any, holder)
+    holder = cast(Any, found[0])
     try:
+        from torch._dynamo.eval_frame import innermost_backend  # there once something is compiled, else slow to import
+
         if hasattr(holder, "_orig_mod"):
             module, where, call = holder._orig_mod, "forward", holder._orig_mod.__call__
             backend = innermost_backend(holder.dynamo_ctx.callback)
@@ -164,7 +163,7 @@ def _compiled_around(model: nn.Module, layer: nn.Module) -> _Compiled:
             backend = innermost_backend(getclosurevars(holder._compiled_call_impl).nonlocals["callback"])
         else:
             raise _Unsplit("a method is compiled, and no module")
-    except (AttributeError, KeyError, TypeError) as error:  # names of torch 2.13
+    except (ImportError, AttributeError, KeyError, TypeError) as error:  # names of torch 2.13
         raise _Unsplit(f"this version of torch keeps what compiles a module elsewhere ({error!r})") from error
     if layer not in module.modules():
         raise _Unsplit("the measured layer is outside of what is compiled")
