@@ -19,7 +19,7 @@ from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
-from lightning_flatness.keys import CHURN, LABELLED, SCALE_FREE, chosen_keys, keys_of
+from lightning_flatness.keys import CHURN, LABELLED, SCALE_FREE, checked_name, chosen_keys, keys_of
 from lightning_flatness.losses import as_loss
 from lightning_flatness.recording.kept import KeptRecorders
 from lightning_flatness.recording.layers_recorder import LayersRecorder
@@ -132,7 +132,7 @@ class FlatnessMonitor(Displayed):
         self.method = "pooled" if method == "auto" and layer is not None else method
         self.max_samples, self.every_n_validations = max_samples, every_n_validations
         self.target, self.loss = target, None if loss is None else as_loss(loss)
-        self.name = _checked_name("train" if name is None and data == "train" else name or "")
+        self.name = checked_name("train" if name is None and data == "train" else name or "")
         self.keys = chosen_keys(keys)
         self.samples: SampleHistory | None = None
         self.strict, self.verify, self.prog_bar = strict, verify, prog_bar
@@ -346,13 +346,6 @@ class FlatnessMonitor(Displayed):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         _close(self)
-
-
-def _checked_name(name: str) -> str:
-    """Return the name of a monitor; refuse one with which its keys would be those of the Gauss-Newton part."""
-    if name.split("/")[0] == "ggn":
-        raise ValueError('`name` must not be "ggn", which ends keys of the Gauss-Newton part. Choose another one.')
-    return name
 
 
 def _join_other_namespace() -> None:

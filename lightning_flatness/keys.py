@@ -166,6 +166,20 @@ def chosen_keys(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(key for key in KEYS if key in asked)
 
 
+def checked_name(name: str) -> str:
+    """Return the name of a monitor; refuse one with which its keys would be those of the Gauss-Newton part.
+
+    Args:
+        name: the name.
+
+    Raises:
+        ValueError: if it is refused.
+    """
+    if name.split("/")[0] == "ggn":
+        raise ValueError('`name` must not be "ggn", which ends keys of the Gauss-Newton part. Choose another one.')
+    return name
+
+
 def logger_key(key: str) -> str:
     """Return the name under which loggers have a key: a group of its own, unless it is one of the headline.
 
