@@ -19,8 +19,9 @@ from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
-from lightning_flatness.keys import CHURN, LABELLED, keys_of
+from lightning_flatness.keys import CHURN, LABELLED, SCALE_FREE, checked_name, chosen_keys, keys_of
 from lightning_flatness.losses import as_loss
+from lightning_flatness.recording.kept import KeptRecorders
 from lightning_flatness.recording.layers_recorder import LayersRecorder
 from lightning_flatness.reporting.display import Display, Displayed
 from lightning_flatness.reporting.failures import Failures
@@ -70,6 +71,8 @@ class FlatnessMonitor(Displayed):
             `"cross_entropy"`, `"bce_with_logits"`, a loss of torch, or a function `(output, targets)` that returns one
             number.
         name: suffix of the keys, as in `flatness/relative/<name>`; None: none, but `train` for `data="train"`.
+        keys: the keys to log, or names of groups of them, such as `"headline"`, see `docs/keys.md`; None: all. What no
+            key needs is not computed. The layers of `method="jacobian"` have all of their keys.
         per_sample: add up what the validations of a training say about each sample; see `samples`.
         strict: raise when a measurement cannot be made; False: warn once, and the training goes on.
         verify: once per run, loader and layer, call the network again on a few samples with moved filters, and compare
@@ -110,6 +113,7 @@ class FlatnessMonitor(Displayed):
         loss: str | nn.Module | Callable[[Any, Any], Tensor] | None = None,
         name: str | None = None,
         per_sample: bool = False,
+        keys: str | Sequence[str] | None = None,
         strict: bool = False,
         verify: bool = True,
         prog_bar: bool = False,
@@ -124,21 +128,15 @@ class FlatnessMonitor(Displayed):
         require_method(method, layer, classifier, per_sample)
         if figure_every_n_validations != 0:
             require_optional_counts(figure_every_n_validations=figure_every_n_validations)
-        self.layer = layer
-        self.classifier = classifier
+        self.layer, self.classifier, self.data = layer, classifier, data
         self.method = "pooled" if method == "auto" and layer is not None else method
-        self.data = data
-        self.max_samples = max_samples
-        self.every_n_validations = every_n_validations
-        self.target = target
-        self.loss = None if loss is None else as_loss(loss)
-        self.name = _checked_name("train" if name is None and data == "train" else name or "")
-        self.per_sample = per_sample
+        self.max_samples, self.every_n_validations = max_samples, every_n_validations
+        self.target, self.loss = target, None if loss is None else as_loss(loss)
+        self.name = checked_name("train" if name is None and data == "train" else name or "")
+        self.keys = chosen_keys(keys)
         self.samples: SampleHistory | None = None
-        self.strict = strict
-        self.verify = verify
-        self.prog_bar = prog_bar
-        self.chunk_bytes = chunk_bytes
+        self.strict, self.verify, self.prog_bar = strict, verify, prog_bar
+        self.per_sample, self.chunk_bytes = per_sample, chunk_bytes
         self._suffix = f"/{self.name}" if self.name else ""
         self.display = Display(self._suffix, figure_every_n_validations, action_text)
         self._runner = RuleRunner(rules, self._suffix, self.display.loggers)
@@ -150,7 +148,7 @@ class FlatnessMonitor(Displayed):
         self._earlier: list[Alert] = []  # alerts of the trainings before
         self._validation: MeasuredValidation | None = None  # while it is measured
         self.measured: str | None = None
-        self._churn = PredictionChurn()
+        self._churn, self._kept = PredictionChurn(), KeptRecorders()
         self._measured: dict[str, float] = {}  # in this validation
         self._distributions: dict[str, Tensor] = {}
         self._values: dict[str, float] = {}  # those that rules may judge
@@ -169,7 +167,8 @@ class FlatnessMonitor(Displayed):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor of the same keys; begin anew if a training starts."""
         self._verification = Verification(self.verify)
-        self._stage, self._logged, self._layers, self._choice, self._churn = stage, set(), {}, None, PredictionChurn()
+        self._stage, self._logged, self._layers, self._choice = stage, set(), {}, None
+        self._churn, self._kept = PredictionChurn(), KeptRecorders()
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
             raise ValueError(
@@ -183,7 +182,8 @@ class FlatnessMonitor(Displayed):
             self.samples = SampleHistory() if self.per_sample else None
             self.display.begin()
         if self.method != "jacobian":  # whose layers may not exist yet
-            self._runner.require_keys([f"{key}{self._suffix}" for key in (*keys_of(self.method), *LABELLED.values())])
+            labelled = [LABELLED[key] for key in self.keys if key in LABELLED]
+            self._runner.require_keys([f"{key}{self._suffix}" for key in (*_asked(self), *labelled)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch; say what this training will not do."""
@@ -219,6 +219,8 @@ class FlatnessMonitor(Displayed):
                 self._churn,
                 self.samples if counts(trainer) else None,
                 _tools(self, pl_module)[0] if self.method == "jacobian" else None,
+                self._kept,
+                None if self.method == "jacobian" else self.keys,
             )
 
     def on_validation_batch_start(
@@ -262,7 +264,7 @@ class FlatnessMonitor(Displayed):
                 failures.info_once(f"{failures.label}: {assumption}.")
         lacking, sentences = list[str](), list[str]()
         if self._choice is not None:
-            lacking = [f"{key}{self._suffix}" for key in keys_of(self.method) if key not in keys_of(self._choice.name)]
+            lacking = [f"{key}{self._suffix}" for key in _asked(self) if key not in keys_of(self._choice.name)]
             sentences = self._runner.set_aside(lacking, self._choice.name)
         values: dict[str, Tensor] = {}
         with failures.contained():
@@ -333,19 +335,13 @@ class FlatnessMonitor(Displayed):
         """Leave out what Lightning and a run have attached: it would drag the model along."""
         # Lightning 2.6 sets `log` and `log_dict` on every callback.
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")} | {
-            "_validation": None
+            "_validation": None,
+            "_kept": KeptRecorders(),
         }
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         _close(self)
-
-
-def _checked_name(name: str) -> str:
-    """Return the name of a monitor; refuse one with which its keys would be those of the Gauss-Newton part."""
-    if name.split("/")[0] == "ggn":
-        raise ValueError('`name` must not be "ggn", which ends keys of the Gauss-Newton part. Choose another one.')
-    return name
 
 
 def _join_other_namespace() -> None:
@@ -367,11 +363,17 @@ def _tools(monitor: FlatnessMonitor, pl_module: LightningModule, choice: Choice 
     """Return a new recorder of the module and a new method; raise a `ValueError` if a named module is not there."""
     name = choice.name if choice is not None else monitor.method
     classifier = choice.layer if choice is not None and name == "classifier" else monitor.classifier
-    return method_for(pl_module, name, monitor.layer, classifier, monitor.chunk_bytes)
+    return method_for(pl_module, name, monitor.layer, classifier, monitor.chunk_bytes, SCALE_FREE in monitor.keys)
+
+
+def _asked(monitor: FlatnessMonitor) -> list[str]:
+    """Return the keys that are asked for and that the method may give."""
+    return [key for key in keys_of(monitor.method) if key in monitor.keys]
 
 
 def _close(monitor: FlatnessMonitor) -> None:
-    """End the measurement of a validation."""
+    """End the measurement of a validation, and forget the network."""
+    monitor._kept = KeptRecorders()
     if monitor._validation is not None:
         monitor._validation.close()
         monitor._validation = None

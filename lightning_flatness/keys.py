@@ -121,6 +121,9 @@ LOGGER_GROUPS: dict[str, tuple[str, ...]] = {
 """Where loggers have the other keys: TensorBoard and W&B make a group of what stands before the first slash, and sort
 the groups by the alphabet. These follow `flatness` and `margin`, which hold the headline."""
 
+GROUPS: dict[str, tuple[str, ...]] = {"headline": HEADLINE, **LOGGER_GROUPS}
+"""Names for several keys, by which they can be asked for."""
+
 _GROUP_OF = {key: group for group, keys in LOGGER_GROUPS.items() for key in keys}
 _KEY_OF = {f"{group}/{key.partition('/')[2]}": key for key, group in _GROUP_OF.items()}
 
@@ -136,6 +139,45 @@ def keys_of(method: str) -> tuple[str, ...]:
         ('flatness/relative', 'flatness/trace')
     """
     return tuple(name for name, key in KEYS.items() if method in (*key.methods, "auto"))
+
+
+def chosen_keys(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the keys that are asked for, in the order of the table.
+
+    Args:
+        names: keys, and names of `GROUPS`; None: all keys.
+
+    Raises:
+        ValueError: if there is none, or one of another name.
+
+    Example:
+        >>> chosen_keys(["headline", "flatness/confidence"])
+        ('flatness/relative', 'flatness/trace', 'flatness/scale_free', 'flatness/confidence', 'margin/mean')
+    """
+    if names is None:
+        return tuple(KEYS)
+    given = [names] if isinstance(names, str) else list(names)
+    if not given or (unknown := [name for name in given if name not in KEYS and name not in GROUPS]):
+        raise ValueError(
+            f"`keys` must name keys or groups of them; got {unknown[0] if given else given!r}. Groups are "
+            f"{list(GROUPS)}; keys are {list(KEYS)}."
+        )
+    asked = {key for name in given for key in GROUPS.get(name, (name,))}
+    return tuple(key for key in KEYS if key in asked)
+
+
+def checked_name(name: str) -> str:
+    """Return the name of a monitor; refuse one with which its keys would be those of the Gauss-Newton part.
+
+    Args:
+        name: the name.
+
+    Raises:
+        ValueError: if it is refused.
+    """
+    if name.split("/")[0] == "ggn":
+        raise ValueError('`name` must not be "ggn", which ends keys of the Gauss-Newton part. Choose another one.')
+    return name
 
 
 def logger_key(key: str) -> str:

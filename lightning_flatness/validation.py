@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import isfinite
 from typing import Any, cast
@@ -23,7 +23,6 @@ from lightning_flatness.curvature.methods import (
     encoded_choice,
     reason_of,
 )
-from lightning_flatness.data.batches import batch_targets, is_empty
 from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.listening import LoggedValues
 from lightning_flatness.data.passes import (
@@ -31,8 +30,6 @@ from lightning_flatness.data.passes import (
     SQUASHED,
     batch_counts,
     callable_module,
-    computed_loss,
-    is_number,
     loss_name,
     measured_batches,
     preserved_state,
@@ -41,12 +38,13 @@ from lightning_flatness.data.passes import (
 from lightning_flatness.data.repetition import verify_call
 from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.data.sampling import batches_for_rank, ordered_source, sample_indices, sample_limit
+from lightning_flatness.data.step_loss import step_loss
 from lightning_flatness.data.verification import UNVERIFIED, Verification
-from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.keys import CHURN
 from lightning_flatness.losses import Loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.metrics.layers import LayerEvaluation, LayerExchange, evaluation_of
+from lightning_flatness.recording.kept import KeptRecorders
 from lightning_flatness.recording.recorded_layers import RecordedLayers
 from lightning_flatness.reporting.failures import Failures
 from lightning_flatness.reporting.loggers import LAYER
@@ -80,6 +78,8 @@ class MeasuredValidation:
         churn: has the predictions of the previous validation; None: there is none.
         samples: adds up what the validations say about each sample; None: nobody asks.
         layers: a recorder of several layers; None: a single layer is measured.
+        kept: recorders of compiled networks, from the validations before.
+        keys: what to evaluate of a single layer; None: all.
 
     Attributes:
         measured: what is measured, in words; None: nothing so far.
@@ -104,6 +104,8 @@ class MeasuredValidation:
         churn: PredictionChurn | None = None,
         samples: SampleHistory | None = None,
         layers: Recorder | None = None,
+        kept: KeptRecorders | None = None,
+        keys: Sequence[str] | None = None,
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools, self.choice = failures, tools, choice
@@ -115,6 +117,7 @@ class MeasuredValidation:
         self._batches = [0] * self._count
         self._recorder: Recorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
+        self._kept, self._keys = kept or KeptRecorders(), keys
         self.measured: str | None = None
         self._layers: dict[int, str] = {}  # by loader
         self._assumed = ""
@@ -129,7 +132,7 @@ class MeasuredValidation:
         self._evaluations: list[Evaluation | LayerEvaluation] = []
         self._exchange = LayerExchange(layers, self._count)
         with failures.contained(self.close):
-            self._evaluations = [evaluation_of(layers, pl_module.device) for _ in range(self._count)]
+            self._evaluations = [evaluation_of(layers, pl_module.device, keys=keys) for _ in range(self._count)]
 
     def before_batch(self, loader: int, is_first: bool) -> None:
         """Record the pass of the batch that comes, or run the own passes before the first one."""
@@ -143,12 +146,11 @@ class MeasuredValidation:
         if self._failures.excludes(loader):
             return
         with self._failures.contained(self.close, loader):
-            recorder = self._opened(loader)
             if self._samples_left(loader) == 0:
-                recorder.ignore_passes()
-            else:
-                recorder.clear()
-                self._logged.start()
+                self.close()  # the network runs on without hooks, and compiled if it was
+                return
+            self._opened(loader).clear()
+            self._logged.start()
 
     def after_batch(self, outputs: Any, batch: Any, loader: int) -> None:
         """Measure the batch that has just passed through the network."""
@@ -178,6 +180,7 @@ class MeasuredValidation:
         samples, failed, counts, unknown = (sums[row * self._count : (row + 1) * self._count] for row in range(4))
         self._exchange.agree(self._evaluations, sums[4 * self._count + 3 :])
         failures.failed |= {index for index in loaders if failed[index]}
+        self._kept.forget(filter(failures.excludes, loaders))
         with failures.contained():
             self.choice = common_choice(self.choice, self._module, *sums[4 * self._count :][:3])
         valid = [index for index in loaders if samples[index] and not failures.excludes(index)]
@@ -199,8 +202,9 @@ class MeasuredValidation:
                 given = self._data, self._trainer, index
                 self._samples.finish(index, ordered_source(*given), partial(sample_indices, *given, self._max_samples))
         values = {index: self._evaluations[index].compute() for index in loaders}
-        for index in self._churned:
-            values[index][CHURN] = next(iter(values[index].values())).new_tensor(self._churned[index])
+        for index in self._churned if self._keys is None or CHURN in self._keys else ():
+            like = next(iter(values[index].values()), torch.zeros((), dtype=torch.float64))
+            values[index][CHURN] = like.new_tensor(self._churned[index])
         self.distributions = {
             f"{name}{_ending(index, self._count)}": each
             for index in loaders
@@ -233,7 +237,7 @@ class MeasuredValidation:
         if self._recorder is None or self._loader != loader:
             self.close()
             recorder, self._method = self._tools(self.choice)
-            self._recorder, self._loader = recorder.__enter__(), loader
+            self._recorder, self._loader = self._kept.continued(loader, recorder).__enter__(), loader
         return self._recorder
 
     def _measure(self, outputs: Any, batch: Any, loader: int, left: int | None) -> None:
@@ -252,6 +256,8 @@ class MeasuredValidation:
         if recorded.takes_probabilities:
             self._failures.warn_once(f"{self._failures.label} {SQUASHED}")
         self._note_success(recorder, self._method, loader)
+        if reason := self._kept.keep(loader, recorder):
+            self._failures.info_once(f"{self._failures.label} runs the compiled network eagerly: {reason}.")
 
     def _add(self, quantities: Quantities, loader: int) -> None:
         cast(Any, self._evaluations[loader]).update(quantities)
@@ -262,35 +268,14 @@ class MeasuredValidation:
 
     def _loss_of(self, recorder: Recorder, outputs: Any, batch: Any) -> Tensor | None:
         """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
-        if self._loss is None:
-            returned = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            if isinstance(returned, Tensor) and recorder.depends(returned) and returned.numel() == 1:
-                self.facts["loss"] = "returned by validation_step"
-                return returned
-            logged = {n: v for n, v in self._logged.values if v.numel() == 1 and recorder.depends(v)}
-            if len({id(value) for value in logged.values()}) > 1:
-                raise UnsupportedTailError(
-                    f"The step must hand over one loss; it logged {sorted(logged)}. Return the loss from "
-                    "`validation_step`, or say how it is computed: `loss=lambda output, targets: ...`."
-                )
-            if logged:
-                self.facts["loss"] = f"logged by validation_step as {' and '.join(logged)}"
-                return next(iter(logged.values()))
-            numbers = [v for v in (returned, *(v for _, v in self._logged.values)) if is_number(v)]
-            if (bypassing := recorder.bypassing(numbers)) is not None:
-                return bypassing  # which is refused: it is the loss of another branch
-        targets = (self._target or batch_targets)(batch)
-        if is_empty(batch, targets):
-            return None
-        recorder.require_recorded()
-        self.facts["loss"] = loss_name(self._loss)
-        value = computed_loss(self._loss, recorder.output, targets)
-        if self._loss is None:
+        found = step_loss(recorder, outputs, self._logged.values, batch, self._target, self._loss)
+        self.facts |= {"loss": found.words} if found.words else {}
+        if found.is_assumed:
             self._failures.warn_once(
                 f"{self._failures.label} has to assume the loss: {ASSUMED}, since the step neither returns nor logs "
                 "one. Return the loss from `validation_step`, or say how it is computed: `loss=...`."
             )
-        return value
+        return found.value
 
     def _measure_own_batches(self) -> None:
         recorder, method = self._tools(self.choice)

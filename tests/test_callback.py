@@ -35,6 +35,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_flatness import FlatnessMonitor, ReduceLR, Rule, StopTraining, measure
+from lightning_flatness.keys import KEYS as TABLE
+from lightning_flatness.keys import chosen_keys
+from lightning_flatness.losses import CrossEntropy
 from lightning_flatness.rules import divergence, label_noise
 
 
@@ -243,6 +246,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "max_samples": ({"max_samples": 0}, "got 0"),
     "every_n_validations": ({"every_n_validations": -1}, "got -1"),
     "every_n_validations left open": ({"every_n_validations": None}, "got None"),
+    "keys": ({"keys": ["headline", "flat"]}, "got 'flat'. Groups are"),
     "chunk_bytes": ({"chunk_bytes": 0.5}, "got 0.5"),
     "data set": ({"data": images(6, 9)}, r"`data` .* got a data set of samples, TensorDataset. Wrap it"),
     "batch": ({"data": images(6, 9).tensors}, "`data` .* got one batch alone"),
@@ -635,3 +639,33 @@ def test_the_gauss_newton_part_has_keys_of_its_own(
 def test_the_class_in_the_place_of_a_monitor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"must hold a monitor; got the class. Write `callbacks=\[FlatnessMonitor"):
         trainer(tmp_path, FlatnessMonitor).fit(Classifier())
+
+
+@pytest.mark.parametrize("method", ["pooled", "classifier"])
+@pytest.mark.parametrize("keys", ["headline", ["margin/mean", "margin/churn"], "margin_statistics", "flatness/trace"])
+def test_the_keys_that_are_asked_for_have_the_same_values(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, keys: Any, method: Any
+) -> None:
+    temperatures: list[int] = []
+    original = CrossEntropy.relative_flatness
+
+    def counted(self: Any, logits: Tensor, *arguments: Any) -> Tensor:
+        temperatures.append(logits.shape[-1])
+        return original(self, logits, *arguments)
+
+    monkeypatch.setattr(CrossEntropy, "relative_flatness", counted)
+    values = []
+    for chosen in (None, keys):
+        temperatures.clear()
+        run = trainer(tmp_path, FlatnessMonitor(method=method, keys=chosen, strict=True))
+        run.fit(Classifier())
+        values.append({key: float(value) for key, value in run.callback_metrics.items() if key in TABLE})
+    expected = [key for key in chosen_keys(keys) if key in values[0]]
+    assert values[1] == pytest.approx({key: values[0][key] for key in expected}, rel=1e-12)
+    assert (max(temperatures) > 1) == ("flatness/scale_free" in expected)
+
+
+def test_a_rule_on_a_key_that_is_not_asked_for_is_refused(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(keys="headline", rules=[Rule("flatness/confidence", above=1.0)])
+    with pytest.raises(ValueError, match="flatness/confidence"):
+        trainer(tmp_path, monitor).fit(Classifier())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_runs import KEYS, Classifier, Network, assert_same, everything, hooks, report_of, trainer, values_of
+from lightning_runs import (
+    KEYS,
+    Classifier,
+    Network,
+    assert_same,
+    everything,
+    given_batches,
+    hooks,
+    report_of,
+    trainer,
+    values_of,
+)
 from networks import Net, conv2d
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -121,9 +133,9 @@ COMPILED: dict[str, Change] = {
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("change", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize(("name", "change"), COMPILED.items(), ids=COMPILED)
 def test_a_compiled_module_is_measured_and_not_compiled_again(
-    tmp_path: Any, change: Change, backend: str, every: int
+    tmp_path: Any, name: str, change: Change, backend: str, every: int
 ) -> None:
     results, compiled = [], []
     for monitored in (True, False):
@@ -138,8 +150,48 @@ def test_a_compiled_module_is_measured_and_not_compiled_again(
             with torch.compiler.set_stance("force_eager"):
                 assert_same(values_of(run), report_of(module, module.val_dataloader()))
     assert results[0] == results[1]
-    assert 0 < compiled[0][0] <= compiled[1][0]
+    own = name in ("network", "network in place")  # whose beginning the monitor has compiled for itself
+    assert own < compiled[0][0] <= compiled[1][0] + own
     assert compiled[0][1] <= compiled[1][1]
+
+
+@pytest.mark.parametrize("change", [wrapped("net"), in_place("net"), wrapped("net.tail")])
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [
+        ({}, []),
+        ({"max_samples": 4}, [1, 2]),
+        ({"max_samples": 5}, [2]),
+        ({"target": lambda batch: 1 / 0, "loss": "cross_entropy"}, [1, 2]),
+        ({"data": given_batches()}, [0, 1, 2]),
+    ],
+    ids=["all", "first batch", "five samples", "refused", "own passes"],
+)
+def test_runs_compiled_where_nothing_is_measured(
+    tmp_path: Any, change: Change, options: dict[str, Any], compiled: list[int]
+) -> None:
+    ran: list[int] = []
+
+    class Stepping(Classifier):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.batch = index
+            super().validation_step(batch, index)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            ran.append(module.batch)
+            return graph(*arguments)
+
+        return run
+
+    module = Stepping()
+    module.net = Blocks().double()
+    change(module, backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the refusal
+        trainer(tmp_path, FlatnessMonitor(**options)).validate(module, verbose=False)
+    assert sorted(set(ran)) == compiled
+    assert hooks(module) == 0
 
 
 class Quiet(Classifier):

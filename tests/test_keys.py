@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_flatness.keys import (
     FACTORS,
+    GROUPS,
     HEADLINE,
     KERNEL,
     KEYS,
     LOGGER_GROUPS,
     Key,
+    chosen_keys,
     key_of,
     key_suffix,
     keys_of,
@@ -62,3 +65,23 @@ def test_loggers_have_the_headline_first_and_every_other_key_in_one_group() -> N
         assert f"| `{group}` | {', '.join(f'`{key}`' for key in keys)} |" in PAGE
     assert logger_key("own/key") == key_of("own/key") == "own/key"
     assert [key_of(key) for key in HEADLINE] == list(HEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (None, tuple(KEYS)),
+        ("headline", ("flatness/relative", "flatness/trace", "flatness/scale_free", "margin/mean")),
+        (["margin/mean", "flatness/trace"], ("flatness/trace", "margin/mean")),
+        (["margin_quantiles", "margin/q05"], LOGGER_GROUPS["margin_quantiles"]),
+        ([*GROUPS], tuple(KEYS)),
+    ],
+)
+def test_keys_are_chosen_by_name_and_by_group(names: Any, expected: tuple[str, ...]) -> None:
+    assert chosen_keys(names) == expected
+
+
+@pytest.mark.parametrize("names", [[], "flatness", ["headline", "margin/q02"]])
+def test_unknown_keys_are_refused(names: Any) -> None:
+    with pytest.raises(ValueError, match=r"Groups are .*headline"):
+        chosen_keys(names)

@@ -53,6 +53,8 @@ OWNERS: dict[str, list[Callable[[], Any]]] = {
     "_global_forward_hooks": [lambda: torch.nn.modules.module],
     "_global_forward_pre_hooks": [lambda: torch.nn.modules.module],
     "_compiled_call_impl": [lambda: nn.Linear(1, 1)],
+    "_call_impl": [lambda: nn.Linear(1, 1)],
+    "_dynamo": [lambda: torch],
     "_torchdynamo_orig_callable": [lambda: torch.compile(lambda x: x)],
     "_orig_mod": [compiled],
     "_checkpoint_wrapped_module": [checkpointed],

@@ -39,6 +39,7 @@ class ClassifierMethod:
 
     Args:
         chunk_bytes: how much memory temporary tensors may take at once.
+        scale_free: whether to compute `scaled_flatness`, which scale-free flatness needs.
 
     Raises:
         ValueError: if `chunk_bytes` is not a whole number, at least 1.
@@ -50,9 +51,10 @@ class ClassifierMethod:
 
     name = "classifier"
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES, scale_free: bool = True) -> None:
         """Check the argument."""
         require_counts(chunk_bytes=chunk_bytes)
+        self._scale_free = scale_free
         self._chunk_bytes = chunk_bytes
         self._reader = ObjectiveReader()
 
@@ -71,7 +73,7 @@ class ClassifierMethod:
         with differentiating(recorded):
             head = _head(self._reader, recorded, samples)
         with not_recorded(), torch.inference_mode(False), full_precision(head.features.device):
-            return _quantities(head, self._chunk_bytes)
+            return _quantities(head, self._chunk_bytes, self._scale_free)
 
 
 class _Head(NamedTuple):
@@ -225,14 +227,14 @@ def _reduced(weight: Tensor) -> Tensor:
     return torch.linalg.qr(weight.mT, mode="r").R.mT
 
 
-def _quantities(head: _Head, chunk_bytes: int) -> SampleQuantities:
+def _quantities(head: _Head, chunk_bytes: int, scale_free: bool) -> SampleQuantities:
     loss, logits, target = head.loss, head.logits, head.target
     square, uncertainty = head.features.square().sum(-1), loss.curvature_trace(logits, target)
     gauss_newton = uncertainty
     if head.jacobian is not None:
         gauss_newton = loss.curvature_diagonal(logits, head.jacobian, target).sum(-1)
     trace = gauss_newton
-    flatness = _flatness(head, chunk_bytes)
+    flatness = _flatness(head, chunk_bytes, scale_free)
     if head.head_curvature is not None:
         kernels = head.rows @ head.rows.mT
         for columns, bent in head.head_curvature.columns(chunk_bytes):
@@ -244,7 +246,7 @@ def _quantities(head: _Head, chunk_bytes: int) -> SampleQuantities:
     values: dict[str, Any] = {"gauss_newton_trace": square * gauss_newton}
     if not isinstance(loss, Differentiated):
         values["logit_mean_square"] = loss.logit_mean_square(logits)
-        if head.head_curvature is None:
+        if flatness.shape[1] > 1:
             values["scaled_flatness"] = flatness[:, 1:]
         if target is not None:
             values |= {
@@ -268,13 +270,13 @@ def _quantities(head: _Head, chunk_bytes: int) -> SampleQuantities:
     return SampleQuantities(square * trace, flatness[:, 0], uncertainty, **values)
 
 
-def _flatness(head: _Head, chunk_bytes: int) -> Tensor:
+def _flatness(head: _Head, chunk_bytes: int, scale_free: bool) -> Tensor:
     """Return relative flatness of the predictor itself and, where it has a meaning, at all temperatures.
 
     It is that for inputs and weights of unit size: `|x|` and `scale` are left out.
     """
     taus = LF.TEMPERATURES.new_ones(1).to(head.logits)
-    if not isinstance(head.loss, Differentiated) and head.head_curvature is None:
+    if scale_free and not isinstance(head.loss, Differentiated) and head.head_curvature is None:
         taus = torch.cat([taus, LF.TEMPERATURES.to(head.logits)])
     numbers = 3 * (head.logits.shape[1] + len(taus)) * (sum(head.rows.shape) + head.logits.shape[1])
     step = max(1, chunk_bytes // (numbers * head.logits.element_size()))

@@ -49,6 +49,7 @@ class AutoMethod:
     Args:
         recorder: the recorder of the passes; it is told to follow the chosen layer alone.
         chunk_bytes: how much memory the contractions may take at once.
+        scale_free: whether to compute what scale-free flatness needs.
 
     Attributes:
         choice: what was chosen; None: nothing so far.
@@ -56,10 +57,15 @@ class AutoMethod:
 
     name = "auto"
 
-    def __init__(self, recorder: BothRecorder | None = None, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, recorder: BothRecorder | None = None, chunk_bytes: int = CHUNK_BYTES, scale_free: bool = True
+    ) -> None:
         """Start without a choice."""
         self._recorder = recorder
-        self._pooled, self._classifier = PooledMethod(chunk_bytes), ClassifierMethod(chunk_bytes)
+        self._pooled, self._classifier = (
+            PooledMethod(chunk_bytes, scale_free),
+            ClassifierMethod(chunk_bytes, scale_free),
+        )
         self.choice: Choice | None = None
 
     def quantities(self, recorded: RecordedPass | RecordedPasses, samples: slice = slice(None)) -> SampleQuantities:
@@ -148,6 +154,7 @@ def method_for(
     layer: LayerName = None,
     classifier: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    scale_free: bool = True,
 ) -> tuple[Recorder, Method]:
     """Return a recorder of a model and the method that measures its passes.
 
@@ -158,6 +165,7 @@ def method_for(
         layer: name of the convolution; None: found. For `"jacobian"` one name, several, or `"all"`.
         classifier: name of the linear classifier; None: found.
         chunk_bytes: how much memory the contractions may take at once.
+        scale_free: whether to compute what scale-free flatness needs.
 
     Raises:
         ValueError: if the method is unknown or measures no named layer, or a named module is not there.
@@ -168,11 +176,11 @@ def method_for(
         return LayersRecorder(model, cast('tuple[str, ...] | Literal["all"]', names)), JacobianMethod(chunk_bytes)
     layer = cast("str | None", layer)
     if method == ClassifierMethod.name:
-        return ClassifierRecorder(model, classifier), ClassifierMethod(chunk_bytes)
+        return ClassifierRecorder(model, classifier), ClassifierMethod(chunk_bytes, scale_free)
     if method == PooledMethod.name or layer is not None:
-        return ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes)
+        return ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes, scale_free)
     recorder = BothRecorder(model, classifier)
-    return recorder, AutoMethod(recorder, chunk_bytes)
+    return recorder, AutoMethod(recorder, chunk_bytes, scale_free)
 
 
 def encoded_choice(choice: Choice | None, model: nn.Module) -> int:

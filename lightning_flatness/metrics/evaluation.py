@@ -11,8 +11,10 @@ from torch import Tensor
 from lightning_flatness.curvature.quantities import GAUSS_NEWTON, SampleQuantities
 from lightning_flatness.keys import (
     ACEHT,
+    CHURN,
     CONFIDENCE,
     LABELLED,
+    MARGIN,
     MARGIN_BOUND,
     MARGIN_CORRELATION,
     MARGIN_SHARE,
@@ -31,6 +33,7 @@ from lightning_flatness.metrics.flatness import (
     FlatnessFactors,
     HessianTrace,
     RelativeFlatness,
+    SampleMean,
     SampleMetric,
     ScaleFreeFlatness,
     Uncertainty,
@@ -82,6 +85,12 @@ class _SampleFlatness(SampleMetric):
         return self._values("values")
 
 
+class _MeanMargin(SampleMean):
+    """Mean margin alone, where nothing else is asked of the margins: it keeps no number per sample."""
+
+    requires = ("output_margin",)
+
+
 class Evaluation:
     """All quantities over the samples of one data set; exact for any split into batches and processes.
 
@@ -111,8 +120,12 @@ class Evaluation:
         """Number of samples so far, of this process."""
         self.label = ""
         """What of the Hessian was measured, in words; empty: all."""
-        self._keys = (*keys_of(method), *LABELLED.values()) if keys is None else keys
+        asked = keys_of(method) if keys is None else keys
+        self._keys = (*asked, *(LABELLED[key] for key in asked if key in LABELLED))
         metrics = _metrics(sync_on_compute=is_shared)
+        if [key for key in self._keys if key.startswith("margin/") and key not in metrics and key != CHURN] == [MARGIN]:
+            metrics[MARGIN] = _MeanMargin(sync_on_compute=is_shared)
+            del metrics["margin"]
         self._metrics = {key: metric.to(device) for key, metric in metrics.items() if self._asks_for(key)}
         self._flatness = _SampleFlatness("hessian", sync_on_compute=is_shared).to(device)
         self.distributions: dict[str, Tensor] = {}

@@ -177,7 +177,11 @@ class LayerExchange:
 
 
 def evaluation_of(
-    recorder: Recorder | None, device: torch.device, method: str = "auto", is_shared: bool = True
+    recorder: Recorder | None,
+    device: torch.device,
+    method: str = "auto",
+    is_shared: bool = True,
+    keys: Sequence[str] | None = None,
 ) -> Evaluation | LayerEvaluation:
     """Return a new evaluation of what a recorder records: of several layers, or of one.
 
@@ -186,7 +190,8 @@ def evaluation_of(
         device: device of the network.
         method: name of the method, if there is a single layer.
         is_shared: whether the samples of all processes count together.
+        keys: of a single layer, those to evaluate; None: all that the method gives.
     """
     if isinstance(recorder, LayersRecorder):
         return LayerEvaluation(device, recorder.layers, recorder.is_whole, is_shared)
-    return Evaluation(device, method, is_shared=is_shared)
+    return Evaluation(device, method, is_shared, keys)

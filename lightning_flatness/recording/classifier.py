@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -12,11 +12,12 @@ from lightning_flatness.errors import Refusal, UnsupportedTailError
 from lightning_flatness.recording.builder import PassBuilder, is_own_weight, start_at
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
 from lightning_flatness.recording.graph import OperationGraph
+from lightning_flatness.recording.hooks import Wanted
 from lightning_flatness.recording.layers import CLASSIFIERS
 from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.operation import named_arguments, tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
-from lightning_flatness.recording.recorder import ForwardRecorder, guarded, weight_is_shared
+from lightning_flatness.recording.recorder import ForwardRecorder, holders_of, weight_is_shared
 from lightning_flatness.recording.weights import WeightCopies
 
 _NONE = (
@@ -231,10 +232,9 @@ class ClassifierRecorder(ForwardRecorder):
             candidate.tracer.finalize()
         graph, module = tracer.graph, self._modules[name]
         node = cast(int, graph.node(loss))
-        if not self._settled:
-            self._copies, self._settled, self.layer, self.classifier = copies, True, name, name
+        if not self.is_settled:
+            self._copies, self.is_settled, self.layer, self.classifier = copies, True, name, name
             self._weight_is_shared = weight_is_shared(module, self._modules)
-            self._uninstall()
             self._install()
         cuts = tuple(graph.cuts([call.node for call in calls], node))
         others = tuple(candidate.tracer.graph for candidate in found[:-1])
@@ -250,23 +250,18 @@ class ClassifierRecorder(ForwardRecorder):
             is_alone=not any(map(partial(_reads_of, graph), others)),
         )
 
-    def _install(self) -> None:
+    def _wanted(self) -> Iterator[Wanted]:
         linear = {
             name
             for name, module in self._modules.items()
             if isinstance(module, CLASSIFIERS) and self.layer in (None, name)
         }
-        paths = [name.split(".") for name in linear if name]
-        holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
+        holders = holders_of(linear)
         for name, module in self._modules.items():
             if name in linear:
-                before, after = (guarded(self, hook, name) for hook in ("before_layer", "after_layer"))
-                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(after, always_call=True))
+                yield Wanted(name, module, "before_layer", "after_layer")
             if name in holders or (name == "" and name in linear):
-                before, after = (guarded(self, hook, name) for hook in ("before_network", "after_network"))
-                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(after))
+                yield Wanted(name, module, "before_network", "after_network")
 
 
 def _reaches(candidate: _Candidate, tensor: Tensor) -> bool:

@@ -214,6 +214,12 @@ class Dispatcher(TorchDispatchMode):
         self._retained -= 1
         self.settle()
 
+    def renew(self) -> None:
+        """Enter the stack anew: a mode that was entered within a compiled module's call ends with that call."""
+        if self._entered and _get_current_dispatch_mode() is self:
+            self.__exit__(None, None, None)
+            self.__enter__()
+
     def _enter(self) -> None:
         if not self._entered:
             self._entered = True

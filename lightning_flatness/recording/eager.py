@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +39,20 @@ class EagerStance:
             if self._users == 0 and self._stance is not None:
                 self._stance.__exit__(None, None, None)
                 self._stance = None
+
+    @contextmanager
+    def lifted(self, stance: str) -> Iterator[bool]:
+        """Compile within in another stance, if nobody else needs eager execution; yield whether that is so.
+
+        Nobody can begin to need it before the end.
+
+        Args:
+            stance: of `torch.compiler.set_stance`.
+        """
+        with self._lock:
+            is_alone = self._users == 1 and self._stance is not None
+            with torch.compiler.set_stance(stance) if is_alone else nullcontext():
+                yield is_alone
 
 
 EAGER = EagerStance()

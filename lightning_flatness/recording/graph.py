@@ -88,6 +88,15 @@ class Captures:
             return True
         return first.value.shape == second.value.shape and torch.equal(first.value, second.value)
 
+    def first_rows(self, indices: Collection[int], count: int) -> Captures:
+        """Return the same values, but of some of them the first rows alone."""
+        part = Captures()
+        part._captures = [
+            capture._replace(value=capture.value[:count]) if index in indices else capture
+            for index, capture in enumerate(self._captures)
+        ]
+        return part
+
     def peek(self, index: int) -> Tensor:
         """Return a value to look at, whatever has happened to it since."""
         return self._captures[index].value

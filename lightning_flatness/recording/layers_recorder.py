@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.builder import ended_by
 from lightning_flatness.recording.dispatch import GraphTracer, dispatcher
 from lightning_flatness.recording.graph import storage_of
+from lightning_flatness.recording.hooks import Wanted
 from lightning_flatness.recording.layers import CLASSIFIERS, program_kind, require_name
 from lightning_flatness.recording.recorded_layers import RecordedLayers
-from lightning_flatness.recording.recorder import ForwardRecorder, guarded
+from lightning_flatness.recording.recorder import ForwardRecorder, holders_of
 
 
 class LayersBuilder:
@@ -155,13 +156,10 @@ class LayersRecorder(ForwardRecorder):
             frozenset(graph.captures.of_storages(own)),
         )
 
-    def _install(self) -> None:
-        layers = set(getattr(self, "layers", ()))
-        outer = {".".join(path[:depth]) for path in (name.split(".") for name in layers) for depth in range(len(path))}
+    def _wanted(self) -> Iterator[Wanted]:
+        outer = holders_of(self.layers)
         for name, module in self._modules.items():
-            if name in layers or name in outer:
-                self._handles.append(module.register_forward_pre_hook(guarded(self, "before_module", name)))
-            if name in layers:
-                self._handles.append(module.register_forward_hook(guarded(self, "after_layer", name)))
+            if name in self.layers or name in outer:
+                yield Wanted(name, module, "before_module", "after_layer" if name in self.layers else None)
             if name in outer:
-                self._handles.append(module.register_forward_hook(guarded(self, "after_network", name)))
+                yield Wanted(name, module, None, "after_network")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,10 @@ from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.builder import PassBuilder
 from lightning_flatness.recording.dispatch import GraphTracer, dispatcher, not_recorded
 from lightning_flatness.recording.eager import EAGER
+from lightning_flatness.recording.hooks import Hooks, Wanted
 from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS, modules_by_name, require_name
 from lightning_flatness.recording.recorded_pass import LinearCall, RecordedPass
+from lightning_flatness.recording.split import Split, is_compiled
 from lightning_flatness.recording.weights import WeightCopies
 
 
@@ -50,6 +53,11 @@ class ForwardRecorder:
         layer: name of the convolution to record from; None: the deepest.
         classifier: name of the linear classifier; None: found.
 
+    Attributes:
+        is_settled: whether the modules that matter are known, from a pass before.
+        is_compiled: whether something in the model is.
+        split: the compiled network, whose beginning stays compiled; None: not before the second time.
+
     Raises:
         ValueError: if a named module does not exist or is of the wrong kind; lists the candidates.
 
@@ -67,23 +75,30 @@ class ForwardRecorder:
         require_name(self._modules, layer, "layer", CONVOLUTIONS)
         require_name(self._modules, classifier, "classifier", CLASSIFIERS)
         self.layer, self.classifier = layer, classifier
-        self._settled = False  # whether the modules that matter are known
+        self.is_settled = False  # whether the modules that matter are known
         self._linear: set[str] = set()  # linear modules on what the convolution computes
         self._weight_is_shared = False
         self._network_weights = 0
-        self._compiled = any(map(_is_compiled, model.modules()))
+        self.is_compiled = any(map(is_compiled, model.modules()))
+        self._model = model
+        self.split: Split | None = None
         self._undo = ExitStack()  # what entering did
-        self._handles: list[Any] = []
+        self._hooks = Hooks(partial(guarded, self))
         self._copies: WeightCopies | None = None  # of the modules that matter
         self._builder = self._builder_type(layer, None, self._modules)
 
     def __enter__(self) -> ForwardRecorder:
         """Install the hooks."""
         with ExitStack() as undo:  # an error on the way undoes what has been done
-            undo.callback(self._uninstall)
+            undo.callback(self._hooks.remove)
             EAGER.enter()
             undo.callback(EAGER.leave)
-            if self._compiled:
+            if self.is_settled and self.is_compiled and self.split is None:
+                self.split = Split(self._model, self._modules[cast(str, self.layer)])
+            if self.split is not None and self.split.problem is None:
+                self.split.install(self._hooks, self.clear)
+                undo.callback(self.split.uninstall)
+            elif self.is_compiled:
                 dispatcher().retain()
                 undo.callback(dispatcher().release)
             self._install()
@@ -120,6 +135,10 @@ class ForwardRecorder:
         if choice is None or tracer is None or any(tracer.graph.node(value) is not None for value in values):
             return None
         return next((value for value in values if choice.watch.of(value)), None)
+
+    def resembles(self, other: object) -> bool:
+        """Return whether another recorder is one of the same kind and of the same modules."""
+        return type(other) is type(self) and other._modules == self._modules
 
     @property
     def output(self) -> Any:
@@ -183,12 +202,12 @@ class ForwardRecorder:
                 f"{f' ({reason})' if reason else ''}. Return it from the step. {builder.remedy(layer)}"
             )
         names = {call.name for call in linear}
-        if not self._settled and self.classifier not in {None, *names}:
+        if not self.is_settled and self.classifier not in {None, *names}:
             return Refusal(
                 f"The classifier `{self.classifier}` must run after `{layer}`, on what that computed; it did not. "
                 f"Linear modules that did: {sorted(names)}."
             )
-        if not self._settled:
+        if not self.is_settled:
             self._settle(layer, linear)
         return RecordedPass(
             graph,
@@ -209,35 +228,34 @@ class ForwardRecorder:
         self._weight_is_shared = weight_is_shared(self._modules[layer], self._modules)
         self._network_weights = sum(parameter.numel() for parameter in self._modules[""].parameters())
         self.classifier = self.classifier or (linear[-1].name if linear else None)
-        self.layer, self._linear, self._settled = layer, {call.name for call in linear}, True
+        self.layer, self._linear, self.is_settled = layer, {call.name for call in linear}, True
         self._copies = self._builder.copies
-        self._uninstall()
         self._install()
 
-    def _uninstall(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
     def _install(self) -> None:
+        self._hooks.install(self._wanted())
+
+    def _wanted(self) -> Iterator[Wanted]:
+        """Yield the hooks that are needed, as far as it is known which modules matter."""
         convolutions = {
             name
             for name, module in self._modules.items()
             if isinstance(module, CONVOLUTIONS) and self.layer in (None, name)
         }
-        paths = [name.split(".") for name in convolutions if name]
-        holders = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
+        holders = holders_of(convolutions)
         for name, module in self._modules.items():
             if name in convolutions:
-                before, after = (guarded(self, hook, name) for hook in ("before_convolution", "after_convolution"))
-                self._handles.append(module.register_forward_pre_hook(before))
-                self._handles.append(module.register_forward_hook(after, always_call=True))
-            if isinstance(module, CLASSIFIERS) and (not self._settled or name in self._linear):
-                hook = guarded(self, "after_linear", name)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                yield Wanted(name, module, "before_convolution", "after_convolution")
+            if isinstance(module, CLASSIFIERS) and (not self.is_settled or name in self._linear):
+                yield Wanted(name, module, None, "after_linear")
             if name in holders:
-                before, after = (guarded(self, hook, name) for hook in ("before_network", "after_network"))
-                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(after))
+                yield Wanted(name, module, "before_network", "after_network")
+
+
+def holders_of(names: Iterable[str]) -> set[str]:
+    """Return the names of the modules around those with these names."""
+    paths = [name.split(".") for name in names if name]
+    return {".".join(path[:depth]) for path in paths for depth in range(len(path))}
 
 
 def guarded(recorder: ForwardRecorder, hook: str, name: str) -> Callable[..., None]:
@@ -266,13 +284,3 @@ def weight_is_shared(layer: nn.Module, modules: dict[str, nn.Module]) -> bool:
 
 def _depth(name: str) -> int:
     return len(name.split(".")) if name else 0
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Return whether a module is compiled, or one of its methods: the dispatch mode ends with such a call."""
-    methods = (value for value in vars(module).values() if callable(value))
-    return (
-        hasattr(module, "_orig_mod")
-        or module._compiled_call_impl is not None
-        or any(hasattr(method, "_torchdynamo_orig_callable") for method in methods)
-    )

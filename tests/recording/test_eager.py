@@ -57,3 +57,18 @@ def test_does_nothing_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPa
     shared.enter()
     assert stance() == before
     shared.leave()
+
+
+@pytest.mark.parametrize(("users", "alone"), [(0, False), (1, True), (2, False)])
+def test_can_be_lifted_for_its_only_user(users: int, alone: bool) -> None:
+    shared = EagerStance()
+    for _ in range(users):
+        shared.enter()
+    before = stance()
+    with shared.lifted("fail_on_recompile") as is_alone:
+        assert is_alone == alone
+        assert stance() == ("fail_on_recompile" if alone else before)
+    assert stance() == before
+    for _ in range(users):
+        shared.leave()
+    assert stance() == "default"

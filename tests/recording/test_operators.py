@@ -69,6 +69,6 @@ def test_no_operator_is_both_straight_and_curved() -> None:
 
 
 def test_in_place_variants_share_a_row_and_unknown_operators_have_no_trait() -> None:
-    assert traits("relu_") == traits("relu") == Trait.PIECEWISE_LINEAR
+    assert traits("relu_") == traits("relu") == Trait.PIECEWISE_LINEAR | Trait.BY_SAMPLE
     assert traits("_log_softmax") == Trait.LOG_SOFTMAX
     assert traits("linalg_inv") == Trait.NONE

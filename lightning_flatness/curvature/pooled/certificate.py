@@ -24,6 +24,7 @@ from lightning_flatness.curvature.pooled.owners import (
     traced,
 )
 from lightning_flatness.errors import GraphError, Refusal
+from lightning_flatness.recording.first_samples import first_samples
 from lightning_flatness.recording.graph import Captures, Cut
 from lightning_flatness.recording.operation import Operation
 from lightning_flatness.recording.operators import Trait
@@ -32,6 +33,8 @@ from lightning_flatness.recording.recorded_pass import RecordedPass
 # How many features a filter may have, and how many all filters together if one has several. A filter's features take a
 # backward pass each; all together take work that grows with their square, from 2048 in a ResNet-50 to four times that.
 _FEATURES_PER_FILTER, _FEATURES = 32, 4096
+# So many samples are certified at least, and as many as it takes to draw so many values for each filter.
+_FEW, _DRAWS = 8, 256
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def certify(recorded: RecordedPass, pooled: Cut, at_random_points: bool = True) 
         return _refusal(recorded, f"the weight of `{recorded.layer}` is shared with another module")
     try:
         with torch.device("cpu"):  # of the random numbers, whatever the default device is
-            verdict = _found(recorded, pooled, at_random_points)
+            few = _found_in_few(recorded, pooled) if at_random_points else None
+            verdict = few or _found(recorded, pooled, at_random_points)
             return verdict if isinstance(verdict, Refusal) else _certificate(recorded, pooled, verdict)
     except torch.OutOfMemoryError:
         raise
@@ -198,6 +202,18 @@ def _completed(slots: Tensor, inactive: Tensor, features: int) -> tuple[Tensor, 
     slots = slots.clone()
     slots[inactive] = is_free.nonzero().flatten()
     return slots, torch.ones_like(inactive)
+
+
+def _found_in_few(recorded: RecordedPass, pooled: Cut) -> _Finding | None:
+    """Return what holds for the first samples, if that says all about the others; None: all have to be looked at.
+
+    The values are drawn, so that further samples are further draws. They are needed where a filter reached nothing, and
+    for the message of a refusal.
+    """
+    positions = min(recorded.graph.tensor_of(call.node).shape[2:].numel() for call in recorded.calls)
+    few = first_samples(recorded, pooled.end, max(_FEW, -(-_DRAWS // positions)))
+    finding = None if few is None else _found(few, pooled, at_random_points=True)
+    return finding if isinstance(finding, _Finding) and not finding.inactive.any() else None
 
 
 def _found(recorded: RecordedPass, pooled: Cut, at_random_points: bool) -> _Finding | Refusal:

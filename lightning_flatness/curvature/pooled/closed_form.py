@@ -36,7 +36,7 @@ class _Bent(NamedTuple):
     own_trace: Tensor  # in the features
 
 
-def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
+def sample_quantities(derivatives: PooledDerivatives, scale_free: bool = True) -> SampleQuantities:
     """Return every quantity that the closed form gives for this head and loss.
 
     Margins need labels, scale-free flatness a softmax or a sigmoid behind a piecewise linear head, the factors and the
@@ -44,9 +44,10 @@ def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
 
     Args:
         derivatives: of one batch.
+        scale_free: whether scale-free flatness is wanted, which takes relative flatness at all temperatures.
     """
     loss, logits, target = derivatives.loss, derivatives.logits, derivatives.target
-    flatness = _flatness(derivatives)
+    flatness = _flatness(derivatives, scale_free)
     diagonal = _curvature_diagonal(derivatives, derivatives.head)
     uncertainty = loss.curvature_trace(logits, target)
     trace, relative = _hessian_trace(derivatives, flatness.products, diagonal), flatness.relative
@@ -86,7 +87,7 @@ def is_ill_conditioned(derivatives: PooledDerivatives, quantities: SampleQuantit
 def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str, Any]:
     if isinstance(derivatives.loss, Differentiated):
         return {}
-    scaled = {"scaled_flatness": flatness.scaled} if derivatives.has_temperatures else {}
+    scaled = {"scaled_flatness": flatness.scaled} if flatness.scaled.shape[1] else {}
     return {**scaled, "logit_mean_square": derivatives.loss.logit_mean_square(derivatives.logits)}
 
 
@@ -227,14 +228,14 @@ def _sum_over_filters(
     return total
 
 
-def _flatness(derivatives: PooledDerivatives) -> _Flatness:
-    return _Flatness(*_by_chunks(derivatives, _chunk_flatness))
+def _flatness(derivatives: PooledDerivatives, scale_free: bool = True) -> _Flatness:
+    return _Flatness(*_by_chunks(derivatives, lambda chunk: _chunk_flatness(chunk, scale_free)))
 
 
-def _chunk_flatness(derivatives: PooledDerivatives) -> _Flatness:
+def _chunk_flatness(derivatives: PooledDerivatives, scale_free: bool) -> _Flatness:
     gram, logits = _gram(derivatives), derivatives.logits
     taus = LF.TEMPERATURES.new_ones(1).to(logits)
-    if derivatives.has_temperatures:
+    if scale_free and derivatives.has_temperatures:
         taus = torch.cat([taus, LF.TEMPERATURES.to(logits)])
     scaled = logits.unsqueeze(-1) / taus
     loss, target = derivatives.loss, derivatives.target

@@ -49,6 +49,7 @@ class PooledMethod:
 
     Args:
         chunk_bytes: how much memory the contraction over filters may take at once.
+        scale_free: whether to compute `scaled_flatness`, which scale-free flatness needs.
 
     Raises:
         ValueError: if `chunk_bytes` is not a whole number, at least 1.
@@ -60,9 +61,10 @@ class PooledMethod:
 
     name = "pooled"
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES, scale_free: bool = True) -> None:
         """Start with no certificate."""
         require_counts(chunk_bytes=chunk_bytes)
+        self._scale_free = scale_free
         self._chunk_bytes = chunk_bytes
         self._certificate: Certificate | None = None
         self._reader = ObjectiveReader()
@@ -84,11 +86,11 @@ class PooledMethod:
         if bent is not None and bent.size > _HEAD_SIZE * recorded.network_weights:
             derivatives = derivatives.gauss_newton
         with not_recorded(), torch.inference_mode(False):
-            quantities = sample_quantities(derivatives)
+            quantities = sample_quantities(derivatives, self._scale_free)
             if is_ill_conditioned(derivatives, quantities):
                 weight = recorded.calls[0].weight.double()
                 exact = replace(derivatives.to(torch.float64), kernel_gram=weight @ weight.mT)
-                quantities = sample_quantities(exact)
+                quantities = sample_quantities(exact, self._scale_free)
             return quantities
 
     def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> PooledDerivatives:
