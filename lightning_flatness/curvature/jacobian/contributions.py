@@ -125,10 +125,19 @@ def layer_flatness(
         kernel_gram: of the weight; None: the relative flatness is not wanted.
     """
     samples = len(calls[0][2])
-    parts = [as_convolution(*call) for call in calls]
-    if len(parts) == 1 and len(parts[0][0]) == samples:
-        return flatness_of_cotangents(*parts[0], kernel_gram)
-    rows = sum(gradients_of_cotangents(*part).unflatten(0, (samples, -1)).sum(1) for part in parts)
-    assert isinstance(rows, Tensor)
+    if len(calls) == 1 and len((single := as_convolution(*calls[0]))[0]) == samples:
+        return flatness_of_cotangents(*single, kernel_gram)
+    rows = layer_gradients(calls)
     trace = rows.square().sum((2, 3))
     return trace, None if kernel_gram is None else ((kernel_gram @ rows) * rows).sum((2, 3))
+
+
+def layer_gradients(calls: list[tuple[Tap, Use, Tensor, Layout]]) -> Tensor:
+    """Return the gradients of the cotangents with respect to a layer's weight, shape (n, m, k, d).
+
+    Args:
+        calls: of the layer, as for `layer_flatness`.
+    """
+    samples = len(calls[0][2])
+    parts = (gradients_of_cotangents(*as_convolution(*call)) for call in calls)
+    return torch.stack([part.unflatten(0, (samples, -1)).sum(1) for part in parts]).sum(0)

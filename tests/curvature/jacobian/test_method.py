@@ -12,6 +12,7 @@ from recorded import Measured
 from torch import Tensor, nn
 
 from lightning_flatness import JacobianMethod, UnsupportedTailError, oracle
+from lightning_flatness.functional import standard_error
 
 NAMED = {case.name: case for case in CASES}
 EXACT, CURVED = [case for case in CASES if not case.ggn], [case for case in CASES if case.ggn]
@@ -199,3 +200,22 @@ def test_what_has_no_values_of_single_samples_is_refused(build, loss, reason) ->
 
 def mlp_in_training() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).train()
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "squared error of probabilities"])
+def test_an_estimate_has_no_bias_and_states_its_error(loss: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, CLASSES)).double()
+    x, y, draws = torch.randn(64, 6).double(), torch.arange(64) % CLASSES, 200
+    exact = measured(model, x, y, LOSSES[loss])
+    state, again = torch.get_rng_state(), recorded(model, x.repeat(draws, 1), y.repeat(draws), LOSSES[loss])
+    found = JacobianMethod(estimate=True).quantities(again)  # the signs of every sample are its own
+    for layer, quantities in exact.by_layer.items():
+        for name in ("hessian_trace", "relative_flatness"):
+            values = getattr(found.by_layer[layer], name).reshape(draws, 64)
+            means, expected = values.mean(1), getattr(quantities, name).mean()
+            assert (means.mean() - expected).abs() <= 3 * means.std() / draws**0.5 + 1e-12
+            stated = torch.stack([standard_error(each) for each in values])
+            assert stated.square().mean().sqrt() > 0.85 * means.std() > 0
+    assert (found.is_estimate, exact.is_estimate) == (True, False)
+    assert torch.equal(state, torch.get_rng_state())
