@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from lightning_flatness.curvature.jacobian.method import Curvature, LayerQuantities
+from lightning_flatness.curvature.jacobian.method import Curvature
 from lightning_flatness.curvature.methods import (
     AutoMethod,
     LayerName,
@@ -30,23 +29,13 @@ from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FR
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.metrics.layers import LayerEvaluation, evaluation_of
+from lightning_flatness.metrics.samples import per_sample_values
 from lightning_flatness.recording.layers import refuse_programs
 from lightning_flatness.reporting.report_figure import report_figure
 from lightning_flatness.reporting.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_QUANTITIES = (
-    "relative_flatness",
-    "hessian_trace",
-    "confidence",
-    "affine_hessian_trace",
-    "head_relative_flatness",
-    "output_margin",
-    "softmax_margin",
-    "margin_bound",
-)
 
 
 @dataclass(frozen=True)
@@ -346,29 +335,21 @@ def measure(
             "only once."
         )
     assumed = *((ASSUMED,) if loss is None else ()), *verification.assumed
-    report = _report(recorder, measuring, evaluation, _per_sample(parts) if per_sample else None, assumed)
-    return _with_errors(report, cast(Any, parts)) if estimate else report
+    samples = per_sample_values(parts) if parts else {}
+    report = _report(recorder, measuring, evaluation, samples if per_sample else None, assumed)
+    return _with_errors(report, samples) if estimate else report
 
 
-def _with_errors(report: FlatnessReport, parts: list[LayerQuantities]) -> FlatnessReport:
+def _with_errors(report: FlatnessReport, samples: dict[str, Tensor]) -> FlatnessReport:
     """Return the report of estimates, with their standard errors."""
-    layers = {
-        name: replace(
-            layer,
-            standard_errors=(
-                _error([part.by_layer[name].relative_flatness for part in parts]),
-                _error([part.by_layer[name].hessian_trace for part in parts]),
-            ),
-        )
-        for name, layer in report.layers.items()
-    }
-    networks = [part.network for part in parts if part.network is not None]
-    error = _error(networks) if report.network_trace is not None else None
-    return replace(report, layers=layers, network_standard_error=error, exact=False)
-
-
-def _error(values: list[Tensor]) -> float:
-    return float(standard_error(torch.cat(values)))
+    errors = {name: float(standard_error(values)) for name, values in samples.items()}
+    layers = {}
+    for name, layer in report.layers.items():
+        end = f"/{name}" if len(report.layers) > 1 else ""
+        own = errors[f"relative_flatness{end}"], errors[f"hessian_trace{end}"]
+        layers[name] = replace(layer, standard_errors=own)
+    network = None if report.network_trace is None else errors["network_trace"]
+    return replace(report, layers=layers, network_standard_error=network, exact=False)
 
 
 def _report(
@@ -426,23 +407,4 @@ def _finite(values: dict[str, Tensor], whose: str = "") -> dict[str, float]:
             f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, and for logits of "
             "minus infinity that mask the true class."
         )
-    return found
-
-
-def _per_sample(parts: list[Quantities]) -> dict[str, Tensor]:
-    """Return the quantities of each sample that all batches have, by name."""
-    rows = [_named(part) for part in parts]
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
-
-
-def _named(part: Quantities) -> dict[str, Tensor]:
-    """Return the quantities of one batch by name; with several layers, those of a layer are named after it."""
-    if not isinstance(part, LayerQuantities):
-        return {name: value for name in _QUANTITIES if (value := getattr(part, name)) is not None}
-    found = {} if part.network is None else {"network_trace": part.network}
-    for layer, own in part.by_layer.items():
-        values = _named(own)
-        if len(part.by_layer) > 1:
-            values |= {f"{name}/{layer}": values.pop(name) for name in ("relative_flatness", "hessian_trace")}
-        found |= values
     return found

@@ -149,7 +149,8 @@ def method_for(
         estimate: two backward passes instead of all; for `"jacobian"` only.
 
     Raises:
-        ValueError: if the method is unknown, does not estimate, or measures no named layer, or a named module is not there.
+        ValueError: if the method is unknown, cannot estimate or measures no named layer, or a named module is not
+            there.
     """
     require_method(method, layer, classifier)
     if estimate and method != JacobianMethod.name:
