@@ -48,6 +48,7 @@ class Structure:
 
     def __init__(self, weights: Tensor, factors: Tensor) -> None:
         self._weights, self._factors = weights, factors
+        self._directions: dict[int, Tensor] = {}
 
     def layout(self, cotangents: Sequence[Tensor], has_channels: bool) -> Layout | None:
         """Return where the samples are; None if they are coupled.
@@ -66,8 +67,10 @@ class Structure:
 
     def _fits(self, cotangents: Sequence[Tensor], layout: Layout) -> bool:
         samples, first = len(self._factors), cotangents[0]
-        # Any direction without a pattern will do; random numbers take longer.
-        direction = torch.arange(1, first.numel() // samples + 1, device=first.device).double().square().sin().to(first)
+        size = first.numel() // samples
+        if size not in self._directions:  # any without a pattern will do
+            self._directions[size] = torch.arange(1, size + 1, device=first.device).double().square().sin().to(first)
+        direction = self._directions[size]
         found = torch.stack([arranged(one, samples, layout).flatten(1) @ direction for one in cotangents])
         difference = found[-1] - (self._weights @ found[:-1]) * self._factors
         return bool((difference.abs() <= 1e4 * torch.finfo(found.dtype).eps * found[-1].abs().max()).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,11 +23,21 @@ from lightning_flatness.errors import GraphError
 from lightning_flatness.precision import allclose_for_dtype
 
 
+_TAPS = 4  # at least so many are differentiated together
+
+
 def bytes_per_sample(network: Network) -> int:
     """Return an estimate of what the derivatives of one sample take."""
-    graph = network.recorded.graph
-    taps = sum(graph.tensor_of(graph.operations[number].results[0]).numel() for number in network.plan.uses)
-    return 2 * (len(network.factor) + 1) * taps // len(network.values) * network.values.element_size()
+    graph, plan = network.recorded.graph, network.plan
+    sizes, together, largest = [], 0, 0
+    for number in sorted(plan.uses.keys() | plan.ends):
+        if number in plan.uses:
+            sizes.append(graph.tensor_of(graph.operations[number].results[0]).numel())
+        largest = max(largest, sum(sizes[together:]))
+        if number in plan.ends and len(sizes) >= together + _TAPS:
+            together = len(sizes)
+    numbers = 3 * sum(sizes) + 2 * (len(network.factor) + 1) * largest
+    return numbers // len(network.values) * network.values.element_size()
 
 
 def contributions(network: Network, part: slice, chunk_bytes: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -75,9 +86,7 @@ def _cotangents(replay: Replay, columns: Tensor) -> Iterator[tuple[Tap, Layout, 
     weights, factors = (values.to(columns) for values in drawn)
     structure = Structure(weights, factors)
     tested = (torch.tensordot(weights, columns, 1) * factors.unsqueeze(1)).unsqueeze(0)
-    pulled = _pulled_back(replay, torch.cat([columns, tested]).reshape(-1, *replay.output.shape))
-    for tap in replay.taps:
-        cotangents = pulled.pop(0)
+    for tap, cotangents in _pulled_back(replay, [*torch.cat([columns, tested]).reshape(-1, *replay.output.shape)]):
         if (layout := structure.layout(cotangents, tap.has_channels)) is None:
             raise GraphError("the logits of one sample depend on another sample")
         yield tap, layout, [arranged(one, samples, layout) for one in cotangents[:-1]]
@@ -108,10 +117,20 @@ def _of_columns(network: Network, replay: Replay, columns: Tensor) -> dict[str, 
     return {name: values for name, values in found.items() if name not in plan.left_out}
 
 
-def _pulled_back(replay: Replay, outputs: Tensor) -> list[list[Tensor]]:
-    """Return the cotangents at every tap, one of its shape for each output."""
-    values = [tap.value for tap in replay.taps]
-    rows = (
-        torch.autograd.grad(replay.output, values, row, retain_graph=True, materialize_grads=True) for row in outputs
-    )
-    return list(map(list, zip(*rows, strict=True)))
+def _pulled_back(replay: Replay, rows: list[Tensor]) -> Iterator[tuple[Tap, list[Tensor]]]:
+    """Yield every tap, the last parts of the network first, with the cotangents of all rows at it."""
+    ends: list[tuple[int, Tensor | None]] = [(0, None)]
+    for count, value in replay.ends:
+        if ends[-1][0] + _TAPS <= count < len(replay.taps):
+            ends.append((count, value))
+    ends.append((len(replay.taps), replay.output))
+    for (start, source), (stop, end) in list(pairwise(ends))[::-1]:
+        assert end is not None
+        taps = replay.taps[start:stop]
+        values = [*(tap.value for tap in taps), *([] if source is None else [source])]
+        pulled = [torch.autograd.grad(end, values, row, retain_graph=True, materialize_grads=True) for row in rows]
+        cotangents = list(map(list, zip(*pulled, strict=True)))
+        del pulled
+        rows = cotangents.pop() if source is not None else []
+        while taps:
+            yield taps.pop(), cotangents.pop()
