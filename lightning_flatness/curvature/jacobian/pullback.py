@@ -22,7 +22,6 @@ from lightning_flatness.curvature.jacobian.replay import Replay, Tap
 from lightning_flatness.errors import GraphError
 from lightning_flatness.precision import allclose_for_dtype
 
-
 _TAPS = 4  # at least so many are differentiated together
 
 
