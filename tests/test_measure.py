@@ -384,6 +384,16 @@ def test_a_gauss_newton_value_is_labelled() -> None:
     assert several.to_dict()["layers"]["head"]["curvature"] == "hessian"
 
 
+def test_fused_attention_runs_by_steps() -> None:
+    case = next(case for case in LAYER_CASES if case.name == "encoder layer")
+    model, (x, y) = case.model(), case.data()
+    assert torch.backends.mha.get_fastpath_enabled()
+    report = measure(model, [(x, y)], layer="layer.linear1", method="jacobian")
+    trace, _ = gauss_newton(model, "layer.linear1.weight", x, y)
+    assert_same(report.hessian_trace, trace.mean(), rtol=1e-9)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_an_estimate_is_labelled_and_has_its_standard_error() -> None:
     model, (x, y) = LENET.model(), LENET.data()
     batches = list(in_batches(x, y, 2, len(x) - 2))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from layer_cases import CASES, CLASSES, Case, Loss, Twice, gauss_newton, measured, recorded, whole_trace
 from recorded import Measured
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_flatness import JacobianMethod, UnsupportedTailError, oracle
 from lightning_flatness.functional import standard_error
@@ -65,6 +66,25 @@ def test_behind_curved_steps_it_is_the_gauss_newton_part(case: Case) -> None:
         torch.testing.assert_close(quantities.relative_flatness, relative, **close)
     total = sum(gauss_newton(model, name, x, y)[0] for name, _ in model.named_parameters())
     torch.testing.assert_close(found.network, total, **close)
+
+
+@pytest.mark.parametrize("name", ["SiLU", "LayerNorm", "squeeze and excitation", "attention"])
+def test_the_gauss_newton_part_equals_that_of_another_package(name: str) -> None:
+    curvlinops = pytest.importorskip("curvlinops", reason="curvlinops is not installed; `make bench` installs it")
+    model, (x, y) = NAMED[name].model(), NAMED[name].data()
+    found, total = measured(model, x, y), 0.0
+    for parameter_name, parameter in model.named_parameters():
+        data = [(x, y)]
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no forward derivative
+            operator = curvlinops.GGNLinearOperator(
+                model, nn.CrossEntropyLoss(), [parameter], data, check_deterministic=False
+            )
+            trace = float((operator @ torch.eye(parameter.numel(), dtype=torch.float64)).trace())
+        total += trace
+        layer = parameter_name.removesuffix(".weight")
+        if layer in found.by_layer:
+            assert float(found.by_layer[layer].hessian_trace.mean()) == pytest.approx(trace, rel=1e-6)
+    assert float(found.network.mean()) == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
