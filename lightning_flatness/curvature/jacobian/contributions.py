@@ -76,17 +76,17 @@ class Structure:
         return bool((difference.abs() <= 1e4 * torch.finfo(found.dtype).eps * found[-1].abs().max()).all())
 
 
-def vector(tap: Tap, use: Use, cotangents: Tensor, layout: Layout, shape: torch.Size) -> Tensor | None:
-    """Return the gradient with respect to a bias, a scale or a copy of a parameter, shape (n, *shape).
+def vector(tap: Tap, use: Use, cotangents: Tensor, layout: Layout) -> Tensor | None:
+    """Return the gradient with respect to a bias, a scale or a copy of a parameter, shape (n, *shape of it).
 
     Args:
         tap: where it acts.
         use: how.
         cotangents: arranged, shape (n, v, ...).
         layout: of the tap.
-        shape: of the argument.
     """
     if use.role == "copy":
+        shape = tap.arguments[use.argument].shape
         axis = 1 if layout == "second" else 0
         kept = [1] * (tap.value.dim() - len(shape)) + list(shape)
         if kept[axis] != 1:

@@ -21,7 +21,7 @@ _ROLES: dict[str, tuple[str, dict[str, Role]]] = {
     "addmm": ("mat1", {"mat2": "weight", "self": "bias"}),
     "mm": ("self", {"mat2": "weight"}),
 }
-_BROADCAST = ("add", "sub", "rsub", "mul", "div", "_prelu_kernel")
+_BROADCAST = ("add", "sub", "rsub", "mul", "div", "prelu", "_prelu_kernel")
 _EXPANSIONS = ("expand", "repeat")
 # Where there are as many numbers as before, these are the same ones, in the same order.
 _COPIES = (

@@ -93,7 +93,7 @@ def _cotangents(replay: Replay, columns: Tensor) -> Iterator[tuple[Tap, Layout, 
 
 def _of_columns(network: Network, replay: Replay, columns: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return trace and relative flatness that each column contributes to each parameter, shape (n, m)."""
-    plan, graph = network.plan, network.recorded.graph
+    plan = network.plan
     layers: dict[str, list[tuple[Tap, Use, Tensor, Layout]]] = {}
     vectors: dict[str, Tensor] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -102,8 +102,7 @@ def _of_columns(network: Network, replay: Replay, columns: Tensor) -> dict[str, 
             if use.role == "weight":
                 layers.setdefault(use.parameter, []).append((tap, use, torch.stack(chosen, 1), layout))
                 continue
-            shape = graph.tensor_of(use.node).shape
-            gradients = [vector(tap, use, one, layout, shape) for one in chosen]
+            gradients = [vector(tap, use, one, layout) for one in chosen]
             if any(gradient is None for gradient in gradients):
                 plan.left_out[use.parameter] = "each sample has numbers of its own in it"
                 continue

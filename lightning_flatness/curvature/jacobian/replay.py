@@ -104,6 +104,11 @@ class Replay:
             return result, *[result.detach().flatten()[:0]] * (len(operation.results) - 1)
         if kind == "broadcast":
             (use,) = uses
+            if operation.name == "prelu":  # whole as inference mode records it; its weight is of the channels
+                x, copies = args[0], args[1].reshape(-1, *[1] * (args[0].dim() - 2))
+                named["weight"], copies = copies, copies.expand(x.shape)
+                copies = self._tapped(None, copies, Tap(copies, uses, named))
+                return torch.where(x > 0, x, copies * x)
             shape = torch.broadcast_shapes(*(arg.shape for arg in args if isinstance(arg, Tensor)))
             copies = named[use.argument].expand(shape)
             copies = self._tapped(None, copies, Tap(copies, uses, named))
