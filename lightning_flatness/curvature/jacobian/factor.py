@@ -1,4 +1,4 @@
-"""The curvature of the loss as a product of factors, whose rows are pulled back: all of them, or two estimating it."""
+"""The curvature of the loss as a product of factors, whose rows are pulled back: all, or some of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.curvature.objective import Objective
-from lightning_flatness.functional import sign_probe, two_pass_cotangents
+from lightning_flatness.errors import Refusal
+from lightning_flatness.functional import longest_first, sign_probe, two_pass_cotangents
 from lightning_flatness.losses import CrossEntropy, cotangents
 
 
@@ -49,3 +50,22 @@ def estimated_factor(goal: Objective, generator: torch.Generator) -> tuple[Tenso
     chosen = ((rows * (positive == kind).unsqueeze(-1)).transpose(0, 1) for kind in kinds)
     probes = torch.stack([sign_probe(each, generator) for each in chosen])
     return probes, None if signs is None else kinds.unsqueeze(1).expand(-1, rows.shape[1])
+
+
+def longest_factor(goal: Objective, count: int) -> tuple[Tensor, None]:
+    """Return the longest rows of each sample, whose curvature is a lower bound; see `loss_factor`.
+
+    Args:
+        goal: what the loss is as a function of the cut.
+        count: how many rows.
+
+    Raises:
+        UnsupportedTailError: if some rows have negative signs.
+    """
+    rows, signs = loss_factor(goal)
+    if signs is not None:
+        raise Refusal(
+            "A lower bound needs a loss that is convex where the network ends; this one has negative curvature for "
+            "some samples. Leave `longest` out."
+        ).error()
+    return longest_first(rows.transpose(0, 1))[:, :count].transpose(0, 1), None

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_flatness.curvature.jacobian.factor import estimated_factor, longest_factor, loss_factor
 from lightning_flatness.curvature.jacobian.mean_hessian import LayerGradients
 from lightning_flatness.curvature.jacobian.network import Network, network_of
 from lightning_flatness.curvature.jacobian.pullback import bytes_per_sample, contributions, gradients
+from lightning_flatness.curvature.objective import Objective
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import Refusal, require_counts
+from lightning_flatness.errors import Refusal, require_counts, require_optional_counts
 from lightning_flatness.losses import Differentiated
 from lightning_flatness.precision import full_precision
 from lightning_flatness.recording.dispatch import not_recorded
@@ -42,6 +45,7 @@ class LayerQuantities:
         network_curvature: whether `network` belongs to the Hessian or to its Gauss-Newton part.
         is_estimate: whether trace and relative flatness are unbiased estimates; `functional.standard_error` of
             them is the error of their mean.
+        is_lower_bound: whether they are lower bounds for every sample.
     """
 
     by_layer: dict[str, SampleQuantities]
@@ -49,6 +53,7 @@ class LayerQuantities:
     left_out: tuple[str, ...] = ()
     network_curvature: Curvature = "hessian"
     is_estimate: bool = False
+    is_lower_bound: bool = False
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -72,9 +77,11 @@ class JacobianMethod:
         chunk_bytes: how much memory the derivatives may take at once; samples are measured in groups that fit.
         estimate: two backward passes instead of one for each factor: trace and relative flatness are unbiased
             estimates, see `functional.two_pass_cotangents`. Their random signs come from a generator of their own.
+        longest: only so many factors of each sample, those that are longest in the logits: trace and relative flatness
+            are lower bounds, see `functional.longest_first`. None: all.
 
     Raises:
-        ValueError: if `chunk_bytes` is not a whole number, at least 1.
+        ValueError: if `chunk_bytes` or `longest` is not a whole number, at least 1, or there is an estimate as well.
 
     Example:
         >>> method = JacobianMethod()
@@ -83,11 +90,19 @@ class JacobianMethod:
 
     name = "jacobian"
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES, estimate: bool = False) -> None:
-        """Check the argument."""
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES, estimate: bool = False, longest: int | None = None) -> None:
+        """Check the arguments."""
         require_counts(chunk_bytes=chunk_bytes)
+        require_optional_counts(longest=longest)
+        if estimate and longest is not None:
+            raise ValueError(f"An estimate takes no `longest` factors; got `longest={longest}`. Leave one of them out.")
         self._chunk_bytes = chunk_bytes
-        self._signs = torch.Generator().manual_seed(0) if estimate else None
+        self._is_estimate, self._is_bound = estimate, longest is not None
+        self._factor: Callable[[Objective], tuple[Tensor, Tensor | None]] = loss_factor
+        if estimate:
+            self._factor = partial(estimated_factor, generator=torch.Generator().manual_seed(0))
+        elif longest is not None:
+            self._factor = partial(longest_factor, count=longest)
 
     def quantities(self, recorded: RecordedLayers, samples: slice = slice(None)) -> LayerQuantities:
         """Return the quantities of a recorded pass, for the samples that the loss depends on.
@@ -100,7 +115,7 @@ class JacobianMethod:
             UnsupportedTailError: if the samples are coupled, or a step cannot be repeated or differentiated.
             NonFiniteError: if the logits hold NaN.
         """
-        return self._measured(recorded, lambda network: self._quantities(network, samples), self._signs)
+        return self._measured(recorded, lambda network: self._quantities(network, samples), self._factor)
 
     def gradients(self, recorded: RecordedLayers, layer: str, samples: slice = slice(None)) -> LayerGradients:
         """Return the rows whose outer products are the layer's curvature; arguments and errors as for `quantities`.
@@ -112,15 +127,13 @@ class JacobianMethod:
         """
         return self._measured(recorded, lambda network: self._gradients(network, layer, samples))
 
-    def _measured(
-        self, recorded: RecordedLayers, measure: Callable[[Network], _T], signs: torch.Generator | None = None
-    ) -> _T:
+    def _measured(self, recorded: RecordedLayers, measure: Callable[[Network], _T], factor: Any = loss_factor) -> _T:
         device = recorded.graph.tensor_of(recorded.loss).device
         with ExitStack() as stack:
             for context in (not_recorded(), torch.inference_mode(False), full_precision(device)):
                 stack.enter_context(context)
             try:
-                return measure(network_of(recorded, signs))
+                return measure(network_of(recorded, factor))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what cannot be repeated, or has no derivative
@@ -150,11 +163,11 @@ class JacobianMethod:
             for layer, weight in network.recorded.layers.items()
             if weight in covered and plan.is_weight(weight)
         }
-        is_estimate = self._signs is not None
         if not network.recorded.is_whole:
-            return LayerQuantities(by_layer, is_estimate=is_estimate)
+            return LayerQuantities(by_layer, is_estimate=self._is_estimate, is_lower_bound=self._is_bound)
         total = torch.stack([trace for trace, _ in covered.values()]).sum(0)
-        return LayerQuantities(by_layer, total, tuple(plan.left_out), _curvature(network, *covered), is_estimate)
+        kind = _curvature(network, *covered)
+        return LayerQuantities(by_layer, total, tuple(plan.left_out), kind, self._is_estimate, self._is_bound)
 
     def _by_groups(self, network: Network, kept: Tensor, measure: Callable[[slice], _T]) -> list[tuple[slice, _T]]:
         """Return what a function has for groups of samples that fit into memory, as far as some of them are kept."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_flatness.curvature.jacobian.factor import estimated_factor, loss_factor
+from lightning_flatness.curvature.jacobian.factor import loss_factor
 from lightning_flatness.curvature.jacobian.plan import Plan
 from lightning_flatness.curvature.objective import Objective, objective
 from lightning_flatness.errors import NonFiniteError, Refusal
@@ -41,21 +43,24 @@ class Network:
     grams: dict[str, Tensor]
 
 
-def network_of(recorded: RecordedLayers, random_signs: torch.Generator | None = None) -> Network:
+_Factor: TypeAlias = Callable[[Objective], tuple[Tensor, Tensor | None]]
+
+
+def network_of(recorded: RecordedLayers, factor: _Factor = loss_factor) -> Network:
     """Return what a record is made of.
 
     Args:
         recorded: one pass.
-        random_signs: makes two rows that estimate the curvature; None: all rows.
+        factor: makes the rows of the loss's curvature, see `factor.py`.
 
     Raises:
         UnsupportedTailError: if the logits or the uses of a layer's weight are not what they must be.
         NonFiniteError: if the logits hold NaN.
     """
-    return _network_up_to(recorded, network_end(recorded), random_signs)
+    return _network_up_to(recorded, network_end(recorded), factor)
 
 
-def _network_up_to(recorded: RecordedLayers, cut: Cut, random_signs: torch.Generator | None) -> Network:
+def _network_up_to(recorded: RecordedLayers, cut: Cut, make_factor: _Factor) -> Network:
     values = _values(recorded, cut)
     if broken := int(values.flatten(1).isnan().any(1).sum()):
         raise NonFiniteError(
@@ -67,7 +72,7 @@ def _network_up_to(recorded: RecordedLayers, cut: Cut, random_signs: torch.Gener
     if isinstance(goal, Refusal):
         raise goal.error()
     if goal.head_curvature is not None and goal.cut != cut:  # the same end whichever layers are measured
-        return _network_up_to(recorded, goal.cut, random_signs)
+        return _network_up_to(recorded, goal.cut, make_factor)
     plan = Plan(recorded, cut, len(values))
     if not recorded.is_whole and not all(map(plan.is_weight, recorded.layers.values())):
         reasons = "; ".join(f"`{name}`: {plan.left_out.get(name, 'it is none')}" for name in recorded.layers.values())
@@ -75,7 +80,7 @@ def _network_up_to(recorded: RecordedLayers, cut: Cut, random_signs: torch.Gener
             f"Each layer to measure must use its weight in a linear layer or a convolution alone; {reasons}. "
             f"Name other layers.\n  path: {recorded.path}"
         ).error()
-    factor, signs = loss_factor(goal) if random_signs is None else estimated_factor(goal, random_signs)
+    factor, signs = make_factor(goal)
     captures, inputs = recorded.graph.captures, recorded.graph.inputs
     weights = {name: upcast(captures.value(inputs[recorded.parameters[name]])) for name in recorded.layers.values()}
     grams = {name: rows @ rows.mT for name, rows in ((name, weight.flatten(1)) for name, weight in weights.items())}

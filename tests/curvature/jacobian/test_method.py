@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -218,6 +219,24 @@ def test_what_has_no_values_of_single_samples_is_refused(build, loss, reason) ->
 
 def mlp_in_training() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).train()
+
+
+def test_the_longest_factors_give_a_lower_bound_for_every_sample() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7)).double()
+    x, y = torch.randn(1000, 6).double(), torch.arange(1000) % 7
+    bounds = [measured(model, x, y, longest=count) for count in (1, 3, 6)]
+    values = [measured(model, x, y), *bounds[::-1]]
+    for more, fewer in pairwise(values):
+        for layer in ("0", "2"):
+            for name in ("hessian_trace", "relative_flatness"):
+                upper, lower = (getattr(each.by_layer[layer], name) for each in (more, fewer))
+                assert (lower <= upper * (1 + 1e-12)).all()
+                assert (lower >= 0).all()
+    torch.testing.assert_close(values[1].network, values[0].network)  # six rows are all
+    assert [each.is_lower_bound for each in values] == [False, True, True, True]
+    with pytest.raises(ValueError, match="longest"):
+        JacobianMethod(estimate=True, longest=2)
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "squared error of probabilities"])

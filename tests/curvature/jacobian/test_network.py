@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from layer_cases import CASES, CLASSES, recorded
 
+from lightning_flatness.curvature.jacobian.factor import estimated_factor
 from lightning_flatness.curvature.jacobian.network import network_end, network_of
 from lightning_flatness.errors import NonFiniteError
 
@@ -20,7 +23,7 @@ def test_it_ends_in_the_logits_and_has_one_row_fewer_than_classes(name: str) -> 
     torch.testing.assert_close(network.values, model(x).detach())
     assert (network.factor.shape, network.signs) == ((CLASSES - 1, len(x), CLASSES), None)
     assert network_end(network.recorded) == network.cut
-    estimated = network_of(network.recorded, torch.Generator())
+    estimated = network_of(network.recorded, partial(estimated_factor, generator=torch.Generator()))
     assert estimated.factor.shape == (2, len(x), CLASSES)
 
 
