@@ -15,6 +15,7 @@ from lightning_flatness.recording.layers_recorder import LayersRecorder
 from lightning_flatness.recording.recorded_layers import RecordedLayers
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import ForwardRecorder
+from lightning_flatness.reporting.page import html_report
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule
 from lightning_flatness.spectrum import LayerSpectrum, spectrum
 
@@ -32,6 +33,7 @@ __all__ = [  # noqa: RUF022  grouped by what they are for
     "ReduceLR",
     "Notify",
     "FlattestCheckpoint",
+    "html_report",
     # Measure a model once.
     "measure",
     "FlatnessReport",

@@ -1,12 +1,12 @@
-"""`python -m lightning_flatness` runs the demo, `python -m lightning_flatness measure ...` measures checkpoints."""
+"""`python -m lightning_flatness` runs the demo; `measure ...` measures checkpoints, `report ...` shows log folders."""
 
 from __future__ import annotations
 
 import sys
 
-from lightning_flatness import checkpoints, demo
+from lightning_flatness import checkpoints, demo, report
 
-COMMANDS = {"demo": demo.main, "measure": checkpoints.main}
+COMMANDS = {"demo": demo.main, "measure": checkpoints.main, "report": report.main}
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_flatness.actions import escalation
-from lightning_flatness.keys import CHURN, OF_LAYER, keys_of, keys_of_layers
+from lightning_flatness.keys import CHURN, LABELLED, OF_LAYER, keys_of, keys_of_layers
 from lightning_flatness.reporting.console import say
 from lightning_flatness.reporting.loggers import Loggers, log_step
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
@@ -55,7 +55,8 @@ class RuleRunner:
         self._trackers = [RuleTracker(rule) for rule in self.rules]
         self._loggers = loggers or Loggers(suffix)
         self._suffix = suffix
-        self._of_layers: list[str] = []  # keys that layers may have, with both labels
+        # Keys that may be logged, with both labels: of the one layer, or of several.
+        self._labelled = [f"{key}{suffix}" for pair in LABELLED.items() for key in pair]
         self._absent: frozenset[str] = frozenset()  # keys that the method does not give
         self._recent = 0  # from this alert on, they began in the previous validation
         self._is_resuming = False  # a checkpoint has been loaded, and what its alerts had begun is not yet taken up
@@ -93,16 +94,16 @@ class RuleRunner:
         Raises:
             ValueError: if there is one; it lists the keys that may be logged.
         """
-        self._of_layers = [f"{key}{self._suffix}" for key in keys_of_layers(layers, is_whole)]
+        self._labelled = [f"{key}{self._suffix}" for key in keys_of_layers(layers, is_whole)]
         common = [f"{key}{self._suffix}" for key in keys_of(method) if key not in OF_LAYER]
-        self.require_keys(self._of_layers + common)
+        self.require_keys(self._labelled + common)
 
-    def set_aside_layers(self, values: Collection[str], method: str) -> list[str]:
-        """Do as `set_aside` with the keys of layers that no loader has a value for, as with another label."""
-        if not values or not self._of_layers:
+    def set_aside_labels(self, values: Collection[str], method: str, others: Sequence[str] = ()) -> list[str]:
+        """Do as `set_aside` with the keys that no loader has a value for, as with another label, and with others."""
+        if not values:
             return []
         given = {_LOADER.sub("", key) for key in values}
-        return self.set_aside([key for key in self._of_layers if key not in given], method)
+        return self.set_aside([*others, *(key for key in self._labelled if key not in given)], method)
 
     def observe(self, values: Mapping[str, float], trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate all rules on the values of one validation, and act on their alerts.

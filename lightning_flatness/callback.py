@@ -19,7 +19,7 @@ from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
-from lightning_flatness.keys import CHURN, keys_of
+from lightning_flatness.keys import CHURN, LABELLED, keys_of
 from lightning_flatness.losses import as_loss
 from lightning_flatness.recording.layers_recorder import LayersRecorder
 from lightning_flatness.reporting.display import Display, Displayed
@@ -50,7 +50,7 @@ class FlatnessMonitor(Displayed):
     Several monitors in one Trainer need names of their own, `name=...`.
 
     Args:
-        layer: name of the monitored convolution; None: the deepest that runs on a map larger than 1 x 1. For
+        layer: name of the monitored convolution; None: the deepest. For
             `method="jacobian"` the name of any linear layer or convolution, several names, or `"all"`: every one of
             them, and the trace of the whole network.
         classifier: name of the linear classifier; None: found.
@@ -132,7 +132,7 @@ class FlatnessMonitor(Displayed):
         self.every_n_validations = every_n_validations
         self.target = target
         self.loss = None if loss is None else as_loss(loss)
-        self.name = name if name is not None else "train" if data == "train" else ""
+        self.name = _checked_name("train" if name is None and data == "train" else name or "")
         self.per_sample = per_sample
         self.samples: SampleHistory | None = None
         self.strict = strict
@@ -183,7 +183,7 @@ class FlatnessMonitor(Displayed):
             self.samples = SampleHistory() if self.per_sample else None
             self.display.begin()
         if self.method != "jacobian":  # whose layers may not exist yet
-            self._runner.require_keys([f"{key}{self._suffix}" for key in keys_of(self.method)])
+            self._runner.require_keys([f"{key}{self._suffix}" for key in (*keys_of(self.method), *LABELLED.values())])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of the modules before the first batch; say what this training will not do."""
@@ -275,7 +275,7 @@ class FlatnessMonitor(Displayed):
             self._layers |= layers
         if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
             values = {}
-        sentences += self._runner.set_aside_layers(values, self.method)
+        sentences += self._runner.set_aside_labels(values, self._choice.name if self._choice else self.method, lacking)
         for sentence in sentences:
             failures.warn_once(f"{failures.label} {sentence}")
         mark_missing(trainer, self._logged - set(values))
@@ -343,6 +343,13 @@ class FlatnessMonitor(Displayed):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         _close(self)
+
+
+def _checked_name(name: str) -> str:
+    """Return the name of a monitor; refuse one with which its keys would be those of the Gauss-Newton part."""
+    if name.split("/")[0] == "ggn":
+        raise ValueError('`name` must not be "ggn", which ends keys of the Gauss-Newton part. Choose another one.')
+    return name
 
 
 def _join_other_namespace() -> None:

@@ -160,7 +160,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m lightning_flatness",
         description=__doc__,
-        epilog="`python -m lightning_flatness measure --help`: measure checkpoints of your own.",
+        epilog="`python -m lightning_flatness measure --help`: measure checkpoints of your own; `... report --help`: a "
+        "page of your log folders.",
     )
     parser.add_argument(
         "--epochs",

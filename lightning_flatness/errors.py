@@ -17,6 +17,13 @@ class GraphError(RuntimeError):
     """Recorded operations cannot be repeated faithfully."""
 
 
+class UnrepeatableError(GraphError):
+    """A pass is not what its record says: it draws random numbers, or something that nobody recorded took part in it.
+
+    No other method is tried then: that the pass cannot be repeated is no property of one layer.
+    """
+
+
 @dataclass(frozen=True)
 class Refusal:
     """The verdict that a network cannot be measured exactly.

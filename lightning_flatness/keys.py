@@ -29,6 +29,10 @@ NETWORK = "network"
 """Stands in the place of a layer's name."""
 OF_LAYER = (RELATIVE, TRACE)
 """The keys that each of several layers has."""
+RELATIVE_GGN = f"{RELATIVE}/ggn"
+TRACE_GGN = f"{TRACE}/ggn"
+LABELLED = {RELATIVE: RELATIVE_GGN, TRACE: TRACE_GGN}
+"""The keys of the Gauss-Newton part, which stand for those of the Hessian where this would take too long."""
 
 
 class Key(NamedTuple):
@@ -118,6 +122,7 @@ LOGGER_GROUPS: dict[str, tuple[str, ...]] = {
 the groups by the alphabet. These follow `flatness` and `margin`, which hold the headline."""
 
 _GROUP_OF = {key: group for group, keys in LOGGER_GROUPS.items() for key in keys}
+_KEY_OF = {f"{group}/{key.partition('/')[2]}": key for key, group in _GROUP_OF.items()}
 
 
 def keys_of(method: str) -> tuple[str, ...]:
@@ -145,6 +150,19 @@ def logger_key(key: str) -> str:
     """
     prefix, _, rest = key.partition("/")
     return f"{_GROUP_OF.get(quantity(key), prefix)}/{rest}"
+
+
+def key_of(name: str) -> str:
+    """Return the key that loggers have under a name, the inverse of `logger_key`.
+
+    Args:
+        name: as a logger has it.
+
+    Example:
+        >>> key_of("margin_quantiles/q05/train"), key_of("val_loss")
+        ('margin/q05/train', 'val_loss')
+    """
+    return f"{_KEY_OF.get(quantity(name), quantity(name))}{key_suffix(name)}"
 
 
 def quantity(key: str) -> str:

@@ -25,7 +25,7 @@ from lightning_flatness.data.passes import ASSUMED, device_of, measured_batches,
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
 from lightning_flatness.functional import standard_error
-from lightning_flatness.keys import CONFIDENCE, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
+from lightning_flatness.keys import CONFIDENCE, LABELLED, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.metrics.layers import LayerEvaluation, evaluation_of
@@ -45,8 +45,9 @@ class LayerFlatness:
     Attributes:
         relative_flatness: mean over samples; unit of the loss.
         hessian_trace: mean over samples; loss per squared weight.
-        curvature: `"hessian"`; `"ggn"` where both are those of the Gauss-Newton part, since the network is not known to
-            be piecewise linear behind the layer.
+        curvature: `"hessian"`; `"ggn"` where both are those of the Gauss-Newton part: for `"jacobian"` since the
+            network is not known to be piecewise linear behind the layer, for `"pooled"` since the head is curved and
+            large.
         standard_errors: of the two means, for `estimate=True`, see `functional.standard_error`; None: they are exact.
     """
 
@@ -81,8 +82,8 @@ class FlatnessReport:
             `hessian_trace/<layer>`; `network_trace` is that of each sample.
         method: `"pooled"`, the closed form under global pooling; `"classifier"`, that of the classifier's own weight;
             `"jacobian"`, backward passes.
-        exact: whether all numbers are those of the Hessian and none is an estimate; True for the first two methods,
-            which refuse what they cannot do exactly.
+        exact: whether all numbers are those of the Hessian, and none is an estimate. The first two methods refuse what
+            they cannot do exactly, but for curved heads behind which the Hessian would take longer than the network.
         assumed: what was assumed instead of proved, in words.
         reason: why the method was chosen, if it was not named.
         layers: the values of each layer by its name.
@@ -273,7 +274,7 @@ def measure(
     Args:
         model: any module; it is called with the inputs of each batch.
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
-        layer: name of the convolution; None: the deepest that runs on a map larger than 1 x 1. For
+        layer: name of the convolution; None: the deepest. For
             `method="jacobian"` the name of any linear layer or convolution, several names, or `"all"`: every one of
             them, and the trace of the whole network.
         classifier: name of the linear classifier; None: found.
@@ -364,7 +365,9 @@ def _report(
     if isinstance(evaluation, LayerEvaluation):
         parts, common = evaluation.by_part(), evaluation.common()
     else:
-        parts[str(recorder.layer)] = common, _ = evaluation.compute(), "hessian"
+        common = evaluation.compute()
+        plain = {key: common[label] for key, label in LABELLED.items() if label in common}
+        parts[str(recorder.layer)] = (plain, "ggn") if plain else (common, "hessian")
     values = _finite(common)
     whole, whole_curvature = parts.pop(None, ({}, "hessian"))
     trace = _finite(whole, "of the network").get(TRACE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -53,8 +53,8 @@ class LayerSpectrum:
             has negative eigenvalues, it is that of its Gauss-Newton part; None where this has some as well, and for
             `"leading"`.
         method: `"pooled"`, the closed form under global pooling, or `"jacobian"`, gradients of every sample and class.
-        curvature: `"hessian"`; `"ggn"`, the Gauss-Newton part of the Hessian, for `"jacobian"` where the network is not
-            known to be piecewise linear behind the layer.
+        curvature: `"hessian"`; `"ggn"`, the Gauss-Newton part of the Hessian: for `"jacobian"` where the network is not
+            known to be piecewise linear behind the layer, for `"pooled"` where the head is curved and large.
         assumed: what was assumed instead of proved, in words.
 
     Example:
@@ -163,7 +163,7 @@ def spectrum(
     Args:
         model: any module; it is called with the inputs of each batch.
         batches: an iterable of (inputs, targets), such as a `DataLoader`.
-        layer: name of a convolution or a linear layer; None: the last convolution that runs on a map larger than 1 x 1.
+        layer: name of a convolution or a linear layer; None: the deepest convolution.
         classifier: name of the linear classifier behind a pooled convolution; None: found.
         method: `"pooled"`: the closed form of a convolution under global pooling. `"jacobian"`: the gradients of every
             sample and class for the named layer, in any network; they are in memory at once. `"auto"`: the first if it
@@ -282,14 +282,18 @@ def _pooled(data: _Data, layer: str | None, classifier: str | None) -> _Found:
     recorder, method = ForwardRecorder(data.model, layer, classifier), _KeptDerivatives()
     measured: list[SampleQuantities] = data.measured(recorder, method)
     trace = torch.cat([quantities.hessian_trace for quantities in measured]).double().mean()
-    return _Found(PooledHessian([p for p in method.parts if len(p)]), float(trace), str(recorder.layer), "pooled")
+    hessian = PooledHessian([part for part in method.parts if len(part)])
+    return _Found(hessian, float(trace), str(recorder.layer), "pooled", _common(measured))
 
 
 def _by_gradients(data: _Data, layer: str) -> _Found:
     parts: list[LayerGradients] = data.measured(LayersRecorder(data.model, (layer,)), _Gradients(layer))
-    is_exact = all(part.curvature == "hessian" for part in parts)
     hessian = GradientHessian(parts)
-    return _Found(hessian, hessian.trace, layer, "jacobian", "hessian" if is_exact else "ggn")
+    return _Found(hessian, hessian.trace, layer, "jacobian", _common(parts))
+
+
+def _common(parts: Sequence[SampleQuantities | LayerGradients]) -> Curvature:
+    return "ggn" if any(part.curvature == "ggn" for part in parts) else "hessian"
 
 
 class _Gradients(NamedTuple):

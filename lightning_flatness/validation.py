@@ -307,15 +307,15 @@ class MeasuredValidation:
                 self._note_success(recorder, method, 0)
 
     def _note_success(self, recorder: Recorder, method: Method, loader: int) -> None:
-        self._layers[loader] = str(recorder.layer)
+        self._layers[loader] = self.facts["layer"] = str(recorder.layer)
         if isinstance(method, AutoMethod):
             self.choice = method.choice
-        method_name = method.name if self.choice is None else self.choice.name
-        self.facts |= {"layer": str(recorder.layer), "method": method_name}
+        method_name = self.facts["method"] = method.name if self.choice is None else self.choice.name
         if self.choice is not None and self.choice.reason and method_name != "pooled":
             self.facts["because"] = self.choice.reason
         layers = "every layer" if getattr(recorder, "is_whole", False) else f"`{recorder.layer}`"
-        self.measured = self.measured or f"{layers} up to the loss{self._assumed}{reason_of(self.choice)}"
+        label = self._evaluations[loader].label
+        self.measured = self.measured or f"{layers} up to the loss{self._assumed}{reason_of(self.choice)}{label}"
 
     def _samples_left(self, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""

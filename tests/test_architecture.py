@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -84,6 +85,18 @@ def test_the_core_is_enough_to_import(source: Path) -> None:
     allowed = ALONE[room_of(source)] if stands_alone else CORE | {PACKAGE.name}
     others = {name[0] for name in imported(nodes)} - sys.stdlib_module_names - allowed
     assert not others, f"{source} imports {others}"
+
+
+def test_the_import_brings_no_other_package() -> None:
+    """Neither matplotlib, tensorboard, jinja2 nor scipy, unless Lightning itself has imported them."""
+    code = """
+import sys, jaxtyping, lightning.pytorch, torchmetrics
+before = set(sys.modules)
+import lightning_flatness
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) - sys.stdlib_module_names - CORE == {PACKAGE.name}
 
 
 def code_lines(text: str) -> int:

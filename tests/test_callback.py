@@ -188,7 +188,7 @@ BAD: dict[str, tuple[str, Callable[[], Classifier], Callable[[TensorDataset], An
         lambda d: TensorDataset(with_nan(d.tensors[0]), d.tensors[1]),
     ),
     "network never called": (
-        "must run a convolution on a map larger than 1 x 1",
+        "must run a convolution that is more than a linear layer",
         lambda: Classifier(silent),
         lambda d: d,
     ),
@@ -598,3 +598,35 @@ def test_jacobian_refuses_before_the_first_batch(tmp_path: Any) -> None:
     module.network = torch.nn.Linear(2, 2).double()
     with pytest.raises(ValueError, match="`network` as well"):
         trainer(tmp_path, FlatnessMonitor("all", method="jacobian")).validate(module, verbose=False)
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_the_gauss_newton_part_has_keys_of_its_own(
+    tmp_path: Any, name: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the Hessian behind a curved head would take too long; never in the place of the Hessian's value."""
+    monkeypatch.setattr("lightning_flatness.curvature.pooled.method._HEAD_SIZE", 0.1)
+    suffix = f"/{name}" if name else ""
+    rules = [
+        Rule(monitor=f"flatness/relative{suffix}", rise=1.0, name="of the Hessian"),
+        Rule(monitor=f"flatness/relative/ggn{suffix}", above=0.0, patience=1, name="of the part"),
+    ]
+    module, monitor = Classifier(loaders=2), FlatnessMonitor(rules=rules, name=name)
+    module.net.head = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 3)).double()
+    run = trainer(tmp_path, monitor)
+    with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="`of the Hessian`.*inactive"):
+        run.fit(module)
+    assert "the Gauss-Newton part of trace and relative flatness alone" in str(monitor.measured)
+    assert {alert.rule_name for alert in monitor.alerts} == {"of the part"}
+    for index, loader in enumerate(module.val_dataloader()):
+        report = measure(module, loader)
+        assert (report.exact, report.curvature, report.scale_free_flatness) == (False, "ggn", None)
+        assert str(report).count("of the Gauss-Newton part") == 2
+        logged = {key: float(value) for key, value in run.callback_metrics.items() if key.endswith(f"idx_{index}")}
+        for key, value in (("relative", report.relative_flatness), ("trace", report.hessian_trace)):
+            assert logged[f"flatness/{key}/ggn{suffix}/dataloader_idx_{index}"] == pytest.approx(value)
+            assert f"flatness/{key}{suffix}/dataloader_idx_{index}" not in logged
+        assert not any("scale_free" in key and "margin" not in key for key in logged)
+    for wrong in ("ggn", "ggn/mine"):
+        with pytest.raises(ValueError, match=r"`name` must not be"):
+            FlatnessMonitor(name=wrong)

@@ -14,6 +14,7 @@ from lightning_flatness.keys import (
     KEYS,
     LOGGER_GROUPS,
     Key,
+    key_of,
     key_suffix,
     keys_of,
     logger_key,
@@ -57,5 +58,7 @@ def test_loggers_have_the_headline_first_and_every_other_key_in_one_group() -> N
         for key in keys:
             assert logger_key(f"{key}/train/dataloader_idx_1") == f"{group}/{key.split('/')[1]}/train/dataloader_idx_1"
             assert quantity(f"{key}/train/dataloader_idx_1") == key
+            assert key_of(logger_key(f"{key}/train")) == f"{key}/train"
         assert f"| `{group}` | {', '.join(f'`{key}`' for key in keys)} |" in PAGE
-    assert logger_key("own/key") == "own/key"
+    assert logger_key("own/key") == key_of("own/key") == "own/key"
+    assert [key_of(key) for key in HEADLINE] == list(HEADLINE)

@@ -5,10 +5,11 @@ Hessian of the cross-entropy with respect to the weight `W` is
 
     H = J^T (diag(S) - S S^T) J + sum_c (S - y)_c d2 phi_c / dW2.
 
-`J` is the Jacobian of all logits with respect to the weight. The second term is computed from the convolution's output
-`z`, which is linear in the weight. Two Hessian-vector products give the Hessian with respect to `z` where it is
-diagonal: the product with ones is the diagonal, and the product with a random vector must scale that vector entry by
-entry. Where it does not, an `AssertionError` says so.
+`J` is the Jacobian of all logits with respect to the weight. The second term is computed from the layer's output `z`,
+which is linear in the weight. Two Hessian-vector products give the Hessian with respect to `z` where it is diagonal:
+the product with ones is the diagonal, and the product with a random vector must scale that vector entry by entry. Where
+it does not, as with a curved head behind the pooling, all columns are computed. The logits must be linear in the output
+of a linear layer; an `AssertionError` says if they are not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.func import functional_call, grad, jacrev, vjp
 
 
 class Flatness(NamedTuple):
-    """The two numbers of a convolution; per sample of shape (n,)."""
+    """The two numbers of a layer; per sample of shape (n,)."""
 
     trace: Tensor
     relative: Tensor
@@ -62,21 +63,32 @@ def _sample(model: nn.Module, layer: str, image: Tensor, label: int) -> tuple[Fl
     return first, _second_order(model, model.get_submodule(layer), image, gradient.detach())
 
 
-def _second_order(model: nn.Module, conv: nn.Module, image: Tensor, gradient: Tensor) -> Flatness:
+def _second_order(model: nn.Module, layer: nn.Module, image: Tensor, gradient: Tensor) -> Flatness:
     """Return what `sum_c gradient_c d2 phi_c / dW2` adds to both numbers."""
-    inputs, z = _call_of(model, conv, image)
+    inputs, z = _call_of(model, layer, image)
 
     def weighted_logits(free: Tensor) -> Tensor:
-        with _Hook(conv, lambda module, args, output: free.clone()):
+        with _Hook(layer, lambda module, args, output: free.clone()):
             return gradient @ logits_of(model(image))[0]
 
     pull: Callable[[Tensor], tuple[Tensor]] = vjp(grad(weighted_logits), z)[1]
     diagonal, shake = pull(torch.ones_like(z))[0].detach(), torch.rand_like(z)
-    rounding = 1e-12 * float(diagonal.abs().amax())
-    torch.testing.assert_close(pull(shake)[0].detach(), diagonal * shake, rtol=1e-9, atol=rounding)
-    squared_norm = _patches(conv, inputs).square().sum(1).repeat_interleave(conv.out_channels // conv.groups, 0)
-    by_filter = (diagonal.flatten(2)[0] * squared_norm).sum(1)
-    return Flatness(by_filter.sum(), by_filter @ conv.weight.detach().flatten(1).square().sum(1))
+    if isinstance(layer, nn.Linear):
+        assert not pull(shake)[0].any(), "The logits are curved in the linear layer's output."
+        return Flatness(diagonal.sum(), diagonal.sum())
+    patches, weight = _patches(layer, inputs), layer.weight.detach().flatten(1)
+    group = torch.arange(len(weight)) // (len(weight) // len(patches))
+    shaken, expected = pull(shake)[0].detach(), diagonal * shake
+    if torch.allclose(shaken, expected, rtol=1e-9, atol=1e-12 * float(diagonal.abs().amax())):
+        by_filter = (diagonal.flatten(2)[0] * patches.square().sum(1)[group]).sum(1)
+        return Flatness(by_filter.sum(), by_filter @ weight.square().sum(1))
+    units = torch.eye(z.numel()).to(z).reshape(-1, *z.shape)
+    columns = torch.stack([pull(unit)[0].detach() for unit in units])
+    size = len(weight), z[0, 0].numel()
+    hessian = columns.reshape(size + size)  # (k, s, l, t)
+    gram = torch.einsum("gds,hdt->gsht", patches, patches)
+    blocks = torch.stack([torch.einsum("slt,slt->l", hessian[k], gram[group[k]][:, group]) for k in range(len(weight))])
+    return Flatness(blocks.trace(), (blocks * (weight @ weight.T)).sum())
 
 
 def _patches(conv: nn.Module, inputs: Tensor) -> Tensor:
@@ -89,12 +101,12 @@ def _patches(conv: nn.Module, inputs: Tensor) -> Tensor:
     return seen.reshape(conv.groups, -1, seen[0, 0].numel())
 
 
-def _call_of(model: nn.Module, conv: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Return input and output of the one call of a convolution."""
+def _call_of(model: nn.Module, layer: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return input and output of the one call of a layer."""
     calls = []
     with (
         torch.no_grad(),
-        _Hook(conv, lambda module, args, output: calls.append((args[0].clone(), output.clone()))),
+        _Hook(layer, lambda module, args, output: calls.append((args[0].clone(), output.clone()))),
     ):
         model(image)
     ((inputs, output),) = calls

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,11 +21,11 @@ from models import ARCHITECTURES, CLASSES, Architecture, generic
 from reference import Flatness, logits_of, terms
 from torch import Tensor, nn
 
-from lightning_flatness import UnsupportedTailError, measure
+from lightning_flatness import FlatnessReport, UnsupportedTailError, measure
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "zoo.md"
 MARK = "<!-- table -->\n"
-HEADING = ("library", "architecture", "convolution or reason", "float64", "float32", "float32 logits")
+HEADING = ("library", "architecture", "method", "layer", "float64", "float32", "float32 logits", "why no convolution")
 SAMPLES, WORKERS = 2, 2
 BOUND_DOUBLE, BOUND_SINGLE = 1e-8, 1e-4
 
@@ -33,7 +34,9 @@ class Row(NamedTuple):
     """One line of the table; the errors are None for a network that was refused."""
 
     architecture: Architecture
-    outcome: str
+    method: str  # or "refused"
+    layer: str
+    reason: str  # why no convolution is measured
     double: float | None = None
     single: float | None = None
     single_logits: float | None = None  # how far float32 moves the network's own logits
@@ -50,7 +53,13 @@ class Row(NamedTuple):
         """The line as text."""
         errors = (self.double, self.single, self.single_logits)
         numbers = ("" if error is None else f"{error:.0e}" for error in errors)
-        return (self.architecture.library, self.architecture.name, self.outcome, *numbers)
+        layer = f"`{self.layer}`" if self.layer else ""
+        return (self.architecture.library, self.architecture.name, self.method, layer, *numbers, self.reason)
+
+    @property
+    def outcome(self) -> tuple[str, str]:
+        """What must be as documented."""
+        return self.cells[2:4]
 
 
 def alone() -> None:
@@ -66,15 +75,16 @@ def examine(architecture: Architecture) -> Row:
     images = torch.randn(SAMPLES, *architecture.shape, generator=generator)
     labels = torch.randint(CLASSES, (SAMPLES,), generator=generator)
     try:
-        layer, double = measured(model.double(), images.double(), labels)
+        report, double = measured(model.double(), images.double(), labels)
     except UnsupportedTailError as error:
-        return Row(architecture, f"refused: {reason(error)}")
-    expected, logits = terms(model, layer, images.double(), labels), predicted(model, images.double())
+        return Row(architecture, "refused", "", shortened(str(error)))
+    expected, logits = terms(model, report.layer, images.double(), labels), predicted(model, images.double())
     again, single = measured(model.float(), images, labels)
-    if again != layer:
-        raise AssertionError(f"{architecture.name}: `{layer}` is measured in float64, `{again}` in float32.")
+    if again.layer != report.layer:
+        raise AssertionError(f"{architecture.name}: `{report.layer}` in float64, `{again.layer}` in float32.")
     rounding = float((predicted(model, images) - logits).norm() / logits.norm())
-    return Row(architecture, f"`{layer}`", error_of(double, expected), error_of(single, expected), rounding)
+    errors = error_of(double, expected), error_of(single, expected), rounding
+    return Row(architecture, report.method, report.layer, shortened(report.reason), *errors)
 
 
 def predicted(model: nn.Module, images: Tensor) -> Tensor:
@@ -83,10 +93,10 @@ def predicted(model: nn.Module, images: Tensor) -> Tensor:
         return logits_of(model(images))
 
 
-def measured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[str, Flatness]:
-    """Return the layer that the package chooses, and its numbers per sample."""
-    report = measure(model, [(images, labels)], method="pooled", per_sample=True)
-    return report.layer, Flatness(report.samples["hessian_trace"], report.samples["relative_flatness"])
+def measured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[FlatnessReport, Flatness]:
+    """Return the report of the layer that the package chooses, and its numbers per sample."""
+    report = measure(model, [(images, labels)], per_sample=True)
+    return report, Flatness(report.samples["hessian_trace"], report.samples["relative_flatness"])
 
 
 def error_of(value: Flatness, expected: tuple[Flatness, Flatness]) -> float:
@@ -98,16 +108,16 @@ def error_of(value: Flatness, expected: tuple[Flatness, Flatness]) -> float:
     return float(torch.stack(errors).nan_to_num(torch.inf).max())
 
 
-def reason(error: UnsupportedTailError) -> str:
-    """Return what a refusal says about this network in particular."""
-    return str(error).splitlines()[0].split("pooling): ")[-1].rstrip(".")
+def shortened(reason: str) -> str:
+    """Return what a reason says about this network in particular."""
+    return reason.splitlines()[0].split("pooling): ")[-1].rstrip(".") if reason else ""
 
 
-def documented() -> dict[tuple[str, str], str]:
+def documented() -> dict[tuple[str, str], tuple[str, str]]:
     """Return the outcome of each architecture in the table of the documentation."""
     lines = PAGE.read_text(encoding="utf-8").split(MARK)[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    return {(library, name): outcome for library, name, outcome, *_ in cells[2:]}
+    return {(library, name): (method, layer) for library, name, method, layer, *_ in cells[2:]}
 
 
 def write(rows: list[Row]) -> None:
@@ -120,8 +130,10 @@ def write(rows: list[Row]) -> None:
 
 def summary(rows: list[Row]) -> str:
     """Return the counts in one line."""
-    refused = sum(row.double is None for row in rows)
-    return f"{len(rows)} architectures: {len(rows) - refused} measured, {refused} refused."
+    counts = Counter(row.method for row in rows)
+    return (
+        f"{len(rows)} architectures: " + ", ".join(f"{count} {method}" for method, count in counts.most_common()) + "."
+    )
 
 
 def main() -> int:
@@ -143,7 +155,7 @@ def main() -> int:
         known = documented()
         for row in rows:
             library, name, *_ = row.architecture
-            if known.get((library, name), "").split(":")[0] != row.outcome.split(":")[0]:
+            if known.get((library, name)) != row.outcome:
                 faults.append(f"{library} {name}: {row.outcome}; the page has: {known.get((library, name))}")
     print(summary(rows), *faults, sep="\n")
     return bool(faults)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import lightning_flatness.functional as LF
+from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
 from lightning_flatness.curvature.objective import Objective, ObjectiveReader
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import differentiating, require, require_finite, require_numbers
@@ -84,7 +85,7 @@ class _Head(NamedTuple):
         jacobian: `d logits / d phi`, shape (c, k) or (n, c, k); None: the identity.
         loss: of each sample in its logits.
         target: what the loss reads.
-        head_curvature: see `Objective`, shape (n, k, k).
+        head_curvature: see `Objective`.
     """
 
     features: Tensor
@@ -94,12 +95,14 @@ class _Head(NamedTuple):
     jacobian: Tensor | None
     loss: Form
     target: Tensor | None
-    head_curvature: Tensor | None
+    head_curvature: HeadCurvature | None
 
     def select(self, samples: slice | Tensor) -> _Head:
         """Return what follows the inputs of some of the samples."""
-        per_sample = {name: getattr(self, name) for name in ("features", "logits", "target", "head_curvature")}
+        per_sample = {name: getattr(self, name) for name in ("features", "logits", "target")}
         changes: dict[str, Any] = {name: value[samples] for name, value in per_sample.items() if value is not None}
+        if self.head_curvature is not None:
+            changes["head_curvature"] = self.head_curvature.select(samples)
         if self.jacobian is not None and self.jacobian.dim() == 3:
             changes["jacobian"] = self.jacobian[samples]
         return self._replace(**changes, loss=self.loss.select(samples))
@@ -231,9 +234,12 @@ def _quantities(head: _Head, chunk_bytes: int) -> SampleQuantities:
     trace = gauss_newton
     flatness = _flatness(head, chunk_bytes)
     if head.head_curvature is not None:
-        trace = trace + head.head_curvature.diagonal(dim1=1, dim2=2).sum(-1)
-        bent = (head.head_curvature * (head.rows @ head.rows.mT)).sum((1, 2))
-        flatness = flatness + bent.unsqueeze(1)
+        kernels = head.rows @ head.rows.mT
+        for columns, bent in head.head_curvature.columns(chunk_bytes):
+            own = bent[:, :, columns].diagonal(dim1=1, dim2=2).sum(-1)
+            trace, flatness = trace + own, flatness + (bent * kernels[columns]).sum((1, 2)).unsqueeze(1)
+            if is_own_logit(loss, logits, head.head_curvature):
+                uncertainty = uncertainty + own
     flatness = flatness * (square * head.scale.square()).unsqueeze(1)
     values: dict[str, Any] = {"gauss_newton_trace": square * gauss_newton}
     if not isinstance(loss, Differentiated):

@@ -13,7 +13,7 @@ from lightning_flatness.curvature.jacobian.method import JacobianMethod, LayerQu
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import Refusal
+from lightning_flatness.errors import Refusal, UnrepeatableError
 from lightning_flatness.recording.both import BothRecorder, RecordedPasses, joined, verdict
 from lightning_flatness.recording.classifier import ClassifierRecorder
 from lightning_flatness.recording.layers import modules_by_name
@@ -73,6 +73,8 @@ class AutoMethod:
                 Choice(self._pooled.name, pooled[0], "Every step from the convolution to the loss is certified.")
             )
             return pooled[1]
+        if isinstance(pooled.cause, UnrepeatableError):
+            raise pooled.error()
         own = _measured(self._classifier, recorded.classifier, samples)
         if isinstance(own, Refusal):
             raise joined([pooled, own]).error()
@@ -96,13 +98,16 @@ def select_method(recorded: RecordedPasses) -> Choice:
 
     The first of these that is exact is taken:
 
-    1. **`"pooled"`**: the last convolution that runs on a map larger than 1 x 1, in closed form, if every link from it
+    1. **`"pooled"`**: the deepest convolution, in closed form, if every link from it
        to the loss is certified: each of its filters reaches one pooled feature on its own, as under normalisation in
        eval mode, activations, skips and a global pooling.
     2. **`"classifier"`**: the classifier's own weight, in closed form. The classifier is the last linear layer that the
        loss depends on; what lies before it may be anything (attention, gates, recurrence), and what lies behind it any
        differentiable function of its output that is a sum over samples.
     3. Neither: the refusal, with the reasons of both.
+
+    A pass that draws random numbers, or that the recorded operations do not explain, is refused at once: no other layer
+    is taken in its place. Name the method if one is wanted.
 
     Args:
         recorded: one pass, as a `BothRecorder` takes it.
@@ -121,7 +126,7 @@ def select_method(recorded: RecordedPasses) -> Choice:
         >>> choice.name, choice.layer
         ('classifier', '3')
         >>> print(choice.reason)
-        A forward pass must run a convolution on a map larger than 1 x 1; none did. The model has no convolution.
+        A forward pass must run a convolution that is more than a linear layer; none did. The model has no convolution.
     """
     method = AutoMethod()
     method.quantities(recorded, slice(1))

@@ -9,6 +9,12 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+GAUSS_NEWTON = (
+    "the Gauss-Newton part of trace and relative flatness alone, under keys that end in `/ggn`, since the head is "
+    "curved and so large that the Hessian would take longer than the network"
+)
+"""What a `PooledMethod` says where it labels its values."""
+
 
 @dataclass(frozen=True)
 class SampleQuantities:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Rows of one block of the matrix. Smaller blocks skip more of the redundant half; larger ones suit many vectors.
@@ -97,12 +97,33 @@ class HadamardGram(NamedTuple):
             total[samples] += (chosen[..., rows] @ block).mul_(chosen[..., columns]).sum(-1)
         return total
 
-    def contraction(self, weights: Float[Tensor, "n f f"]) -> Float[Tensor, " n"]:
-        r"""Return \(\sum_{k,k'} G_{kk'} C_{kk'}\) for symmetric matrices \(C\), shape (n,)."""
-        total = weights.new_zeros(len(weights))
-        for samples, rows, columns, block in self._half(BLOCK_ROWS):
-            total[samples] += (block * weights[samples, rows, columns]).sum((1, 2))
-        return total
+    def contraction(
+        self, rows: Float[Tensor, "n b f"], features: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        r"""Return what some rows of a matrix \(C\) add to two sums, the trace and relative flatness of a curvature.
+
+        $$\sum_{f, f' \text{ of one filter}} R_{ff'} C_{ff'}, \qquad \sum_{f, f'} G_{ff'} C_{ff'}$$
+
+        Args:
+            rows: \(C_{ff'}\) for the features \(f\) at hand and all \(f'\), shape (n, b, f).
+            features: which \(f\) they belong to, shape (b,).
+
+        Returns:
+            The sums over these \(f\), each of shape (n,).
+
+        Example:
+            >>> import torch
+            >>> factor = torch.tensor([[[1.0], [2.0]]])  # one filter with two features
+            >>> gram = HadamardGram(torch.tensor([[3.0]]), factor, factor)
+            >>> gram.contraction(torch.tensor([[[1.0, 1.0]]]), torch.tensor([1]))
+            (tensor([6.]), tensor([18.]))
+        """
+        owner = torch.arange(self.left.shape[1], device=self.left.device) // self.features_per_filter
+        products = (self.left[:, features] @ self.right.mT).mul_(rows)
+        is_same = (owner[features].unsqueeze(1) == owner).to(products)
+        kernels = self.kernel_gram[owner[features]][:, owner]
+        flat = products.flatten(1)
+        return flat @ is_same.flatten(), flat @ kernels.flatten()
 
     def _adding_pays(self, vectors: int) -> bool:
         """Return whether adding the features of each filter first takes fewer multiply-adds than all pairs of features.

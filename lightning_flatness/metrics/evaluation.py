@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.curvature.quantities import GAUSS_NEWTON, SampleQuantities
 from lightning_flatness.keys import (
     ACEHT,
     CONFIDENCE,
+    LABELLED,
     MARGIN_BOUND,
     MARGIN_CORRELATION,
     MARGIN_SHARE,
     RELATIVE,
+    RELATIVE_GGN,
     SCALE_FREE,
     SCALE_FREE_MARGIN,
     SOFTMAX_MARGIN,
     TRACE,
+    TRACE_GGN,
     keys_of,
 )
 from lightning_flatness.metrics.correlation import FlatnessMarginCorrelation
@@ -44,8 +47,10 @@ def _metrics(**options: Any) -> dict[str, SampleMetric]:
         options: of torchmetrics.
     """
     return {
-        RELATIVE: RelativeFlatness(**options),
-        TRACE: HessianTrace(**options),
+        RELATIVE: RelativeFlatness(curvature="hessian", **options),
+        TRACE: HessianTrace(curvature="hessian", **options),
+        RELATIVE_GGN: RelativeFlatness(curvature="ggn", **options),
+        TRACE_GGN: HessianTrace(curvature="ggn", **options),
         SCALE_FREE: ScaleFreeFlatness(**options),
         CONFIDENCE: Uncertainty(**options),
         "flatness": FlatnessFactors(**options),
@@ -66,8 +71,8 @@ class _SampleFlatness(SampleMetric):
 
     values: list[Tensor]
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._add_values("values")
 
     def _add(self, quantities: SampleQuantities) -> None:
@@ -87,7 +92,7 @@ class Evaluation:
         device: device of the model; the sums are kept on it, and processes exchange them over it.
         method: name of the method that gives the quantities, or "auto"; only the keys that it gives are evaluated.
         is_shared: whether the samples of all processes count together; False: those of this process alone.
-        keys: the keys to evaluate; None: all that the method gives.
+        keys: the keys to evaluate; None: all that the method gives, with either label.
 
     Example:
         >>> evaluation = Evaluation(torch.device("cpu"))
@@ -104,10 +109,12 @@ class Evaluation:
         device = torch.device("cpu") if device.type == "mps" else device
         self.samples = 0
         """Number of samples so far, of this process."""
-        self._keys = keys_of(method) if keys is None else keys
+        self.label = ""
+        """What of the Hessian was measured, in words; empty: all."""
+        self._keys = (*keys_of(method), *LABELLED.values()) if keys is None else keys
         metrics = _metrics(sync_on_compute=is_shared)
         self._metrics = {key: metric.to(device) for key, metric in metrics.items() if self._asks_for(key)}
-        self._flatness = _SampleFlatness(sync_on_compute=is_shared).to(device)
+        self._flatness = _SampleFlatness("hessian", sync_on_compute=is_shared).to(device)
         self.distributions: dict[str, Tensor] = {}
         """The values of all samples of all processes by name, shape (n,), after `compute`."""
 
@@ -118,6 +125,8 @@ class Evaluation:
         for metric in (*self._metrics.values(), self._flatness):
             metric.update(quantities)
         self.samples += len(quantities)
+        if quantities.curvature == "ggn":
+            self.label = f": {GAUSS_NEWTON}"
 
     def compute(self) -> dict[str, Tensor]:
         """Return the value of every key over all samples; if these are shared, every process has to call it.
@@ -132,7 +141,8 @@ class Evaluation:
             values.update(
                 {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
             )
-        self.distributions = {"relative_flatness": self._flatness.compute()}
+        flatness = self._flatness.compute()
+        self.distributions = {} if self._flatness.is_absent else {"relative_flatness": flatness}
         margins = self._metrics.get("margin")
         if isinstance(margins, MarginStatistics) and not margins.is_absent:
             self.distributions["margin"] = margins.all_values

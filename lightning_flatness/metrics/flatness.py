@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ class SampleMetric(Metric):
     """A metric of the `SampleQuantities` of batches; exact for any split of the samples into batches and processes.
 
     The sums are float64, whatever the dtype of the model.
+
+    Args:
+        curvature: which label the quantities must have, see `SampleQuantities`; None: any. If a batch has another one,
+            there is no value.
+        **kwargs: of torchmetrics.
     """
 
     is_differentiable = False
@@ -29,16 +34,18 @@ class SampleMetric(Metric):
     samples: Tensor
     missing: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, curvature: Literal["hessian", "ggn"] | None = None, **kwargs: Any) -> None:
         """Start with no samples."""
         super().__init__(**kwargs)
+        self._curvature = curvature
         self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("missing", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.is_absent = False
 
     def update(self, quantities: SampleQuantities) -> None:
         """Add the samples of one batch; without the quantities that the metric needs it has no value."""
-        if any(getattr(quantities, name) is None for name in self.requires):
+        is_other = self._curvature not in (None, quantities.curvature)
+        if is_other or any(getattr(quantities, name) is None for name in self.requires):
             self.missing += 1
             return
         self._add(quantities)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from zlib import crc32
 
 import torch
@@ -33,12 +34,15 @@ class LayerEvaluation:
 
     Attributes:
         left_out: names of parameters that the network's trace does not cover, or not in every batch.
+        label: empty, as each layer has its own.
 
     Example:
         >>> evaluation = LayerEvaluation(torch.device("cpu"), ["conv1", "conv2"], is_whole=True)
         >>> evaluation.samples
         0
     """
+
+    label = ""
 
     def __init__(self, device: torch.device, layers: Sequence[str], is_whole: bool, is_shared: bool = True) -> None:
         """Start with no samples."""
@@ -78,7 +82,7 @@ class LayerEvaluation:
             total = quantities.network
             parts[None] = SampleQuantities(total, total, first.confidence, curvature=quantities.network_curvature)
         for part, own in parts.items():
-            self._parts[part].update(own)
+            self._parts[part].update(replace(own, curvature="hessian"))  # the label is kept here
             self._curved |= {part} if own.curvature == "ggn" else set()
         self.agree(self.numbers())
 

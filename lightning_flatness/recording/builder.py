@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import Refusal
-from lightning_flatness.recording.depth import LayerChoice, has_several_positions
+from lightning_flatness.recording.depth import LayerChoice, is_counted
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
 from lightning_flatness.recording.layers import CONVOLUTIONS, program_kind
 from lightning_flatness.recording.network_call import NetworkCall
@@ -29,7 +29,7 @@ class PassBuilder:
     it holds the loss.
 
     Args:
-        wanted: name of the convolution to follow; None: the deepest, but for those whose output is a single position.
+        wanted: name of the convolution to follow; None: the deepest, see `is_counted`.
         copies: of weights; None: new ones for each convolution.
         names: of the modules, in the order of the model, which decides between equals.
 
@@ -43,7 +43,7 @@ class PassBuilder:
         network_call: the outermost call of a module during which it ran; None if that was not kept.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
-        passed_over: name of the last convolution that was not followed as its output is a single position.
+        passed_over: name of the last convolution that was not followed, as it sees all of its input at once.
         choice: between the convolutions that run; None: one is wanted.
     """
 
@@ -90,7 +90,7 @@ class PassBuilder:
             self.tracer.is_convolving = False
         if not self._has_convolved:
             self._not_own.add(name)
-            if self.choice is not None and any(map(has_several_positions, tensors(output))):
+            if self.choice is not None and any(_is_counted(module, args[0], each) for each in tensors(output)):
                 depth_of = self.choice.watch.of
                 self.choice.add(name, module, max(depth_of(output), depth_of(args) + 1))
 
@@ -179,7 +179,7 @@ class PassBuilder:
         if (kind := program_kind(modules.values())) is not None:
             remedy = f"The network is {kind}; give the eager network that it was made from."
         # The same text for all batches of a run, so that it is one warning.
-        return Refusal(f"A forward pass must run a convolution on a map larger than 1 x 1; none did. {remedy}")
+        return Refusal(f"A forward pass must run a convolution that is more than a linear layer; none did. {remedy}")
 
     def _failed(self) -> Refusal | None:
         """Return the refusal of a record that an exception has ended; raise one that says nothing of the network."""
@@ -197,7 +197,7 @@ class PassBuilder:
         if self._watch is None or not is_own_weight(module, arguments["weight"]):
             return
         self._has_convolved = True
-        if self._wanted is None and not has_several_positions(output):
+        if self._wanted is None and not _is_counted(module, inputs, output):
             self.passed_over = name
             return
         if len(output) == 0:
@@ -223,6 +223,10 @@ class PassBuilder:
         self.tracer, self.layer = GraphTracer(finds_functions=not self._keeps_copies), name
         self.network_call = self._open_call
         start_at(module, self.tracer)
+
+
+def _is_counted(module: nn.Module, inputs: Tensor, output: Tensor) -> bool:
+    return is_counted(inputs.shape[2:], cast(nn.Conv2d, module).kernel_size, output.shape[2:])
 
 
 def is_own_weight(module: nn.Module, used: Tensor) -> bool:

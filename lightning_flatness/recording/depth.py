@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -12,13 +12,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_flatness.recording.operation import tensors, written
 from lightning_flatness.recording.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
+_Encoded: TypeAlias = tuple[int, tuple[Sequence[int], Sequence[int]] | None, list[Tensor]]
+
 
 class DepthWatch:
     """Listens to the dispatcher, and knows of each tensor how deep it lies.
 
-    The depth of a tensor is the number of convolutions on the longest path to it. Transposed ones count; those whose
-    output is a single position do not, as they are linear layers. All views of one memory have the same depth, the
-    greatest of what was written there. No tensor is kept alive.
+    The depth of a tensor is the number of convolutions on the longest path to it, see `is_counted`. Transposed ones
+    count. All views of one memory have the same depth, the greatest of what was written there. No tensor is kept alive.
 
     Attributes:
         failure: the first exception of the watch; the user's forward pass goes on.
@@ -35,21 +36,23 @@ class DepthWatch:
         memories = map(_memory, tensors(tree)) if self._depths else ()
         return max((self._depths.get(memory, 0) for memory in memories if memory is not None), default=0)
 
-    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, list[Tensor]]:
-        """Return how deep the arguments of an operation lie, and those that it will change."""
+    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> _Encoded:
+        """Return how deep the arguments of an operation lie, what a convolution sees, and what it will change."""
         try:
-            return self.of((args, kwargs)), list(written(func, args, kwargs))
+            is_convolution = func.overloadpacket.__name__ in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS
+            seen = (args[0].shape[2:], args[1].shape[2:]) if is_convolution else None
+            return self.of((args, kwargs)), seen, list(written(func, args, kwargs))
         except Exception as error:  # the user's forward pass must go on
             self.failure = self.failure or error
-            return 0, []
+            return 0, None, []
 
-    def after(self, func: Any, encoded: tuple[int, list[Tensor]], result: Any) -> None:
+    def after(self, func: Any, encoded: _Encoded, result: Any) -> None:
         """Note how deep lies what an operation returned or changed."""
-        depth, changed = encoded
+        depth, seen, changed = encoded
         try:
             results = [*tensors(result), *changed]
-            if func.overloadpacket.__name__ in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS:
-                depth += has_several_positions(results[0])
+            if seen is not None:
+                depth += is_counted(*seen, results[0].shape[2:])
             for memory in map(_memory, results) if depth else ():
                 if memory is not None:
                     self._depths[memory] = max(depth, self._depths.get(memory, 0))
@@ -95,9 +98,15 @@ class LayerChoice:
         return sorted(self._ranks, key=self._ranks.__getitem__, reverse=True)
 
 
-def has_several_positions(output: Tensor) -> bool:
-    """Return whether the output of a convolution is a map larger than 1 x 1."""
-    return output.shape[2:].numel() > 1
+def is_counted(inputs: Sequence[int], kernel: Sequence[int], output: Sequence[int]) -> bool:
+    """Return whether a convolution counts as one: if it sees all of its input from one position, it is a linear layer.
+
+    Args:
+        inputs: the size of the input's map.
+        kernel: that of the kernel.
+        output: that of the output's map.
+    """
+    return prod(output) > 1 or tuple(inputs) != tuple(kernel)
 
 
 def _memory(tensor: Tensor) -> StorageWeakRef | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_flatness.errors import GraphError
+from lightning_flatness.errors import GraphError, UnrepeatableError
 from lightning_flatness.recording.operators import Trait, traits
 
 _Argument = TypeVar("_Argument")
@@ -76,7 +76,7 @@ class Operation(NamedTuple):
         """Refuse an operation that draws random numbers or updates running statistics.
 
         Raises:
-            GraphError: if it does.
+            GraphError: if it does; `UnrepeatableError` if it is random.
         """
         named = named_arguments(self.function, self.args, self.kwargs)
         training = named.get("train", named.get("training"))
@@ -84,7 +84,7 @@ class Operation(NamedTuple):
         if "batch_norm" in self.name and training:
             raise GraphError(f"`{self.name}` runs in training mode: it mixes samples. Put the model in eval mode")
         if torch.Tag.nondeterministic_seeded in self.function.tags and drawn:
-            raise GraphError(
+            raise UnrepeatableError(
                 f"`{self.name}` draws random numbers. Put the model in eval mode, and let it be off there "
                 "(`training=self.training`)"
             )

@@ -98,8 +98,9 @@ class RecordedPass:
         weight_is_shared: whether another module has the same weight.
         is_alone: whether no operation uses numbers that a layer before this one computed in another way; only a record
             from the classifier on knows.
-        passed_over: name of a later convolution that was not followed, as its output is a single position.
+        passed_over: name of a later convolution that was not followed, as it sees all of its input at once.
         network_call: the outermost call of a module during which the convolution ran, in a recorder's first pass.
+        network_weights: how many numbers the parameters of the network have.
     """
 
     graph: OperationGraph
@@ -113,6 +114,7 @@ class RecordedPass:
     is_alone: bool = True
     passed_over: str | None = None
     network_call: NetworkCall | None = None
+    network_weights: int = 0
 
     def __len__(self) -> int:
         """Return the number of samples that the convolution saw."""
@@ -135,7 +137,8 @@ class RecordedPass:
         if self.passed_over is None:
             return "Name another convolution (`layer=...`)."
         return (
-            f"`{self.passed_over}` runs later, on a single position: name it (`layer={self.passed_over!r}`) or another."
+            f"`{self.passed_over}` runs later, and sees all of its input at once: name it "
+            f"(`layer={self.passed_over!r}`) or another."
         )
 
     @property

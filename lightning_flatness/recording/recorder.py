@@ -47,7 +47,7 @@ class ForwardRecorder:
 
     Args:
         model: any module whose forward pass will run.
-        layer: name of the convolution to record from; None: the deepest that runs on a map larger than 1 x 1.
+        layer: name of the convolution to record from; None: the deepest.
         classifier: name of the linear classifier; None: found.
 
     Raises:
@@ -70,6 +70,7 @@ class ForwardRecorder:
         self._settled = False  # whether the modules that matter are known
         self._linear: set[str] = set()  # linear modules on what the convolution computes
         self._weight_is_shared = False
+        self._network_weights = 0
         self._compiled = any(map(_is_compiled, model.modules()))
         self._undo = ExitStack()  # what entering did
         self._handles: list[Any] = []
@@ -200,11 +201,13 @@ class ForwardRecorder:
             weight_is_shared=self._weight_is_shared,
             passed_over=builder.passed_over,
             network_call=builder.network_call,
+            network_weights=self._network_weights,
         )
 
     def _settle(self, layer: str, linear: list[LinearCall]) -> None:
         """Hook only the modules that matter from now on."""
         self._weight_is_shared = weight_is_shared(self._modules[layer], self._modules)
+        self._network_weights = sum(parameter.numel() for parameter in self._modules[""].parameters())
         self.classifier = self.classifier or (linear[-1].name if linear else None)
         self.layer, self._linear, self._settled = layer, {call.name for call in linear}, True
         self._copies = self._builder.copies

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_flatness.errors import missing_package
 from lightning_flatness.keys import (
     ALIGNMENT,
     CONFIDENCE,
@@ -14,13 +13,30 @@ from lightning_flatness.keys import (
     FEATURES,
     HEAD,
     KERNEL,
+    KEYS,
+    OF_LAYER,
     RELATIVE,
+    RELATIVE_GGN,
     SCALE_FREE,
     key_suffix,
     quantity,
 )
 from lightning_flatness.reporting.history import History
-from lightning_flatness.reporting.style import DARK, GREEN, LIGHT, ORANGE, PURPLE, SKY, Theme, panel, title
+from lightning_flatness.reporting.style import (
+    DARK,
+    GREEN,
+    LIGHT,
+    ORANGE,
+    PURPLE,
+    SKY,
+    Theme,
+    curve,
+    empty_figure,
+    log_axis,
+    panel,
+    step_axis,
+    title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,8 +75,9 @@ def dashboard(
 
     It has four panels over the steps of the training:
 
-    - relative and scale-free flatness, on a logarithmic axis. Behind curved activations they can be negative; the axis
-      is then linear around zero and logarithmic beyond, so that no value is lost;
+    - relative and scale-free flatness, on a logarithmic axis; of several layers the relative flatness of the first
+      four. Behind curved activations both can be negative; the axis is then linear around zero and logarithmic beyond,
+      so that no value is lost;
     - the first four of the module's own `val...` metrics: those between 0 and 1 on the left axis, losses and others on
       the right one;
     - the margins: median, quartiles, 5 to 95 %, and the zero below which samples are misclassified;
@@ -96,12 +113,8 @@ def dashboard(
         raise ValueError(
             "A figure needs at least one validation with values; got none. Draw it after a validation of `fit`."
         )
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise missing_package("A figure", "matplotlib") from error
     theme, marks = DARK if dark else LIGHT, list(marks)
-    figure = Figure(figsize=(10, 6.6), dpi=100, facecolor=theme.paper)
+    figure = empty_figure(10, 6.6, theme)
     # Fixed positions: a layout engine would draw everything twice.
     figure.subplots_adjust(left=0.075, right=0.94, top=0.9, bottom=0.135, wspace=0.24, hspace=0.5)
     panels = [panel(figure, 2, 2, number, theme) for number in range(1, 5)]
@@ -110,7 +123,7 @@ def dashboard(
     _own_metrics(panels[1], history.steps, values, theme)
     _margins(panels[2], history.steps, values, suffix, theme)
     for axes in panels[:3]:
-        _steps(axes, history.steps, theme)
+        step_axis(axes, history.steps, theme)
         _draw_marks(axes, marks, theme, with_text=axes is panels[0])
     _factors(panels[3], history, suffix, since, theme)
     figure.text(0.012, 0.018, footer, color=theme.faint, fontsize=9.5, parse_math=False)
@@ -118,55 +131,35 @@ def dashboard(
 
 
 def _first_suffix(values: Mapping[str, Sequence[float]]) -> str:
-    return next((key_suffix(key) for key in values if quantity(key) == RELATIVE), "")
-
-
-def _steps(axes: Axes, steps: Sequence[int], theme: Theme) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    first, last = steps[0], steps[-1]
-    room = max(last - first, 1)
-    axes.set_xlim(first - 0.02 * room, last + 0.02 * room)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=6))
-    axes.set_xlabel("step", fontsize=9.5, color=theme.faint)
+    """Return how the keys of the first monitor and loader end, without the layers that some of them name."""
+    own = [key for key in values if quantity(key) in KEYS]
+    return next((key_suffix(key) for key in [*(each for each in own if quantity(each) not in OF_LAYER), *own]), "")
 
 
 def _flatness(
     axes: Axes, steps: Sequence[int], values: Mapping[str, Sequence[float]], suffix: str, theme: Theme
 ) -> None:
+    """Draw both kinds of flatness; of several layers the relative flatness of the first ones."""
     shown: list[float] = []
     for key, name, colour, style in (
         (RELATIVE, "relative", theme.flatness, "-"),
+        (RELATIVE_GGN, "relative, Gauss-Newton", theme.flatness, "-"),
         (SCALE_FREE, "scale-free", theme.margin, "--"),
     ):
         if series := values.get(f"{key}{suffix}"):
-            shown += _curve(axes, steps, series, name, colour, style)
-    kind = _log_axis(axes, shown)
-    title(axes, "Flatness", f"lower is flatter; unit: loss; {kind}", theme)
-    _legend(axes, theme)
-
-
-def _log_axis(axes: Axes, values: Sequence[float]) -> str:
-    """Make the axis logarithmic if there is something to show on it; return what it is, in words."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, SymmetricalLogLocator
-
-    sizes = [abs(value) for value in values if value]
-    if not sizes:
-        return "no values yet"
-    axes.yaxis.set_minor_locator(NullLocator())
-    if min(values) > 0:
-        axes.set_yscale("log")
-        subs = (1, 2, 5) if max(sizes) / min(sizes) < 100 else (1,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
-        kind = "log scale"
+            shown += curve(axes, steps, series, name, colour, style)
+    layers = {} if shown else {k: v for k, v in values.items() if quantity(k) == RELATIVE and k.endswith(suffix)}
+    for (key, series), colour in zip(layers.items(), theme.curves[:_MOST_CURVES], strict=False):
+        shown += curve(axes, steps, series, key_suffix(key).removesuffix(suffix).removeprefix("/"), colour)
+    kind = log_axis(axes, shown)
+    if layers:
+        which = f"the first {_MOST_CURVES} of {len(layers)} layers" if len(layers) > _MOST_CURVES else "by layer"
+        title(axes, "Relative flatness", f"{which}; lower is flatter; unit: loss; {kind}", theme)
+        # Names of layers can be too long to stand above the panel.
+        axes.legend(loc="upper left", fontsize=8.5, facecolor=theme.paper, edgecolor="none", labelcolor=theme.ink)
     else:
-        threshold = 10 ** math.floor(math.log10(max(min(sizes), 1e-4 * max(sizes))))
-        axes.set_yscale("symlog", linthresh=threshold)
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
-        kind = f"log scale, linear within ±{threshold:g}"
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return kind
+        title(axes, "Flatness", f"lower is flatter; unit: loss; {kind}", theme)
+        _legend(axes, theme)
 
 
 def _own_metrics(axes: Axes, steps: Sequence[int], values: Mapping[str, Sequence[float]], theme: Theme) -> None:
@@ -183,9 +176,9 @@ def _own_metrics(axes: Axes, steps: Sequence[int], values: Mapping[str, Sequence
         right.tick_params(labelsize=9.5, labelcolor=theme.faint, color=theme.faint)
     colours = dict(zip(shown, _OWN_COLOURS, strict=False))
     for key in shares:
-        _curve(axes, steps, shown[key], key, colours[key])
+        curve(axes, steps, shown[key], key, colours[key])
     for key in others:
-        _curve(right, steps, shown[key], f"{key} (right)" if right is not axes else key, colours[key], "--")
+        curve(right, steps, shown[key], f"{key} (right)" if right is not axes else key, colours[key], "--")
     _legend(axes, theme, *([right] if right is not axes else []))
 
 
@@ -196,7 +189,7 @@ def _margins(
     if q05 and q25 and q50 and q75 and q95:
         axes.fill_between(steps, q05, q95, color=theme.margin, alpha=0.18, linewidth=0, label="5 to 95 %")
         axes.fill_between(steps, q25, q75, color=theme.margin, alpha=0.35, linewidth=0, label="quartiles")
-        _curve(axes, steps, q50, "median", theme.margin)
+        curve(axes, steps, q50, "median", theme.margin)
         axes.axhline(0, color=theme.ink, linewidth=1.0)
         note = "unit: logit; below 0: misclassified"
     else:
@@ -256,17 +249,6 @@ def _doublings(history: History, suffix: str, start: int) -> dict[str, float]:
             has_logarithm = 0 < before < math.inf and 0 < after < math.inf
             changes[key] = math.log2(after / before) if has_logarithm else math.nan
     return changes
-
-
-def _curve(
-    axes: Axes, steps: Sequence[int], series: Sequence[float], name: str, colour: str, style: str = "-"
-) -> list[float]:
-    """Draw a curve, with dots while there are few; return its finite values."""
-    marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(steps) < 8 else {}
-    finite = [value for value in series if math.isfinite(value)]
-    shown = [value if math.isfinite(value) else math.nan for value in series]
-    axes.plot(steps, shown, style, color=colour, linewidth=2, label=name, solid_capstyle="round", **marker)
-    return finite
 
 
 def _legend(axes: Axes, theme: Theme, *others: Axes) -> None:

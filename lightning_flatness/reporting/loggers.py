@@ -29,8 +29,8 @@ class Loggers:
     """The loggers of a Trainer, as far as they can show more than numbers.
 
     A logger is recognised by the methods of its `experiment`, so TensorBoard, W&B and MLflow loggers of any class are
-    supported. All others have the numbers, and the files in the log folder. Only the first process writes. A logger
-    that fails causes one warning, and the training goes on.
+    supported. All others have the numbers, and the files in the log folder. Without a logger, alerts are the only thing
+    that is written. Only the first process writes. A logger that fails causes one warning, and the training goes on.
 
     Args:
         suffix: how the monitor's keys end.
@@ -56,10 +56,10 @@ class Loggers:
             self._each(trainer, "a layout", lambda sink: sink.lay_out(suffixes))
 
     def describe(self, trainer: Trainer, configuration: Mapping[str, str]) -> None:
-        """Show what is measured and how, or why nothing is."""
+        """Show what is measured and how, or why nothing is; without a logger the warning has said it."""
         step = log_step(trainer)
         self._each(trainer, "what is measured", lambda sink: sink.describe(self._suffix, configuration, step))
-        if refused := configuration.get("not measured"):
+        if trainer.loggers and (refused := configuration.get("not measured")):
             self._append(trainer, {"event": "refused", "step": step, "reason": refused})
 
     def show(self, trainer: Trainer, alert: Alert, action: str = "") -> None:
@@ -209,6 +209,10 @@ def _record(alert: Alert) -> dict[str, Any]:
         "onset_step": alert.onset_step,
         **{name: number if number is None or math.isfinite(number) else None for name, number in numbers.items()},
         "reason": alert.reason,
+        "severity": alert.severity,
+        "causes": alert.causes,
+        "look_at": alert.look_at,
+        "others": list(alert.rule_names[1:]),
     }
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_flatness.errors import missing_package
-from lightning_flatness.reporting.style import DARK, LIGHT, Theme, panel, title
+from lightning_flatness.reporting.style import DARK, LIGHT, Theme, empty_figure, panel, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,12 +36,8 @@ def report_figure(
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise missing_package("A figure", "matplotlib") from error
     theme = DARK if dark else LIGHT
-    figure = Figure(figsize=(10, 3.8), dpi=100, facecolor=theme.paper)
+    figure = empty_figure(10, 3.8, theme)
     figure.subplots_adjust(left=0.075, right=0.97, top=0.82, bottom=0.23, wspace=0.24)
     left, right = (panel(figure, 1, 2, number, theme) for number in (1, 2))
     given = samples if samples is not None and {"output_margin", "relative_flatness"} <= set(samples) else None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
+
+_BETWEEN_CELLS = re.compile(r"(?<!\\) \| ")
 
 
 class Table:
@@ -34,6 +37,18 @@ class Table:
         """Return the table as Markdown."""
         lines = [self.headings, ["---"] * len(self.headings), *self.rows]
         return "\n".join(f"| {' | '.join(_one_line(cell) for cell in line)} |" for line in lines)
+
+    @classmethod
+    def of_markdown(cls, text: str) -> Table:
+        """Return the table that `markdown` has written.
+
+        Example:
+            >>> Table.of_markdown(Table({"rule": ["a | b", "c"]}).markdown()).rows
+            [('a | b',), ('c',)]
+        """
+        lines = [_BETWEEN_CELLS.split(line.strip().removeprefix("| ").removesuffix(" |")) for line in text.splitlines()]
+        headings, _, *rows = [[cell.replace("\\|", "|") for cell in line] for line in lines]
+        return cls(dict(zip(headings, zip(*rows, strict=True), strict=True)))
 
     def _repr_html_(self) -> str:
         """Return the table as HTML, which notebooks show."""

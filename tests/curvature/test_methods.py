@@ -188,6 +188,42 @@ def test_neither_method_is_a_refusal_with_both_reasons() -> None:
         measure(model, [(x, y)])
 
 
+class Doubled(nn.Module):
+    """Changes its input in a way that torch does not see, as a kernel of an extension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.numpy()[...] *= 2
+        return x
+
+
+class AlwaysDropped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize(("step", "reason"), [(Doubled, "must give the features"), (AlwaysDropped, "draws random")])
+def test_a_pass_that_cannot_be_repeated_is_measured_at_no_other_layer(step: type[nn.Module], reason: str) -> None:
+    model, (x, y) = network(sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), step(), *POOL, nn.Linear(3, 3))), batch()
+    with pytest.raises(UnsupportedTailError, match=reason):
+        measure(model, [(x, y)], verify=False)
+    assert measure(model, [(x, y)], method="classifier", verify=False).method == "classifier"
+
+
+class Strided(nn.Sequential):
+    """Its last stages run on a map of 1 x 1, as those of a network for large images do on small ones."""
+
+    def __init__(self) -> None:
+        stages = [nn.Conv2d(width, 4, 3, stride=2, padding=1) for width in (2, 4, 4, 4)]
+        super().__init__(*(part for stage in stages for part in (stage, nn.ReLU())), *POOL, nn.Linear(4, 3))
+
+
+def test_the_deepest_convolution_may_run_on_a_single_position() -> None:
+    model, (x, y) = network(Strided), batch()
+    report = measure(model, [(x, y)])
+    assert (report.method, report.layer) == ("pooled", "6")
+    assert_equals_brute_force(report, model, x, y)
+
+
 def test_a_named_convolution_is_not_replaced() -> None:
     model, (x, y) = network(Excited), batch()
     with pytest.raises(UnsupportedTailError, match="one filter of `conv`"):

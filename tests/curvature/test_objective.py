@@ -250,7 +250,7 @@ def found_at(goal: Objective) -> tuple[Tensor, Tensor]:
     head = goal.head if goal.head.dim() == 3 else goal.head.expand(len(phi), -1, -1)
     diagonal = form.curvature_diagonal(phi, goal.head, target)
     if goal.head_curvature is not None:
-        diagonal = diagonal + goal.head_curvature.diagonal(dim1=1, dim2=2)
+        diagonal = diagonal + goal.head_curvature.dense().diagonal(dim1=1, dim2=2)
     return torch.einsum("nc,ncj->nj", slope, head), diagonal
 
 

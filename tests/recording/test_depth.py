@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_flatness import ForwardRecorder, UnsupportedTailError
-from lightning_flatness.recording.depth import DepthWatch, LayerChoice, has_several_positions
+from lightning_flatness.recording.depth import DepthWatch, LayerChoice, is_counted
 from lightning_flatness.recording.dispatch import dispatcher
 
 
@@ -343,6 +343,18 @@ def test_ranks() -> None:
     assert choice.ranking == ["c", "a", "b"]
 
 
-@pytest.mark.parametrize(("shape", "several"), [((2, 3, 1, 1), False), ((2, 3, 1, 2), True), ((2, 3, 1), False)])
-def test_a_single_position_is_no_map(shape: tuple[int, ...], several: bool) -> None:
-    assert has_several_positions(torch.zeros(shape)) is several
+@pytest.mark.parametrize(
+    ("inputs", "kernel", "output", "counted"),
+    [
+        ((1, 1), (1, 1), (1, 1), False),
+        ((4, 4), (4, 4), (1, 1), False),
+        ((1, 2), (1, 1), (1, 2), True),
+        ((3,), (3,), (3,), True),  # padded
+        ((1, 1), (3, 3), (1, 1), True),
+        ((2, 2), (1, 1), (1, 1), True),  # with a stride
+    ],
+)
+def test_what_sees_all_of_its_input_at_once_is_a_linear_layer(
+    inputs: tuple[int, ...], kernel: tuple[int, ...], output: tuple[int, ...], counted: bool
+) -> None:
+    assert is_counted(torch.Size(inputs), kernel, torch.Size(output)) is counted

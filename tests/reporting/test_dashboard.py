@@ -60,6 +60,19 @@ def test_panels_show_the_series_they_were_given(suffix: str) -> None:
     assert [tick.get_text() for tick in factors.get_yticklabels()][-1] == "product"
 
 
+@pytest.mark.parametrize("suffix", ["", "/train"])
+def test_of_several_layers_the_first_are_shown(suffix: str) -> None:
+    made = History()
+    names = [f"net.{number}" for number in range(6)]
+    for step in (5, 11):
+        layers = {f"{RELATIVE}/{name}/ggn{suffix}": step + at for at, name in enumerate(names)}
+        made.add(step, 0, {**layers, **{f"margin/q{p:02}{suffix}": value for p, value in QUANTILES.items()}})
+    flatness, _, margins, _ = dashboard(made).axes
+    assert drawn(flatness) == {f"net.{at}/ggn": [5 + at, 11 + at] for at in range(4)}
+    assert note(flatness).startswith("the first 4 of 6 layers")
+    assert drawn(margins) == {"median": [1.0, 1.0]}
+
+
 def test_factors_are_compared_with_the_onset() -> None:
     factors = dashboard(history(), since=10).axes[3]
     assert [bar.get_width() for bar in factors.patches] == pytest.approx([-1, 1, 2, 3, 4, 9])

@@ -36,7 +36,7 @@ class Experiment:
             setattr(self, method, lambda *args, method=method, **kwargs: self.calls.append((method, args, kwargs)))
 
 
-BOARD = ("add_text", "add_image", "add_histogram", "add_custom_scalars")
+BOARD = ("add_text", "add_image", "add_histogram", "add_custom_scalars", "add_scalar")
 
 
 def trainer_of(folder: Path | None = None, *experiments: Any, is_global_zero: bool = True) -> Any:
@@ -62,11 +62,13 @@ def test_loggers_are_known_by_what_they_can_do(tmp_path: Path) -> None:
         "add_custom_scalars",
         "add_text",
         "add_text",
+        "add_scalar",
         "add_histogram",
         "add_image",
     ]
     tags = {call[1][0]: call[1][2] for call in board.calls[1:]}
-    names = ("monitor/configuration", "monitor/alerts", "per_sample/margin", "monitor/dashboard")
+    mark = f"monitor/alerts/{ALERT.key}"
+    names = ("monitor/configuration", "monitor/alerts", mark, "per_sample/margin", "monitor/dashboard")
     assert tags == dict.fromkeys(names, 7)
     assert not other.calls
     assert [each["event"] for each in lines(tmp_path)] == ["refused", "alert"]
@@ -82,6 +84,10 @@ def test_loggers_are_known_by_what_they_can_do(tmp_path: Path) -> None:
         "reference": 1.0,
         "ratio": None,
         "reason": REASON,
+        "severity": "warning",
+        "causes": "",
+        "look_at": "",
+        "others": [],
         "action": DONE,
     }
     assert log_step(SimpleNamespace(fit_loop=None, global_step=8)) == 8
@@ -94,9 +100,9 @@ def test_the_table_of_alerts_grows_and_begins_anew_with_a_training(tmp_path: Pat
         loggers.show(run, ALERT)
     loggers.start(run, ["", "/train"])  # the first monitor lays out the scalars, not this one
     loggers.show(run, ALERT)
-    texts = [call[1][1] for call in board.calls]
-    assert [text.count("\n") for text in texts] == [2, 3, 2]
-    assert {call[1][0] for call in board.calls} == {"monitor/alerts/train"}
+    texts = [call[1] for call in board.calls if call[0] == "add_text"]
+    assert [text.count("\n") for _, text, _ in texts] == [2, 3, 2]
+    assert {tag for tag, _, _ in texts} == {"monitor/alerts/train"}
 
 
 def test_only_the_first_process_touches_a_logger(tmp_path: Path) -> None:
@@ -120,7 +126,7 @@ def test_a_failing_logger_is_one_warning_and_the_others_go_on(tmp_path: Path) ->
     with pytest.warns(UserWarning, match="could not show a layout: OSError") as caught:
         everything(Loggers(), trainer_of(tmp_path, Full(), board))
     assert len(caught) == 1
-    assert len(board.calls) == 5
+    assert len(board.calls) == 6
 
 
 class Broken(CSVLogger):
@@ -160,25 +166,37 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, kind:
     assert [line.split()[0] for line in said] == (["alerts.jsonl"] + ["dashboard.png"] * (kind is not None))
 
 
-@pytest.mark.parametrize("kind", [False, CSVLogger])
-def test_without_a_logger_for_pictures_there_are_files(tmp_path: Path, kind: Any) -> None:
-    logger = kind(tmp_path, name="", version="") if kind else False
-    run = trainer(tmp_path, alerting(), logger=logger, max_epochs=3)
+def test_with_logging_switched_off_only_alerts_leave_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    watching = FlatnessMonitor(figure_every_n_validations=1)
+    trainer(tmp_path, watching, logger=False).fit(Classifier())
+    with pytest.warns(UserWarning, match="did not measure"):
+        trainer(tmp_path, FlatnessMonitor(), logger=False).fit(Classifier(coupled))
+    assert not list(tmp_path.iterdir())
+    assert len(watching.figure().axes) >= 4
+    trainer(tmp_path, alerting(), logger=False).fit(Classifier())
+    assert [path.name for path in tmp_path.iterdir()] == ["alerts.jsonl"]
+
+
+def test_without_a_logger_for_pictures_there_are_files(tmp_path: Path) -> None:
+    run = trainer(tmp_path, alerting(), logger=CSVLogger(tmp_path, name="", version=""), max_epochs=3)
     run.fit(Classifier())
     (alert,) = lines(tmp_path)
     assert (alert["rule"], alert["step"]) == ("always", 5)
     assert alert["action"].startswith("Learning rate cut from ")
-    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    csv = {"dashboard.png", "metrics.csv", "hparams.yaml"} if kind else set()
-    assert files - {"hparams.yaml"} == {"alerts.jsonl"} | csv - {"hparams.yaml"}
-    if kind:
-        assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
-        header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
-        columns = header.split(",")
-        assert {"flatness/relative", "margin/mean", "margin_quantiles/q05"} < set(columns)
-        assert "margin/q05" not in columns
-        assert "margin/q05" in run.callback_metrics
-        assert len(rows) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "alerts.jsonl",
+        "dashboard.png",
+        "metrics.csv",
+        "hparams.yaml",
+    }
+    assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    columns = header.split(",")
+    assert {"flatness/relative", "margin/mean", "margin_quantiles/q05"} < set(columns)
+    assert "margin/q05" not in columns
+    assert "margin/q05" in run.callback_metrics
+    assert len(rows) == 3
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}])
@@ -188,11 +206,12 @@ def test_trials_leave_no_files(tmp_path: Path, options: dict[str, Any], monkeypa
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_refused_network_is_visible(tmp_path: Path) -> None:
-    def coupled(module: Classifier, batch: Any) -> torch.Tensor:
-        logits = module(batch[0])
-        return torch.nn.functional.cross_entropy(logits - logits.mean(0), batch[1])
+def coupled(module: Classifier, batch: Any) -> torch.Tensor:
+    logits = module(batch[0])
+    return torch.nn.functional.cross_entropy(logits - logits.mean(0), batch[1])
 
+
+def test_a_refused_network_is_visible(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     with pytest.warns(UserWarning, match="did not measure"):
         trainer(tmp_path, FlatnessMonitor(), logger=logger).fit(Classifier(coupled))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.core.saving import load_hparams_from_yaml
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning_runs import Classifier, trainer
 from wandb_files import records
 
@@ -77,7 +79,8 @@ def test_tensorboard_opens_with_the_headline(tmp_path: Path) -> None:
 def test_wandb_has_everything(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
     wandb.teardown()  # of an earlier test, with another working directory
-    trainer(tmp_path, monitor(), logger=WandbLogger(offline=True, save_dir=tmp_path)).fit(Classifier())
+    watching = monitor()
+    trainer(tmp_path, watching, logger=WandbLogger(offline=True, save_dir=tmp_path)).fit(Classifier())
     wandb.finish()
     wandb.teardown()  # its process has written the file only when it has ended
     (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
@@ -88,11 +91,15 @@ def test_wandb_has_everything(tmp_path: Path) -> None:
             for item in record.history.item:
                 path_to = item.key or ".".join(item.nested_key)
                 history.setdefault(path_to, []).append(json.loads(item.value_json))
-    assert len(history["flatness/relative"]) == len(history["margin_quantiles/q05"]) == 2
+    for key, series in watching.history.values.items():
+        shown = [value for value in history[logger_key(key) if "/" in key else key] if value != "NaN"]
+        assert shown == pytest.approx([value for value in series if value == value], rel=1e-12)
     assert history["flatness/alert"] == [1, 0]
     assert history["per_sample/margin._type"] == ["histogram"] * 2
     assert sum(history["per_sample/margin.values"][0]) == 10
     assert history["monitor/dashboard._type"] == ["image-file"] * 2
+    for name in history["monitor/dashboard.path"]:
+        assert (path.parent / "files" / name).read_bytes().startswith(b"\x89PNG")
     assert history["monitor/alerts._type"] == ["table-file"]
     (table,) = path.parent.rglob("alerts*.table.json")
     assert json.loads(table.read_text())["data"][0][2] == "always"
@@ -119,24 +126,53 @@ def test_wandb_has_everything(tmp_path: Path) -> None:
             configured |= {
                 (each.key or each.nested_key[0]): json.loads(each.value_json) for each in record.config.update
             }
-    assert configured["flatness_monitor"]["layer"] == "net.conv2"
+    assert configured["flatness/layer"] == configured["flatness_monitor"]["layer"] == "net.conv2"
     assert configured["flatness_monitor"]["method"] == "pooled"
     assert "val_loss" in configured["flatness_monitor"]["loss"]
     assert (path.parent / "files" / "alerts.jsonl").exists()
 
 
-def test_mlflow_has_tags_and_the_picture(tmp_path: Path) -> None:
+def test_mlflow_has_everything(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    pytest.importorskip("sqlalchemy", reason="a local store of MLflow needs sqlalchemy")
-    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=str(tmp_path / "artifacts"))
-    trainer(tmp_path, monitor(), logger=logger).fit(Classifier())
-    client = mlflow.tracking.MlflowClient(f"sqlite:///{tmp_path}/runs.db")
+    for package in ("sqlalchemy", "alembic"):
+        pytest.importorskip(package, reason=f"a local store of MLflow needs {package}")
+    address, watching = f"sqlite:///{tmp_path}/runs.db", monitor()
+    logger = MLFlowLogger(tracking_uri=address, artifact_location=str(tmp_path / "artifacts"))
+    trainer(tmp_path, watching, logger=logger).fit(Classifier())
+    client = mlflow.tracking.MlflowClient(address)
     run = client.get_run(logger.run_id)
-    assert run.data.tags["flatness_monitor/layer"] == "net.conv2"
-    assert run.data.tags[f"flatness_alert/step_{STEPS[0]}"].startswith("always: ")
-    assert "margin_quantiles/q05" in run.data.metrics
-    assert list((tmp_path / "artifacts").rglob("dashboard.png"))
-    assert (tmp_path / "alerts.jsonl").exists()
+    assert run.data.params["flatness/layer"] == "net.conv2"
+    told = {name: value for name, value in run.data.tags.items() if name.startswith("flatness")}
+    (alert,) = watching.alerts
+    assert told == {
+        "flatness_monitor/layer": "net.conv2",
+        "flatness_monitor/method": "pooled",
+        "flatness_monitor/loss": "logged by validation_step as val_loss",
+        f"flatness_alert/step_{STEPS[0]}": f"always: {alert.reason}",
+    }
+    for key, series in watching.history.values.items():
+        shown = client.get_metric_history(logger.run_id, logger_key(key) if "/" in key else key)
+        expected = {step: value for step, value in zip(STEPS, series, strict=True) if value == value}
+        assert {each.step: each.value for each in shown} == pytest.approx(expected, rel=1e-12)
+    (picture,) = (tmp_path / "artifacts").rglob("dashboard.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [json.loads(line)["rule"] for line in (tmp_path / "alerts.jsonl").read_text().splitlines()] == ["always"]
+
+
+def test_csv_has_everything(tmp_path: Path) -> None:
+    watching = monitor()
+    trainer(tmp_path, watching, logger=CSVLogger(tmp_path, name="", version="")).fit(Classifier())
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for key, series in watching.history.values.items():
+        name = logger_key(key) if "/" in key else key
+        shown = {int(row["step"]): float(row[name]) for row in rows if row[name] not in ("", "nan")}
+        expected = {step: value for step, value in zip(STEPS, series, strict=True) if value == value}
+        assert shown == expected
+    assert load_hparams_from_yaml(str(tmp_path / "hparams.yaml")) == {"flatness/layer": "net.conv2"}
+    assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
+    (line,) = (tmp_path / "alerts.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == watching.alerts[0].reason
 
 
 def test_mlflow_is_known_by_its_methods() -> None:

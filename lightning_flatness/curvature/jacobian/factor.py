@@ -15,17 +15,13 @@ def loss_factor(goal: Objective) -> tuple[Tensor, Tensor | None]:
     """Return `F` with `B = F^T diag(signs) F`, the curvature of the loss at the cut, shape (m, n, j), and the signs.
 
     Args:
-        goal: what the loss is as a function of the cut.
+        goal: what the loss is as a function of the cut, which is where a curved head ends.
 
     Returns:
         The factor, and the signs of its rows, shape (m, n); None: all positive.
     """
     rows, signs = cotangents(goal.loss, goal.logits, goal.target)
     rows = rows @ goal.head
-    if goal.head_curvature is not None:
-        curvature = rows.mT @ (signs.unsqueeze(-1) * rows) + goal.head_curvature
-        eigenvalues, vectors = torch.linalg.eigh((curvature + curvature.mT) / 2)
-        rows, signs = vectors.mT * eigenvalues.abs().sqrt().unsqueeze(-1), eigenvalues.sign()
     return rows.transpose(0, 1), None if bool((signs > 0).all()) else signs.T
 
 
@@ -40,7 +36,7 @@ def estimated_factor(goal: Objective, generator: torch.Generator) -> tuple[Tenso
         generator: of the signs.
     """
     loss, logits, target = goal.loss, goal.logits, goal.target
-    if isinstance(loss, CrossEntropy) and target is not None and goal.head_curvature is None and logits.shape[1] > 1:
+    if isinstance(loss, CrossEntropy) and target is not None and logits.shape[1] > 1:
         scale = loss.label_weight(logits, target).sqrt()[:, None, None]
         rows = scale * two_pass_cotangents(logits, target if target.dim() == 1 else target.argmax(-1), generator)
         return (rows @ goal.head).transpose(0, 1), None

@@ -13,6 +13,7 @@ from lightning_flatness.curvature.jacobian.factor import loss_factor
 from lightning_flatness.curvature.jacobian.plan import Plan
 from lightning_flatness.curvature.objective import Objective, objective
 from lightning_flatness.errors import NonFiniteError, Refusal
+from lightning_flatness.losses import Differentiated
 from lightning_flatness.precision import upcast
 from lightning_flatness.recording.graph import Cut, is_overwritten
 from lightning_flatness.recording.recorded_layers import RecordedLayers
@@ -71,7 +72,11 @@ def _network_up_to(recorded: RecordedLayers, cut: Cut, make_factor: _Factor) -> 
         goal = objective(recorded, cut, values.flatten(1))
     if isinstance(goal, Refusal):
         raise goal.error()
-    if goal.head_curvature is not None and goal.cut != cut:  # the same end whichever layers are measured
+    if goal.head_curvature is not None and goal.is_own_logit:
+        form = Differentiated(goal.head[:, 0], goal.head_curvature.dense())
+        identity = torch.eye(goal.head.shape[2]).to(goal.head)
+        goal = Objective(cut, goal.counted, values.flatten(1).double(), identity, form)
+    elif goal.head_curvature is not None:  # the same end whichever layers are measured
         return _network_up_to(recorded, goal.cut, make_factor)
     plan = Plan(recorded, cut, len(values))
     if not recorded.is_whole and not all(map(plan.is_weight, recorded.layers.values())):

@@ -28,6 +28,14 @@ class _Flatness(NamedTuple):
     scaled: Tensor
 
 
+class _Bent(NamedTuple):
+    """What the curvature of the head adds, each entry of shape (n,)."""
+
+    trace: Tensor
+    relative: Tensor
+    own_trace: Tensor  # in the features
+
+
 def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
     """Return every quantity that the closed form gives for this head and loss.
 
@@ -41,10 +49,15 @@ def sample_quantities(derivatives: PooledDerivatives) -> SampleQuantities:
     flatness = _flatness(derivatives)
     diagonal = _curvature_diagonal(derivatives, derivatives.head)
     uncertainty = loss.curvature_trace(logits, target)
+    trace, relative = _hessian_trace(derivatives, flatness.products, diagonal), flatness.relative
+    if (bent := _bent(derivatives)) is not None:
+        trace, relative = trace + bent.trace, relative + bent.relative
+        uncertainty = bent.own_trace if derivatives.is_own_logit else uncertainty
     return SampleQuantities(
-        hessian_trace=_hessian_trace(derivatives, flatness.products, diagonal),
-        relative_flatness=flatness.relative,
+        hessian_trace=trace,
+        relative_flatness=relative,
         confidence=uncertainty,
+        curvature="ggn" if derivatives.is_gauss_newton else "hessian",
         **_scale_free(derivatives, flatness),
         **_of_a_linear_head(derivatives, flatness, diagonal, uncertainty),
         **_margins(derivatives),
@@ -73,7 +86,7 @@ def is_ill_conditioned(derivatives: PooledDerivatives, quantities: SampleQuantit
 def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str, Any]:
     if isinstance(derivatives.loss, Differentiated):
         return {}
-    scaled = {} if derivatives.head_curvature is not None else {"scaled_flatness": flatness.scaled}
+    scaled = {"scaled_flatness": flatness.scaled} if derivatives.has_temperatures else {}
     return {**scaled, "logit_mean_square": derivatives.loss.logit_mean_square(derivatives.logits)}
 
 
@@ -129,7 +142,8 @@ def hessian_trace(derivatives: PooledDerivatives) -> Float[Tensor, " n"]:
         derivatives: of one batch.
     """
     (products,) = _by_chunks(derivatives, lambda chunk: (_gram(chunk).pairs_of_a_filter(),))
-    return _hessian_trace(derivatives, products, _curvature_diagonal(derivatives, derivatives.head))
+    trace = _hessian_trace(derivatives, products, _curvature_diagonal(derivatives, derivatives.head))
+    return trace if (bent := _bent(derivatives)) is None else trace + bent.trace
 
 
 def relative_flatness(derivatives: PooledDerivatives) -> Float[Tensor, "n u"]:
@@ -143,19 +157,36 @@ def relative_flatness(derivatives: PooledDerivatives) -> Float[Tensor, "n u"]:
     Returns:
         The value of the predictor itself, then those at `functional.TEMPERATURES`, shape (n, 1 + t).
     """
-    flatness = _flatness(derivatives)
-    return torch.cat([flatness.relative.unsqueeze(1), flatness.scaled], 1)
+    flatness, bent = _flatness(derivatives), _bent(derivatives)
+    relative = flatness.relative if bent is None else flatness.relative + bent.relative
+    return torch.cat([relative.unsqueeze(1), flatness.scaled], 1)
+
+
+def _bent(derivatives: PooledDerivatives) -> _Bent | None:
+    """Return what the curvature of the head adds; its columns come in groups for all samples."""
+    curvature = derivatives.head_curvature
+    if curvature is None:
+        return None
+    factors = _by_chunks(derivatives, lambda chunk: _gram(chunk)[1:])
+    gram, index = LF.HadamardGram(derivatives.kernel_gram, *factors), derivatives.feature_index
+    fed, is_in_order = derivatives.is_fed, torch.equal(index, torch.arange(derivatives.features.shape[1]).to(index))
+    total = _Bent(*derivatives.logits.new_zeros(3, len(derivatives)))
+    for columns, rows in curvature.columns(derivatives.chunk_bytes // 4):  # which are copied
+        own = rows[:, :, columns].diagonal(dim1=1, dim2=2).sum(-1)
+        features = ((columns.start <= index) & (index < columns.stop) & fed).nonzero().squeeze(1)
+        if not (is_in_order and fed.all()):
+            rows = rows[:, index[features] - columns.start][..., index] * fed
+        with full_precision(derivatives.logits.device):
+            sums = *gram.contraction(rows, features), own
+        total = _Bent(*(whole + part for whole, part in zip(total, sums, strict=True)))
+    return total
 
 
 def _hessian_trace(
     derivatives: PooledDerivatives, products: Float[Tensor, "n k p"], diagonal: Float[Tensor, "n j"]
 ) -> Float[Tensor, " n"]:
-    trace, bent = _gauss_newton_trace(derivatives, products, diagonal), derivatives.head_curvature
-    if bent is not None:
-        index, fed = derivatives.feature_index, derivatives.is_fed
-        trace = trace + _sum_over_filters(
-            products, lambda first, second: bent[:, index[first], index[second]] * fed[first] * fed[second]
-        )
+    """Return the trace without what the curvature of the head adds."""
+    trace = _gauss_newton_trace(derivatives, products, diagonal)
     if derivatives.second_derivative is None:
         return trace
     with full_precision(derivatives.logits.device):
@@ -203,7 +234,7 @@ def _flatness(derivatives: PooledDerivatives) -> _Flatness:
 def _chunk_flatness(derivatives: PooledDerivatives) -> _Flatness:
     gram, logits = _gram(derivatives), derivatives.logits
     taus = LF.TEMPERATURES.new_ones(1).to(logits)
-    if not isinstance(derivatives.loss, Differentiated) and derivatives.head_curvature is None:
+    if derivatives.has_temperatures:
         taus = torch.cat([taus, LF.TEMPERATURES.to(logits)])
     scaled = logits.unsqueeze(-1) / taus
     loss, target = derivatives.loss, derivatives.target
@@ -212,8 +243,6 @@ def _chunk_flatness(derivatives: PooledDerivatives) -> _Flatness:
         squares = derivatives.kernel_gram.diagonal().repeat_interleave(derivatives.features_per_filter)
         added = _activation_curvature(derivatives) * squares
         flatness = flatness + _label_term(derivatives, scaled, added) / taus
-    if (bent := derivatives.used_head_curvature) is not None:
-        flatness = flatness + gram.contraction(bent).unsqueeze(1)
     return _Flatness(gram.pairs_of_a_filter(), flatness[:, 0], flatness[:, 1:])
 
 

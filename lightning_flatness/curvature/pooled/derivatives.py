@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
 from lightning_flatness.functional import ConvGeometry
-from lightning_flatness.losses import CrossEntropy, Form
+from lightning_flatness.losses import CrossEntropy, Differentiated, Form
 
 CHUNK_BYTES = 64 * 2**20
 """What temporary tensors may take at once by default."""
@@ -38,6 +39,7 @@ class PooledDerivatives:
         target: what the loss reads; None if it is in the loss.
         head_curvature: see `objective.Objective`; None for a piecewise linear head.
         chunk_bytes: what temporary tensors may take at once; a single sample may take more.
+        is_gauss_newton: whether the curvature of the map and of the head has been left out.
     """
 
     inputs: Float[Tensor, "n i ..."]
@@ -52,8 +54,9 @@ class PooledDerivatives:
     geometry: ConvGeometry
     loss: Form = field(default_factory=CrossEntropy)
     target: Int[Tensor, " n"] | Float[Tensor, "n c"] | None = None
-    head_curvature: Float[Tensor, "n j j"] | None = None
+    head_curvature: HeadCurvature | None = None
     chunk_bytes: int = CHUNK_BYTES
+    is_gauss_newton: bool = False
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -64,18 +67,21 @@ class PooledDerivatives:
         changes: dict[str, Any] = {
             entry.name: value.to(dtype)
             for entry in fields(self)
-            if isinstance(value := getattr(self, entry.name), Tensor) and value.is_floating_point()
+            if isinstance(value := getattr(self, entry.name), HeadCurvature)
+            or (isinstance(value, Tensor) and value.is_floating_point())
         }
         return replace(self, **changes)
 
     def select(self, samples: slice | Tensor) -> PooledDerivatives:
         """Return the derivatives of some of the samples."""
-        per_sample = ("inputs", "jacobian", "second_derivative", "features", "logits", "target", "head_curvature")
+        per_sample = ("inputs", "jacobian", "second_derivative", "features", "logits", "target")
         changes: dict[str, Any] = {
             name: value[samples] for name in per_sample if (value := getattr(self, name)) is not None
         }
         if self.head.dim() == 3:
             changes["head"] = self.head[samples]
+        if self.head_curvature is not None:
+            changes["head_curvature"] = self.head_curvature.select(samples)
         return replace(self, **changes, loss=self.loss.select(samples))
 
     @property
@@ -89,12 +95,21 @@ class PooledDerivatives:
         return self.head[..., self.feature_index] * self.is_fed
 
     @property
-    def used_head_curvature(self) -> Float[Tensor, "n f f"] | None:
-        """The rows and columns of the head's curvature in the same order; None for a piecewise linear head."""
-        if self.head_curvature is None:
-            return None
-        used = self.head_curvature[:, self.feature_index][:, :, self.feature_index]
-        return used * self.is_fed * self.is_fed.unsqueeze(-1)
+    def gauss_newton(self) -> PooledDerivatives:
+        """The same derivatives without the curvature of the map and of the head, unless this holds that of the loss."""
+        bent = self.head_curvature if self.is_own_logit else None
+        return replace(self, second_derivative=None, head_curvature=bent, is_gauss_newton=True)
+
+    @property
+    def is_own_logit(self) -> bool:
+        """See `Objective.is_own_logit`."""
+        return is_own_logit(self.loss, self.logits, self.head_curvature)
+
+    @property
+    def has_temperatures(self) -> bool:
+        """Whether relative flatness is known at other temperatures: behind a softmax or sigmoid of a straight head."""
+        is_curved = self.head_curvature is not None or self.is_gauss_newton
+        return not is_curved and not isinstance(self.loss, Differentiated)
 
     @property
     def is_linear(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -83,7 +82,7 @@ class PooledHessian:
 
     def gauss_newton(self) -> PooledHessian:
         """Return the part that the curvature of the loss makes, without that of the head and of the map."""
-        return PooledHessian([replace(part, second_derivative=None, head_curvature=None) for part in self._parts])
+        return PooledHessian([part.gauss_newton for part in self._parts])
 
     def dual(self) -> tuple[Float[Tensor, "m m"], Float[Tensor, " m"]]:
         """Return the inner products of the columns of all samples, and their signs; see `functional.dual_matrix`."""
@@ -158,8 +157,10 @@ def _directions(part: PooledDerivatives) -> tuple[Float[Tensor, "n r k"], Float[
     """Return factors of the curvature in the pooled features, in the order of the filters, and their signs."""
     factor, signs = cotangents(part.loss, part.logits, part.target)
     directions = factor @ part.used_head
-    if (bent := part.used_head_curvature) is None:
+    if part.head_curvature is None:
         return directions, signs
+    bent = part.head_curvature.dense()[:, part.feature_index][:, :, part.feature_index]
+    bent = bent * part.is_fed * part.is_fed.unsqueeze(-1)
     values, vectors = torch.linalg.eigh((directions * signs.unsqueeze(-1)).mT @ directions + bent)
     return vectors.mT * values.abs().sqrt().unsqueeze(-1), values.sign()
 

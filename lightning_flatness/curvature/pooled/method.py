@@ -23,7 +23,7 @@ from lightning_flatness.curvature.pooled.certificate import (
 from lightning_flatness.curvature.pooled.closed_form import is_ill_conditioned, sample_quantities
 from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import NonFiniteError, Refusal, require_counts
+from lightning_flatness.errors import NonFiniteError, Refusal, UnrepeatableError, require_counts
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.precision import allclose_for_dtype, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
@@ -31,6 +31,12 @@ from lightning_flatness.recording.graph import Cut
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
 
 _CANDIDATES = 3  # tensors that are tried for the pooled features
+
+# How many features times weights of a curved head there may be for each weight of the network. Each feature takes a
+# Hessian-vector product of 2.5 multiply-adds for each weight of the head; a forward pass takes some 50 for each
+# weight of a convolution, one at each position of the map. So all products take about as long as a forward pass. Unlike
+# the operations of that pass, the number of weights is the same for all batches and processes.
+_HEAD_SIZE = 20
 
 
 class PooledMethod:
@@ -74,6 +80,9 @@ class PooledMethod:
             NonFiniteError: if the pooled features or the logits hold NaN.
         """
         derivatives = self.derivatives(recorded, samples)
+        bent = derivatives.head_curvature
+        if bent is not None and bent.size > _HEAD_SIZE * recorded.network_weights:
+            derivatives = derivatives.gauss_newton
         with not_recorded(), torch.inference_mode(False):
             quantities = sample_quantities(derivatives)
             if is_ill_conditioned(derivatives, quantities):
@@ -259,7 +268,9 @@ def _require_same(recorded: RecordedPass, pooled: Cut, features: Tensor) -> None
     if not observed.is_cuda and not allclose_for_dtype(features.detach(), observed):
         raise Refusal(
             f"Repeating the recorded steps after `{recorded.layer}` must give the features that the network computed; "
-            "it does not. A step is no torch operation, such as a kernel of an extension, and cannot be measured."
+            "it does not. A step is no torch operation, such as a kernel of an extension, and cannot be measured. The "
+            'classifier\'s own weight may be (`method="classifier"`).',
+            UnrepeatableError("a step was not recorded"),
         ).error()
 
 

@@ -256,3 +256,17 @@ def test_an_estimate_has_no_bias_and_states_its_error(loss: str) -> None:
             assert stated.square().mean().sqrt() > 0.85 * means.std() > 0
     assert (found.is_estimate, exact.is_estimate) == (True, False)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_loss_behind_a_narrow_tensor_is_differentiated_there() -> None:
+    """All influence passes through two numbers; the three logits behind them are curved."""
+    x, y = NAMED["LeNet"].data()
+    torch.manual_seed(0)
+    layers = nn.Linear(x[0].numel(), 4), nn.ReLU(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, CLASSES)
+    model = nn.Sequential(nn.Flatten(), *layers).double()
+    found = measured(model, x, y, focal, ["1", "3"]).by_layer
+    for name, quantities in found.items():
+        torch.testing.assert_close(quantities.hessian_trace, oracle.hessian_trace(model, name, x, y, focal), **close)
+        assert quantities.curvature == "hessian"
+    inputs = model[:3](x).square().sum(1)
+    torch.testing.assert_close(found["3"].confidence * inputs, found["3"].hessian_trace, **close)

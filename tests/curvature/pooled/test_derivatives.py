@@ -40,5 +40,3 @@ def test_features_of_a_filter_follow_each_other() -> None:
     some = derivatives("two features for some filters")
     columns = some.head[:, [0, 0, 1, 4, 2, 5, 3, 0]] * torch.tensor([1, 0, 1, 1, 1, 1, 1, 0])
     assert torch.equal(some.used_head, columns)
-    curved = derivatives("layer norm on two poolings")
-    assert torch.equal(curved.used_head_curvature[:, 2:4, 2:4], curved.head_curvature[:, [1, 5]][:, :, [1, 5]])

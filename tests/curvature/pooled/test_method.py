@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import SUPPORTED, UNSUPPORTED, Case
+from networks import CosineLinear, RootMeanSquare
 from recorded import recorded, required
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -140,3 +141,110 @@ def test_logits_in_half_precision_are_computed_anew() -> None:
     assert derivatives.logits.dtype == derivatives.head.dtype == derivatives.inputs.dtype == torch.float32
     exact = derivatives.features @ derivatives.head.mT + model.head.bias.float()
     torch.testing.assert_close(derivatives.logits, exact)
+
+
+K, DIM, C = 6, 3, 4
+
+
+def hidden(width: int, *layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(K, width), *layers, nn.Linear(width, C))
+
+
+def smoothed(phi: Tensor, y: Tensor) -> Tensor:
+    weights = torch.tensor([0.2, 1.0, 3.0, 0.5]).to(phi)
+    return F.cross_entropy(phi, y, weights, label_smoothing=0.2, reduction="none").mean()
+
+
+def labels(phi: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(phi, F.one_hot(y, C).to(phi))
+
+
+def focal(phi: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(phi, y, reduction="none")
+    return ((1 - (-each).exp()).square() * each).mean()
+
+
+def squared(phi: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(phi.softmax(1), F.one_hot(y, C).to(phi))
+
+
+BENT: dict[str, Callable[[], nn.Module]] = {
+    "hidden silu": lambda: hidden(5, nn.SiLU()),
+    "wide hidden silu": lambda: hidden(9, nn.SiLU()),
+    "layer norm": lambda: nn.Sequential(nn.LayerNorm(K), nn.Linear(K, C)),
+    "root mean square": lambda: nn.Sequential(RootMeanSquare(), nn.Linear(K, C)),
+    "cosine": lambda: CosineLinear(K, C),
+    "hidden relu behind a norm": lambda: hidden(7, nn.BatchNorm1d(7), nn.ReLU()),
+    "more classes than features": lambda: nn.Sequential(nn.Linear(K, 8), nn.SiLU(), nn.Linear(8, K + 2)),
+}
+LOSSES = {
+    "cross-entropy": F.cross_entropy,
+    "smoothed": smoothed,
+    "labels": labels,
+    "focal": focal,
+    "squared": squared,
+}
+
+
+def behind(head: str, act: nn.Module) -> tuple[nn.Module, Tensor, Tensor]:
+    """A convolution under global pooling with this head, in float64, and a batch."""
+    torch.manual_seed(5)
+    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(nn.Conv2d(DIM, K, 1), act, *pool, BENT[head]()).double().eval()
+    return model, torch.randn(5, DIM, 3, 3).double(), torch.randint(C, (5,))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("head", BENT)
+def test_curved_heads_equal_brute_force_in_small_groups(head: str, loss: str) -> None:
+    if head == "more classes than features" and loss not in ("cross-entropy", "focal"):
+        return
+    model, x, y = behind(head, nn.SiLU())
+    record = recorded(model, x, y, LOSSES[loss])
+    hessian, rows = oracle.layer_hessian(model, "0", x, y, LOSSES[loss]), model[0].weight.flatten(1)
+    expected = torch.einsum("nkiki->n", hessian), torch.einsum("kd,ld,nkili->n", rows, rows, hessian)
+    method = PooledMethod(chunk_bytes=1)
+    with mock.patch("lightning_flatness.curvature.pooled.method._HEAD_SIZE", 10**6):
+        found = method.quantities(record)
+        part = method.quantities(record, slice(3))
+    for name, value in zip(("hessian_trace", "relative_flatness"), expected, strict=True):
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(getattr(part, name), value[:3], rtol=1e-9, atol=1e-12)
+    assert found.curvature == "hessian"
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "smoothed", "labels", "focal"])
+def test_a_large_curved_head_has_the_gauss_newton_part(loss: str) -> None:
+    model, x, y = behind("wide hidden silu", nn.SiLU())
+    with mock.patch("lightning_flatness.curvature.pooled.method._HEAD_SIZE", 0.1):
+        found = PooledMethod().quantities(recorded(model, x, y, LOSSES[loss]))
+    weight, rows, expected = model[0].weight.detach(), model[0].weight.flatten(1), []
+    for image, label in zip(x.split(1), y.split(1), strict=True):
+
+        def logits(free: Tensor, image: Tensor = image) -> Tensor:
+            return torch.func.functional_call(model, {"0.weight": free}, image)
+
+        jacobian = torch.autograd.functional.jacobian(logits, weight).reshape(C, *rows.shape)
+        curvature = torch.autograd.functional.hessian(
+            lambda phi, label=label: LOSSES[loss](phi[None], label), model(image)[0]
+        )
+        matrix = torch.einsum("ckd,ce,elf->kdlf", jacobian, curvature, jacobian)
+        expected.append((torch.einsum("kdkd->", matrix), torch.einsum("kd,ld,kili->", rows, rows, matrix)))
+    trace, relative = map(torch.stack, zip(*expected, strict=True))
+    torch.testing.assert_close(found.hessian_trace, trace, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.relative_flatness, relative, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.gauss_newton_trace, trace, rtol=1e-9, atol=1e-12)
+    assert found.curvature == "ggn"
+    assert found.scaled_flatness is None
+
+
+@pytest.mark.parametrize(("width", "expected"), [(11, "hessian"), (12, "ggn")])
+def test_the_limit_is_20_times_the_weights_of_the_network(width: int, expected: str) -> None:
+    """The features times the weights of the two linear layers are just within the limit, or just beyond it."""
+    features = 24
+    head = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, 2))
+    model = nn.Sequential(nn.Conv2d(1, features, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+    weights, own = sum(p.numel() for p in model.parameters()), head[0].weight.numel() + head[2].weight.numel()
+    assert (features * own > 20 * weights) == (expected == "ggn")
+    record = recorded(model, torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 1, 0]))
+    assert PooledMethod().quantities(record).curvature == expected
