@@ -87,6 +87,16 @@ def test_any_layer_by_the_gradients_of_samples(layer: str, method: Any, batches:
     assert result.assumed == ()
 
 
+def test_a_large_curved_head_leaves_the_gauss_newton_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["curved hidden layer"]
+    exact = spectrum(case.model(), [case.data()])
+    monkeypatch.setattr("lightning_flatness.curvature.pooled.method._HEAD_SIZE", 0)
+    result = spectrum(case.model(), [case.data()])
+    assert (exact.curvature, result.curvature) == ("hessian", "ggn")
+    assert result.trace == pytest.approx(float(result.eigenvalues.sum()), rel=1e-9)
+    assert result.trace != pytest.approx(exact.trace, rel=1e-3)
+
+
 def test_both_methods_give_the_same() -> None:
     case = CASES["residual"]
     pooled, rows = (spectrum(case.model(), [case.data()], layer="conv", method=m) for m in ("auto", "jacobian"))
