@@ -407,7 +407,8 @@ def _finite(values: dict[str, Tensor], whose: str = "") -> dict[str, float]:
     found = {key: float(value) for key, value in values.items()}
     if broken := [f"{key} {whose}".rstrip() + f" = {value}" for key, value in found.items() if not isfinite(value)]:
         raise NonFiniteError(
-            f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, and for logits of "
-            "minus infinity that mask the true class."
+            f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, for logits of "
+            "minus infinity that mask the true class, and for a step without a derivative, as normalising features that are "
+            "all zero."
         )
     return found

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from recorded import brute_force
 from torch import Tensor, nn
 
-from lightning_flatness import UnsupportedTailError, measure, oracle
+from lightning_flatness import NonFiniteError, UnsupportedTailError, measure, oracle
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # random tails in all
 fuzz = settings(
@@ -112,6 +112,10 @@ def test_random_heads_and_losses(dims: int, data: st.DataObject) -> None:
         kind = "samples coupled" if task.loss in COUPLED else "a tail without a closed form"
         event(f"refused, {kind}: {str(error).splitlines()[0][:60]}")
         return
+    except NonFiniteError:
+        assert task.head == "cosine"  # which has no derivative where all features are zero
+        event("refused, no derivative")
+        return
     event("measured")
     counts = [report.n_samples for report in reports]
     assert counts == [task.counted(y) for _, y in batches]
@@ -127,7 +131,7 @@ def test_random_heads_and_losses(dims: int, data: st.DataObject) -> None:
         for name, value in zip(("hessian_trace", "relative_flatness"), expected, strict=True):
             scale = float(report.samples[name].abs().mean()) + 1e-6
             total = float(value) / count if task.loss in SUMS else float(value)
-            assert getattr(report, name) == pytest.approx(total, rel=1e-8, abs=1e-8 * scale), name
+            assert getattr(report, name) == pytest.approx(total, rel=1e-8, abs=1e-8 * scale + 1e-12), name
 
 
 def fails_by_itself(model: nn.Module, batch: Any) -> bool:

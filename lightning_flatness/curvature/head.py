@@ -72,6 +72,7 @@ class HeadCurvature:
         self._gradient, self._point = gradient, point
         self._structure = self._proved(gradient.detach(), point.detach())
         self._kept = torch.arange(len(point), device=point.device)
+        self._unused = torch.zeros(len(point), dtype=torch.bool, device=point.device)
         self.dtype = point.dtype
         self.size = 0 if self._structure is not None else point.shape[1] * weights
 
@@ -82,6 +83,13 @@ class HeadCurvature:
     def select(self, samples: slice | Tensor) -> HeadCurvature:
         """Return the matrices of some of the samples."""
         return self._changed(_kept=self._kept[samples])
+
+    def without(self, samples: Tensor) -> HeadCurvature:
+        """Return the matrices with zeros for some samples, a mask of all: those whose features no filter moves.
+
+        There the curvature may not be defined, as that of a cosine head where all features are zero.
+        """
+        return self._changed(_unused=samples)
 
     def to(self, dtype: torch.dtype) -> HeadCurvature:
         """Return the same matrices in another dtype."""
@@ -108,10 +116,12 @@ class HeadCurvature:
 
     def _columns(self, chosen: slice) -> Tensor:
         if self._structure is not None:
-            return self._structure.select(self._kept).columns(chosen).to(self.dtype)
-        units = torch.eye(self._point.shape[1]).to(self._point)[chosen]
-        columns = [self._product(unit.expand_as(self._point))[self._kept].to(self.dtype) for unit in units]
-        return torch.stack(columns, 1)
+            columns = self._structure.select(self._kept).columns(chosen).to(self.dtype)
+        else:
+            units = torch.eye(self._point.shape[1]).to(self._point)[chosen]
+            products = [self._product(unit.expand_as(self._point))[self._kept].to(self.dtype) for unit in units]
+            columns = torch.stack(products, 1)
+        return columns.masked_fill(self._unused[self._kept, None, None], 0.0)
 
     def _product(self, vectors: Tensor) -> Tensor:
         """Return the matrix of each sample times a vector of it; what is no part of the graph has no curvature."""

@@ -212,12 +212,13 @@ def _head(
         return jacobian, HeadCurvature(pulled, point, _weights(recorded, *between))
     cotangent = _drawn(logits[0], 1)
     (rows,) = torch.autograd.grad((logits @ cotangent).sum(), point, retain_graph=True)
-    if not torch.allclose(rows, rows[:1].expand_as(rows), rtol=EXACT, atol=float(EXACT * rows.abs().max())):
+    if not bool(((rows - rows[:1]).abs() <= EXACT * rows.abs().amax(0)).all()):
         return torch.stack([_row(logits, point, c) for c in classes], 1), None
     for call in recorded.linear_calls:  # the weight itself, if that is the head
         if call.weight.shape == (len(classes), point.shape[1]):
             weight = call.weight.double()
-            if torch.allclose(cotangent @ weight, rows[0], rtol=1e-12, atol=float(1e-12 * rows.abs().max())):
+            rounding = 1e-12 * (cotangent.abs() @ weight.abs())
+            if bool(((cotangent @ weight - rows[0]).abs() <= rounding).all()):
                 return weight, None
     return torch.stack([_row(logits, point, c)[0] for c in classes]), None
 
@@ -228,7 +229,8 @@ def _is_curved(logits: Tensor, point: Tensor) -> bool:
     if not rows.requires_grad:
         return False
     (bent,) = torch.autograd.grad((rows * _drawn(point, 3)).sum(), point, retain_graph=True, materialize_grads=True)
-    return bool(bent.abs().max() > 1e-12 * rows.abs().max())
+    # Sample by sample: a cosine head has a slope of 1e12 where all features are zero, and no number for a curvature.
+    return not bool((bent.abs().amax(-1) <= 1e-12 * rows.abs().amax(-1)).all())
 
 
 def _drawn(like: Tensor, seed: int) -> Tensor:
@@ -264,12 +266,17 @@ def _couples(values: Tensor, point: Tensor) -> bool:
     generator = torch.Generator().manual_seed(2)
     cotangent = torch.randn(values.shape, generator=generator, dtype=torch.float64, device="cpu").to(values)
     bits = [((samples >> bit) & 1).bool() for bit in range((len(point) - 1).bit_length())]
-    for half in (half for bit in bits for half in (bit, ~bit)):  # an influence may have one direction
-        rows = cotangent * half.unsqueeze(1)
+    halves = [half for bit in bits for half in (bit, ~bit)]  # an influence may have one direction
+
+    def slope(rows: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(values, point, rows, retain_graph=True, materialize_grads=True)
-        if gradient[~half].any() and gradient[~half].abs().max() > EXACT * gradient.abs().max():
-            return True
-    return False
+        return gradient.abs().amax(-1)
+
+    foreign = [slope(cotangent * half.unsqueeze(1)).where(~half, 0.0) for half in halves]
+    if not any(bool(each.any()) for each in foreign):
+        return False
+    size = slope(cotangent)  # of each sample: beside a huge one, the others' influence would seem to be nothing
+    return any(bool((each > EXACT * size).any()) for each in foreign)  # NaN is no influence
 
 
 def _has_gradient(tail: RecordedFunction, samples: int, unless_linear: bool = False) -> Tensor:

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import HEADS, SUPPORTED, Case
-from networks import Net
-from recorded import pooled, recorded, required
+from networks import CosineLinear, Net
+from recorded import brute_force, pooled, recorded, required
 from torch import Tensor, nn
 
+from lightning_flatness import measure
 from lightning_flatness.curvature import objective as objectives
 from lightning_flatness.curvature.objective import Objective, ObjectiveReader, objective
 from lightning_flatness.curvature.pooled.certificate import features_at
@@ -367,6 +368,24 @@ def test_one_sample_alone() -> None:
         cut = pooled(one_pass)
         goal = objective(one_pass, cut, features_at(one_pass, cut, one_pass.points()))
         torch.testing.assert_close(goal.target, labels[:1])
+
+
+def test_a_huge_slope_of_one_sample_does_not_hide_the_curvature_of_others() -> None:
+    """Where all features are zero, a cosine head has a slope of 1e12 and no curvature; no filter moves them there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), CosineLinear(4, 3))
+    nn.init.constant_(model[0].bias, -0.2)
+    model, x = model.double().eval(), torch.randn(4, 2, 5, 5).double()
+    x[1] = 0.0
+    for loss in (F.cross_entropy, focal(2.0)):
+
+        def step(m: nn.Module, x: Tensor, y: Tensor, loss: Loss = loss) -> Tensor:
+            return loss(m(x), y)
+
+        report = measure(model, [(x, torch.arange(4) % 3)], loss=loss, layer="0", verify=False)
+        values = [brute_force(model, "0", step, x[[n]], torch.tensor([n % 3])) for n in (0, 2, 3)]
+        trace, relative = (float(sum(each)) / 4 for each in zip(*values, strict=True))
+        assert (report.hessian_trace, report.relative_flatness) == pytest.approx((trace, relative), rel=1e-9)
 
 
 def test_no_second_derivative_is_refused() -> None:

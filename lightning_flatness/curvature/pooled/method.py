@@ -122,7 +122,9 @@ class PooledMethod:
             geometry=_geometry(recorded, call),
             loss=goal.loss,
             target=None if goal.target is None else goal.target.to(dtype),
-            head_curvature=None if goal.head_curvature is None else goal.head_curvature.to(dtype),
+            head_curvature=None
+            if goal.head_curvature is None
+            else goal.head_curvature.without((jacobian == 0).flatten(1).all(1)).to(dtype),
             chunk_bytes=self._chunk_bytes,
         )
         kept = goal.kept(samples)
