@@ -408,7 +408,7 @@ def _finite(values: dict[str, Tensor], whose: str = "") -> dict[str, float]:
     if broken := [f"{key} {whose}".rstrip() + f" = {value}" for key, value in found.items() if not isfinite(value)]:
         raise NonFiniteError(
             f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, for logits of "
-            "minus infinity that mask the true class, and for a step without a derivative, as normalising features that "
-            "are all zero."
+            "minus infinity that mask the true class, and for a step without a derivative, as a norm of features "
+            "that are all zero."
         )
     return found

@@ -169,8 +169,9 @@ class Task:
 
     @property
     def plain(self) -> bool:
-        """Whether it must be measured."""
-        return self.tail.plain and self.loss in LOSSES
+        """Whether it must be measured: the direction of a single feature is its sign, which has no derivative."""
+        is_sign = self.head == "cosine" and self.tail.filters == 1
+        return self.tail.plain and self.loss in LOSSES and not is_sign
 
     def model(self) -> nn.Module:
         """The network with random weights, in training mode."""

@@ -611,7 +611,7 @@ def test_the_gauss_newton_part_has_keys_of_its_own(
         Rule(monitor=f"flatness/relative{suffix}", rise=1.0, name="of the Hessian"),
         Rule(monitor=f"flatness/relative/ggn{suffix}", above=0.0, patience=1, name="of the part"),
     ]
-    module, monitor = Classifier(loaders=2), FlatnessMonitor(rules=rules, name=name)
+    module, monitor = Classifier(loaders=2), FlatnessMonitor(rules=rules, name=name, method="pooled")
     module.net.head = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 3)).double()
     run = trainer(tmp_path, monitor)
     with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="`of the Hessian`.*inactive"):
@@ -619,7 +619,7 @@ def test_the_gauss_newton_part_has_keys_of_its_own(
     assert "the Gauss-Newton part of trace and relative flatness alone" in str(monitor.measured)
     assert {alert.rule_name for alert in monitor.alerts} == {"of the part"}
     for index, loader in enumerate(module.val_dataloader()):
-        report = measure(module, loader)
+        report = measure(module, loader, method="pooled")
         assert (report.exact, report.curvature, report.scale_free_flatness) == (False, "ggn", None)
         assert str(report).count("of the Gauss-Newton part") == 2
         logged = {key: float(value) for key, value in run.callback_metrics.items() if key.endswith(f"idx_{index}")}

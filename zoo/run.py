@@ -84,7 +84,8 @@ def examine(architecture: Architecture) -> Row:
         raise AssertionError(f"{architecture.name}: `{report.layer}` in float64, `{again.layer}` in float32.")
     rounding = float((predicted(model, images) - logits).norm() / logits.norm())
     errors = error_of(double, expected), error_of(single, expected), rounding
-    return Row(architecture, report.method, report.layer, shortened(report.reason), *errors)
+    reason = "" if report.method == "pooled" else shortened(report.reason)
+    return Row(architecture, report.method, report.layer, reason, *errors)
 
 
 def predicted(model: nn.Module, images: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def error_of(value: Flatness, expected: tuple[Flatness, Flatness]) -> float:
 
 def shortened(reason: str) -> str:
     """Return what a reason says about this network in particular."""
-    return reason.splitlines()[0].split("pooling): ")[-1].rstrip(".") if reason else ""
+    return reason.splitlines()[0].split("pooling): ")[-1].rstrip(".")
 
 
 def documented() -> dict[tuple[str, str], tuple[str, str]]:

@@ -68,23 +68,30 @@ class AutoMethod:
             chosen = self._classifier if self.choice and self.choice.name == "classifier" else self._pooled
             return chosen.quantities(recorded, samples)
         pooled = _measured(self._pooled, recorded.pooled, samples)
-        if not isinstance(pooled, Refusal):
-            self._choose(
-                Choice(self._pooled.name, pooled[0], "Every step from the convolution to the loss is certified.")
-            )
-            return pooled[1]
-        if isinstance(pooled.cause, UnrepeatableError):
-            raise pooled.error()
+        if isinstance(pooled, Refusal):
+            if isinstance(pooled.cause, UnrepeatableError):
+                raise pooled.error()
+            reason = pooled.message.splitlines()[0]
+        elif pooled[1].curvature == "hessian":
+            return self._chosen(self._pooled, pooled, "Every step from the convolution to the loss is certified.")
+        else:
+            reason = f"The head behind `{pooled[0]}` is large and curved; only its Gauss-Newton part is measured there."
         own = _measured(self._classifier, recorded.classifier, samples)
-        if isinstance(own, Refusal):
+        if not isinstance(own, Refusal):
+            return self._chosen(self._classifier, own, reason)
+        if isinstance(pooled, Refusal):
             raise joined([pooled, own]).error()
-        self._choose(Choice(self._classifier.name, own[0], pooled.message.splitlines()[0]))
-        return own[1]
+        return self._chosen(self._pooled, pooled, f"{reason} The classifier is not measured: {own.message}")
 
-    def _choose(self, choice: Choice) -> None:
-        self.choice = choice
+    def _chosen(
+        self, method: PooledMethod | ClassifierMethod, measured: tuple[str, SampleQuantities], reason: str
+    ) -> SampleQuantities:
+        """Keep a choice, and return the quantities of its layer."""
+        layer, quantities = measured
+        self.choice = Choice(method.name, layer, reason)
         if self._recorder is not None:
-            self._recorder.follow(ForwardRecorder if choice.name == PooledMethod.name else ClassifierRecorder)
+            self._recorder.follow(ForwardRecorder if method is self._pooled else ClassifierRecorder)
+        return quantities
 
 
 Recorder: TypeAlias = ForwardRecorder | BothRecorder
@@ -98,13 +105,14 @@ def select_method(recorded: RecordedPasses) -> Choice:
 
     The first of these that is exact is taken:
 
-    1. **`"pooled"`**: the deepest convolution, in closed form, if every link from it
-       to the loss is certified: each of its filters reaches one pooled feature on its own, as under normalisation in
-       eval mode, activations, skips and a global pooling.
+    1. **`"pooled"`**: the deepest convolution, in closed form, if every link from it to the loss is certified: each of
+       its filters reaches one pooled feature on its own, as under normalisation in eval mode, activations, skips and a
+       global pooling.
     2. **`"classifier"`**: the classifier's own weight, in closed form. The classifier is the last linear layer that the
        loss depends on; what lies before it may be anything (attention, gates, recurrence), and what lies behind it any
        differentiable function of its output that is a sum over samples.
-    3. Neither: the refusal, with the reasons of both.
+    3. **`"pooled"`** where the head is curved and too large, so that only the Gauss-Newton part is measured.
+    4. None: the refusal, with the reasons of both.
 
     A pass that draws random numbers, or that the recorded operations do not explain, is refused at once: no other layer
     is taken in its place. Name the method if one is wanted.

@@ -224,6 +224,30 @@ def test_the_deepest_convolution_may_run_on_a_single_position() -> None:
     assert_equals_brute_force(report, model, x, y)
 
 
+class Functional(nn.Module):
+    """A hidden layer without linear modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, p: Tensor) -> Tensor:
+        return F.silu(p @ self.first) @ self.second
+
+
+def test_an_exact_value_of_the_classifier_comes_before_a_part_of_the_convolution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_flatness.curvature.pooled.method._HEAD_SIZE", 0.1)
+    hidden = nn.Sequential(nn.Linear(3, 6), nn.SiLU(), nn.Linear(6, 3))
+    for head, method, curvature in ((hidden, "classifier", "hessian"), (Functional(), "pooled", "ggn")):
+        model, (x, y) = network(sequential(nn.Conv2d(2, 3, 3), *POOL, head)), batch()
+        report = measure(model, [(x, y)], loss=F.cross_entropy)
+        assert (report.method, report.curvature) == (method, curvature)
+        assert "only its Gauss-Newton part" in report.reason
+    assert "The classifier is not measured" in report.reason
+
+
 def test_a_named_convolution_is_not_replaced() -> None:
     model, (x, y) = network(Excited), batch()
     with pytest.raises(UnsupportedTailError, match="one filter of `conv`"):
