@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from pkgutil import resolve_name
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -19,8 +20,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_flatness.callback import FlatnessMonitor
-from lightning_flatness.keys import KEYS, MARGIN, RELATIVE, SCALE_FREE, SCALE_FREE_MARGIN, key_suffix
-from lightning_flatness.recording.recorder import ForwardRecorder
+from lightning_flatness.curvature.methods import METHODS, LayerName, MethodName, method_for
+from lightning_flatness.keys import KEYS, MARGIN, RELATIVE, SCALE_FREE, SCALE_FREE_MARGIN, TRACE, layer_key
 from lightning_flatness.reporting.tables import Table
 from lightning_flatness.terminal import Parser, quiet, whole_number
 
@@ -41,7 +42,7 @@ class _Measurement:
         loader: how the keys of the loader end, `/dataloader_idx_1`; empty if there is one loader.
         measured: what was measured, in words.
         accuracy: share of samples whose margin is not negative; None for a loss without margins.
-        values: by key, as in `docs/keys.md`.
+        values: by key, as in `docs/keys.md`, without the ending of the loader.
     """
 
     checkpoint: str
@@ -52,12 +53,14 @@ class _Measurement:
 
     def __str__(self) -> str:
         """Return the report of this checkpoint and loader, one line a key."""
+        width = max(30, *(len(key) + 2 for key in self.values))
         rows = [
-            f"  {key:<30}{self.values[key]:<14.6g}{KEYS[key].direction if KEYS[key].better else ''}".rstrip()
-            for key in KEYS
-            if key in self.values
+            f"  {key:<{width}}{value:<14.6g}{KEYS[quantity].direction if KEYS[quantity].better else ''}".rstrip()
+            for quantity in KEYS
+            for key, value in self.values.items()
+            if _quantity(key) == quantity
         ]
-        accuracy = [] if self.accuracy is None else [f"  {'accuracy':<30}{self.accuracy:.2%}"]
+        accuracy = [] if self.accuracy is None else [f"  {'accuracy':<{width}}{self.accuracy:.2%}"]
         return "\n".join([f"{self.checkpoint}{self.loader}: {self.measured}", *accuracy, *rows])
 
 
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, path in enumerate(arguments.checkpoints, 1):
             print(f"{path} ({number} of {len(arguments.checkpoints)})", file=sys.stderr)
             with quiet():
-                found = _measured(path, *load(path), arguments.layer, arguments.max_samples)
+                found = _measured(path, *load(path), _asked(arguments))
             print("\n\n".join(map(str, found)) + "\n")
             measurements += found
         if arguments.json is not None:
@@ -198,8 +201,22 @@ def _misfit(path: Path, kind: type, error: Exception) -> _Refused:
     )
 
 
+class _Asked(NamedTuple):
+    """What to measure, as the monitor takes it."""
+
+    layer: LayerName
+    method: MethodName
+    max_samples: int | None
+
+
+def _asked(arguments: Any) -> _Asked:
+    names = arguments.layer
+    layer = names[0] if names is not None and len(names) == 1 else names
+    return _Asked(layer, arguments.method, arguments.max_samples)
+
+
 def _measured(
-    path: Path, model: LightningModule, data: LightningDataModule | None, layer: str | None, max_samples: int | None
+    path: Path, model: LightningModule, data: LightningDataModule | None, asked: _Asked
 ) -> list[_Measurement]:
     """Validate the model with a monitor; everything that is printed meanwhile goes to stderr."""
     owner = model if data is None else data
@@ -209,7 +226,11 @@ def _measured(
                 f"`{type(part).__name__}` must give {what}; it has no `{name}`. Define it"
                 + (", or give `--data package.module:DataModule`." if part is model and part is owner else ".")
             )
-    monitor = FlatnessMonitor(layer, max_samples=max_samples, strict=True)
+    try:
+        method_for(model, asked.method, asked.layer)  # whether the layers are there
+        monitor = FlatnessMonitor(asked.layer, method=asked.method, max_samples=asked.max_samples, strict=True)
+    except ValueError as error:
+        raise _Refused(f"{str(path)!r} cannot be measured: {error}") from error
     with redirect_stdout(sys.stderr):
         trainer = Trainer(
             devices=1,
@@ -219,7 +240,6 @@ def _measured(
             callbacks=[monitor, TQDMProgressBar()],
         )
         try:
-            ForwardRecorder(model, layer)  # whether the layer is there
             trainer.validate(model, datamodule=data, verbose=False)
         except ValueError as error:
             raise _Refused(f"{str(path)!r} cannot be measured: {error}") from error
@@ -227,16 +247,23 @@ def _measured(
     if not values:
         raise _Refused(f"{str(path)!r} cannot be measured: its validation has no sample.")
     found = []
-    for loader in dict.fromkeys(map(key_suffix, values)):
-        own = {_quantity(key): value for key, value in values.items() if key_suffix(key) == loader}
+    for loader in dict.fromkeys(map(_loader_of, values)):
+        own = {key.removesuffix(loader): value for key, value in values.items() if _loader_of(key) == loader}
         negative = own.get("margin/negative")
         accuracy = None if negative is None else 1 - negative
         found.append(_Measurement(str(path), loader, monitor.measured or "", accuracy, own))
     return found
 
 
+def _loader_of(key: str) -> str:
+    """Return how a key ends if there are several loaders."""
+    found = re.search(r"/dataloader_idx_\d+$", key)
+    return found[0] if found else ""
+
+
 def _quantity(key: str) -> str:
-    return key.removesuffix(key_suffix(key))
+    """Return a key without the layer and the loader."""
+    return "/".join(key.split("/")[:2])
 
 
 def _table(measurements: Sequence[_Measurement]) -> str:
@@ -244,9 +271,17 @@ def _table(measurements: Sequence[_Measurement]) -> str:
     columns = {"Checkpoint": [f"{each.checkpoint}{each.loader}" for each in measurements]}
     columns["Accuracy"] = ["-" if each.accuracy is None else f"{each.accuracy:.2%}" for each in measurements]
     for key in _COLUMNS:
-        values = [each.values.get(key) for each in measurements]
-        columns[KEYS[key].title] = ["-" if value is None else f"{value:#.4g}".rstrip(".") for value in values]
+        columns[KEYS[key].title] = [_cell(each.values, key) for each in measurements]
+    network = [_cell(each.values, layer_key(TRACE, None)) for each in measurements]
+    if set(network) != {"-"}:
+        columns[f"{KEYS[TRACE].title}, network"] = network
     return str(Table(columns))
+
+
+def _cell(values: dict[str, float], key: str) -> str:
+    """Return the value of a key, or of the same key of the only layer that has one."""
+    found = [value for name, value in values.items() if name == key or name.startswith(f"{key}/")]
+    return f"{found[0]:#.4g}".rstrip(".") if len(found) == 1 else "-"
 
 
 def _write(path: Path, measurements: Sequence[_Measurement]) -> None:
@@ -266,7 +301,15 @@ def _parser() -> Parser:
         help="import path of the LightningDataModule (default: the module's own `val_dataloader`)",
     )
     parser.add_argument("--config", type=Path, help="a LightningCLI configuration, which has both")
-    parser.add_argument("--layer", help="name of the convolution (default: found)")
+    parser.add_argument(
+        "--layer",
+        action="append",
+        help="name of the convolution (default: found); for `--method jacobian` the name of any layer, or `all`; "
+        "several: give it again",
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, default="auto", help="how to measure, see `select_method` (default: auto)"
+    )
     parser.add_argument(
         "--max-samples",
         type=partial(whole_number, least=1),

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from lightning_flatness.curvature.jacobian.method import Curvature, LayerQuantities
+from lightning_flatness.curvature.jacobian.method import Curvature
 from lightning_flatness.curvature.methods import (
     AutoMethod,
     LayerName,
@@ -25,27 +24,18 @@ from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.passes import ASSUMED, device_of, measured_batches, preserved_state
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
+from lightning_flatness.functional import standard_error
 from lightning_flatness.keys import CONFIDENCE, LABELLED, MARGIN_BOUND, RELATIVE, SCALE_FREE, SOFTMAX_MARGIN, TRACE
 from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.metrics.evaluation import Evaluation
 from lightning_flatness.metrics.layers import LayerEvaluation, evaluation_of
+from lightning_flatness.metrics.samples import per_sample_values
 from lightning_flatness.recording.layers import refuse_programs
 from lightning_flatness.reporting.report_figure import report_figure
 from lightning_flatness.reporting.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_QUANTITIES = (
-    "relative_flatness",
-    "hessian_trace",
-    "confidence",
-    "affine_hessian_trace",
-    "head_relative_flatness",
-    "output_margin",
-    "softmax_margin",
-    "margin_bound",
-)
 
 
 @dataclass(frozen=True)
@@ -58,11 +48,13 @@ class LayerFlatness:
         curvature: `"hessian"`; `"ggn"` where both are those of the Gauss-Newton part: for `"jacobian"` since the
             network is not known to be piecewise linear behind the layer, for `"pooled"` since the head is curved and
             large.
+        standard_errors: of the two means, for `estimate=True`, see `functional.standard_error`; None: they are exact.
     """
 
     relative_flatness: float
     hessian_trace: float
     curvature: Curvature = "hessian"
+    standard_errors: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +82,8 @@ class FlatnessReport:
             `hessian_trace/<layer>`; `network_trace` is that of each sample.
         method: `"pooled"`, the closed form under global pooling; `"classifier"`, that of the classifier's own weight;
             `"jacobian"`, backward passes.
-        exact: whether all numbers are those of the Hessian. The first two methods refuse what they cannot do exactly,
-            but for curved heads behind which the Hessian would take longer than the network.
+        exact: whether all numbers are those of the Hessian, and none is an estimate. The first two methods refuse what
+            they cannot do exactly, but for curved heads behind which the Hessian would take longer than the network.
         assumed: what was assumed instead of proved, in words.
         reason: why the method was chosen, if it was not named.
         layers: the values of each layer by its name.
@@ -99,6 +91,7 @@ class FlatnessReport:
             parameter. None if not all batches cover the same parameters.
         network_curvature: what `network_trace` belongs to, as in `LayerFlatness`.
         left_out: names of parameters that `network_trace` does not cover.
+        network_standard_error: of `network_trace`, as in `LayerFlatness`.
 
     Example:
         >>> import torch
@@ -130,11 +123,13 @@ class FlatnessReport:
     network_trace: float | None = None
     network_curvature: Curvature = "hessian"
     left_out: tuple[str, ...] = ()
+    network_standard_error: float | None = None
 
     @property
     def curvature(self) -> Curvature:
         """`"ggn"` if some of the numbers are those of the Gauss-Newton part, else `"hessian"`."""
-        return "hessian" if self.exact else "ggn"
+        kinds = (self.network_curvature, *(layer.curvature for layer in self.layers.values()))
+        return "ggn" if "ggn" in kinds else "hessian"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python types, without the per-sample values."""
@@ -198,14 +193,21 @@ class FlatnessReport:
         """Return the rows of the layers and of the network."""
         rows: list[tuple[str, str]] = []
         for name, layer in self.layers.items():
-            relative, trace, end = f"{layer.relative_flatness:.6g}", f"{layer.hessian_trace:.6g}", _end(layer.curvature)
+            errors = layer.standard_errors or (None, None)
+            relative, trace = _text(layer.relative_flatness, errors[0]), _text(layer.hessian_trace, errors[1])
+            end = _end(layer.curvature)
             if self.relative_flatness is None:
                 rows.append((name, f"relative flatness {relative}, Hessian trace {trace}{end}"))
             else:
                 rows += [("relative flatness", f"{relative}{end}"), ("Hessian trace", f"{trace}{end}")]
         if self.network_trace is not None:
-            rows.append(("whole network", f"Hessian trace {self.network_trace:.6g}{_end(self.network_curvature)}"))
+            trace = _text(self.network_trace, self.network_standard_error)
+            rows.append(("whole network", f"Hessian trace {trace}{_end(self.network_curvature)}"))
         return rows + [("not covered", name) for name in self.left_out]
+
+
+def _text(value: float, error: float | None) -> str:
+    return f"{value:.6g}" if error is None else f"{value:.6g} ± {error:.2g}"
 
 
 def _end(curvature: Curvature) -> str:
@@ -260,6 +262,7 @@ def measure(
     loss: str | nn.Module | Loss | Callable[[Any, Any], Tensor] | None = None,
     verify: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
+    estimate: bool = False,
 ) -> FlatnessReport:
     """Measure the Hessian trace and relative flatness of a layer: a pooled convolution, the classifier, or any other.
 
@@ -290,6 +293,8 @@ def measure(
         chunk_bytes: how much memory the contraction over filters (for `"jacobian"`, the derivatives) may take at once,
             in bytes: samples are contracted in groups that fit, or one by one. It does not bound what the forward pass
             and its record take, nor for the other methods the derivatives; that grows with the batch.
+        estimate: for `"jacobian"`: two backward passes instead of one for each class but one. Trace and relative
+            flatness are then unbiased estimates, and the report has their standard errors; the rest stays exact.
 
     Returns:
         The report; `print` it, or read its attributes.
@@ -314,7 +319,7 @@ def measure(
     require_counts(chunk_bytes=chunk_bytes)
     require_optional_counts(max_samples=max_samples)
     refuse_programs(model)
-    recorder, measuring = method_for(model, method, layer, classifier, chunk_bytes)
+    recorder, measuring = method_for(model, method, layer, classifier, chunk_bytes, estimate)
     criterion = None if loss is None else as_loss(loss)
     evaluation = evaluation_of(recorder, device_of(model), measuring.name, is_shared=False)
     verification = Verification(verify)
@@ -323,16 +328,29 @@ def measure(
         options = max_samples, target, criterion, verification
         for quantities in measured_batches(recorder, measuring, model, batches, *options):
             evaluation.update(cast(Any, quantities))
-            if per_sample:
+            if per_sample or estimate:
                 parts.append(quantities)
     if evaluation.samples == 0:
         raise ValueError(
             "`batches` must yield at least one sample; got none. If it is a generator, make a new one: it can be read "
             "only once."
         )
-    samples = _per_sample(parts) if per_sample else None
     assumed = *((ASSUMED,) if loss is None else ()), *verification.assumed
-    return _report(recorder, measuring, evaluation, samples, assumed)
+    samples = per_sample_values(parts) if parts else {}
+    report = _report(recorder, measuring, evaluation, samples if per_sample else None, assumed)
+    return _with_errors(report, samples) if estimate else report
+
+
+def _with_errors(report: FlatnessReport, samples: dict[str, Tensor]) -> FlatnessReport:
+    """Return the report of estimates, with their standard errors."""
+    errors = {name: float(standard_error(values)) for name, values in samples.items()}
+    layers = {}
+    for name, layer in report.layers.items():
+        end = f"/{name}" if len(report.layers) > 1 else ""
+        own = errors[f"relative_flatness{end}"], errors[f"hessian_trace{end}"]
+        layers[name] = replace(layer, standard_errors=own)
+    network = None if report.network_trace is None else errors["network_trace"]
+    return replace(report, layers=layers, network_standard_error=network, exact=False)
 
 
 def _report(
@@ -390,26 +408,7 @@ def _finite(values: dict[str, Tensor], whose: str = "") -> dict[str, float]:
     if broken := [f"{key} {whose}".rstrip() + f" = {value}" for key, value in found.items() if not isfinite(value)]:
         raise NonFiniteError(
             f"All values must be finite; got {', '.join(broken)}. Look for overflow in the network, for logits of "
-            "minus infinity that mask the true class, and for a step without a derivative, as a norm of features that "
-            "are all zero."
+            "minus infinity that mask the true class, and for a step without a derivative, as a norm of features "
+            "that are all zero."
         )
-    return found
-
-
-def _per_sample(parts: list[Quantities]) -> dict[str, Tensor]:
-    """Return the quantities of each sample that all batches have, by name."""
-    rows = [_named(part) for part in parts]
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
-
-
-def _named(part: Quantities) -> dict[str, Tensor]:
-    """Return the quantities of one batch by name; with several layers, those of a layer are named after it."""
-    if not isinstance(part, LayerQuantities):
-        return {name: value for name in _QUANTITIES if (value := getattr(part, name)) is not None}
-    found = {} if part.network is None else {"network_trace": part.network}
-    for layer, own in part.by_layer.items():
-        values = _named(own)
-        if len(part.by_layer) > 1:
-            values |= {f"{name}/{layer}": values.pop(name) for name in ("relative_flatness", "hessian_trace")}
-        found |= values
     return found

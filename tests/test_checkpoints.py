@@ -135,6 +135,33 @@ def test_values_are_those_of_measure_with_the_steps_own_loss(
         assert word in heading
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (["--method", "classifier"], {"method": "classifier"}),
+        (["--method", "jacobian", "--layer", "all"], {"method": "jacobian", "layer": "all"}),
+        (
+            ["--method", "jacobian", "--layer", "net.conv2", "--layer", "net.head"],
+            {"method": "jacobian", "layer": ["net.conv2", "net.head"]},
+        ),
+    ],
+    ids=["classifier", "all", "two layers"],
+)
+def test_any_method(
+    saved: list[Path], flags: list[str], options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed, (entry,) = run(capsys, saved[0], *HERE, *flags)
+    report = expected(saved[0], Data(11).val_dataloader(), **options)
+    if report.relative_flatness is not None:
+        assert entry["values"]["flatness/relative"] == pytest.approx(report.relative_flatness, rel=1e-9)
+        return
+    found = {key.split("/")[2]: value for key, value in entry["values"].items() if "flatness/relative/" in key}
+    assert found == pytest.approx({name: layer.relative_flatness for name, layer in report.layers.items()}, rel=1e-9)
+    if report.network_trace is not None:
+        assert entry["values"]["flatness/trace/network"] == pytest.approx(report.network_trace, rel=1e-9)
+    assert ("Hessian trace, network" in printed) == (report.network_trace is not None)
+
+
 def test_each_loader_of_a_module_with_its_own_data_has_its_row(
     saved: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +223,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "arguments": (["first.ckpt", "--model", f"{__name__}:Unsaved", *HERE[2:]], "missing 1 required .*'needed'"),
     "no validation data": (["first.ckpt", *HERE[:2]], "`Module` must give validation data; it has no `val_dataloader`"),
     "only training": (["first.ckpt", *HERE[:2], "--data", f"{__name__}:OnlyTraining"], "it has no `val_dataloader`"),
+    "layers": (["first.ckpt", *HERE, "--layer", "a", "--layer", "b"], "`layer` must be the name of one convolution"),
+    "no layer": (["first.ckpt", *HERE, "--method", "jacobian"], "needs the layers to measure"),
     "layer": (["first.ckpt", *HERE, "--layer", "conv7"], "'first.ckpt' cannot be measured: .*conv7"),
     "loss": (["first.ckpt", "--model", f"{__name__}:Squared", *HERE[2:]], "cannot be measured: .*sum over samples"),
     "samples": (["first.ckpt", *HERE, "--max-samples", "0"], "--max-samples: must be a whole number from 1"),

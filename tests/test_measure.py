@@ -384,6 +384,34 @@ def test_a_gauss_newton_value_is_labelled() -> None:
     assert several.to_dict()["layers"]["head"]["curvature"] == "hessian"
 
 
+def test_fused_attention_runs_by_steps() -> None:
+    case = next(case for case in LAYER_CASES if case.name == "encoder layer")
+    model, (x, y) = case.model(), case.data()
+    assert torch.backends.mha.get_fastpath_enabled()
+    report = measure(model, [(x, y)], layer="layer.linear1", method="jacobian")
+    trace, _ = gauss_newton(model, "layer.linear1.weight", x, y)
+    assert_same(report.hessian_trace, trace.mean(), rtol=1e-9)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_an_estimate_is_labelled_and_has_its_standard_error() -> None:
+    model, (x, y) = LENET.model(), LENET.data()
+    batches = list(in_batches(x, y, 2, len(x) - 2))
+    report = measure(model, batches, layer="all", method="jacobian", estimate=True, per_sample=True)
+    exact = measure(model, batches, layer="all", method="jacobian")
+    assert (report.exact, report.curvature, exact.network_standard_error) == (False, "hessian", None)
+    values = report.samples["network_trace"]
+    assert_same(report.network_standard_error, values.std() / len(values) ** 0.5, rtol=1e-9)
+    assert f"{report.network_trace:.6g} ± " in str(report)
+    for name, layer in report.layers.items():
+        assert exact.layers[name].standard_errors is None
+        kappa = report.samples[f"relative_flatness/{name}"]
+        assert_same(layer.standard_errors[0], kappa.std() / len(kappa) ** 0.5, rtol=1e-9)
+    assert report.margins == pytest.approx(exact.margins)
+    with pytest.raises(ValueError, match="`estimate=True` needs"):
+        measure(model, batches, estimate=True)
+
+
 def test_the_report_of_one_layer_is_the_same_by_every_method() -> None:
     case = CASES["relu"]
     model, data = case.model(), [case.data()]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SUPPORTED, UNSUPPORTED
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_flatness import LayerSpectrum, UnsupportedTailError, measure, oracle, spectrum
 from lightning_flatness.functional import soft_rank
@@ -63,6 +63,54 @@ def test_equals_the_oracle(name: str, samples: int, loss: Any, matrix: str) -> N
     assert result.frobenius_norm == pytest.approx(float(values.norm()), rel=1e-9)
     assert result.numerical_rank <= result.rank_bound
     assert result.participation <= result.numerical_rank * (1 + 1e-9)
+
+
+def flattened() -> nn.Module:
+    torch.manual_seed(0)
+    body = nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 6), nn.ReLU(), nn.Linear(6, 3)
+    return nn.Sequential(*body).double()
+
+
+@pytest.mark.parametrize(("layer", "method"), [("0", "jacobian"), ("3", "auto"), ("5", "auto")])
+@pytest.mark.parametrize("batches", [list, iter], ids=["list", "generator"])
+def test_any_layer_by_the_gradients_of_samples(layer: str, method: Any, batches: Any) -> None:
+    model, (x, y) = flattened(), CASES["relu"].data()
+    hessian = oracle.layer_hessian(model, layer, x, y).mean(0).detach()
+    values = torch.linalg.eigvalsh(hessian.reshape(hessian.shape[:2].numel(), -1))
+    result = spectrum(
+        model, batches([(x[:3], y[:3]), (x[3:], y[3:])]), layer=layer, method=method, loss="cross_entropy"
+    )
+    assert (result.layer, result.method, result.curvature, result.n_samples) == (layer, "jacobian", "hessian", 5)
+    torch.testing.assert_close(result.eigenvalues, values.flip(0)[:10], rtol=0, atol=1e-9 * float(values.max()))
+    assert result.trace == pytest.approx(float(values.sum()), rel=1e-9)
+    assert result.numerical_rank <= result.rank_bound == 10
+    assert result.assumed == ()
+
+
+def test_a_large_curved_head_leaves_the_gauss_newton_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["curved hidden layer"]
+    exact = spectrum(case.model(), [case.data()])
+    monkeypatch.setattr("lightning_flatness.curvature.pooled.method._HEAD_SIZE", 0)
+    result = spectrum(case.model(), [case.data()])
+    assert (exact.curvature, result.curvature) == ("hessian", "ggn")
+    assert result.trace == pytest.approx(float(result.eigenvalues.sum()), rel=1e-9)
+    assert result.trace != pytest.approx(exact.trace, rel=1e-3)
+
+
+def test_both_methods_give_the_same() -> None:
+    case = CASES["residual"]
+    pooled, rows = (spectrum(case.model(), [case.data()], layer="conv", method=m) for m in ("auto", "jacobian"))
+    assert (pooled.method, rows.method) == ("pooled", "jacobian")
+    torch.testing.assert_close(pooled.eigenvalues, rows.eigenvalues)
+    assert (pooled.rank_bound, pooled.n_weights) == (rows.rank_bound, rows.n_weights)
+
+
+def test_behind_a_curved_network_the_label_is_the_gauss_newton_part() -> None:
+    model, (x, y) = nn.Sequential(flattened()[0], nn.SiLU(), *flattened()[2:]), CASES["relu"].data()
+    result = spectrum(model, [(x, y)], layer="0", method="jacobian", max_samples=4)
+    assert (result.curvature, result.n_samples) == ("ggn", 4)
+    assert "method                jacobian: Gauss-Newton part of the Hessian" in str(result)
+    assert result.plot().axes[0].get_title(loc="left") == "Spectrum of 0: Gauss-Newton part of the Hessian"
 
 
 def test_the_soft_rank_of_a_positive_hessian_is_its_own() -> None:
@@ -119,7 +167,7 @@ def test_its_forms() -> None:
     assert json.loads(json.dumps(result.to_dict()))["numerical_rank"] == result.numerical_rank
     lines = str(result).splitlines()
     assert lines[0] == "layer                 conv"
-    assert lines[7] == f"numerical rank        {result.numerical_rank}  (at most {result.rank_bound})"
+    assert lines[8] == f"numerical rank        {result.numerical_rank}  (at most {result.rank_bound})"
     figure = result.plot()
     figure.savefig(io.BytesIO())
     shown = sum(bar.get_height() for axes in figure.axes for bar in axes.patches)
@@ -139,7 +187,9 @@ def test_no_curvature_at_all() -> None:
     [
         ({"dense_size": 0}, "`dense_size` must be a whole number"),
         ({"leading": 2.5}, "`leading` must be a whole number"),
-        ({"layer": "head"}, "`layer` must name one of"),
+        ({"layer": "norm"}, "`layer` must name one of"),
+        ({"method": "exact"}, "`method` must be"),
+        ({"method": "jacobian"}, "`layer` must name a layer"),
         ({"loss": "hinge"}, "`loss` must be"),
     ],
 )

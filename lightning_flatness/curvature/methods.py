@@ -155,6 +155,7 @@ def method_for(
     classifier: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     scale_free: bool = True,
+    estimate: bool = False,
 ) -> tuple[Recorder, Method]:
     """Return a recorder of a model and the method that measures its passes.
 
@@ -166,21 +167,28 @@ def method_for(
         classifier: name of the linear classifier; None: found.
         chunk_bytes: how much memory the contractions may take at once.
         scale_free: whether to compute what scale-free flatness needs.
+        estimate: two backward passes instead of all; for `"jacobian"` only.
 
     Raises:
-        ValueError: if the method is unknown or measures no named layer, or a named module is not there.
+        ValueError: if the method is unknown, cannot estimate or measures no named layer, or a named module is not
+            there.
     """
     require_method(method, layer, classifier)
+    if estimate and method != JacobianMethod.name:
+        raise ValueError(
+            f'`estimate=True` needs `method="jacobian"`; got {method!r}, which is exact at less cost. Leave it out.'
+        )
     if method == JacobianMethod.name:
         names = layer if layer == "all" else tuple(dict.fromkeys(require_layers(layer)))
-        return LayersRecorder(model, cast('tuple[str, ...] | Literal["all"]', names)), JacobianMethod(chunk_bytes)
+        recorder = LayersRecorder(model, cast('tuple[str, ...] | Literal["all"]', names))
+        return recorder, JacobianMethod(chunk_bytes, estimate)
     layer = cast("str | None", layer)
     if method == ClassifierMethod.name:
         return ClassifierRecorder(model, classifier), ClassifierMethod(chunk_bytes, scale_free)
     if method == PooledMethod.name or layer is not None:
         return ForwardRecorder(model, layer, classifier), PooledMethod(chunk_bytes, scale_free)
-    recorder = BothRecorder(model, classifier)
-    return recorder, AutoMethod(recorder, chunk_bytes, scale_free)
+    both = BothRecorder(model, classifier)
+    return both, AutoMethod(both, chunk_bytes, scale_free)
 
 
 def encoded_choice(choice: Choice | None, model: nn.Module) -> int:

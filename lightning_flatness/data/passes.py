@@ -22,6 +22,7 @@ from lightning_flatness.data.unchanged import is_plain, unchanged, write
 from lightning_flatness.data.verification import UNVERIFIED, Repetition, Verification, verify
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Loss, checked_targets
 from lightning_flatness.recording.layers import CLASSIFIERS, CONVOLUTIONS
+from lightning_flatness.recording.layers_recorder import LayersRecorder
 from lightning_flatness.recording.recorded_layers import RecordedLayers
 from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import only_for
@@ -72,7 +73,7 @@ def measured_batches(
             if is_empty(batch, targets):
                 continue
             inputs, step = batch_inputs(batch), partial(_loss_of, model, loss)
-            with torch.no_grad(), only_for(recorder):
+            with torch.no_grad(), only_for(recorder), _attention_by_steps(isinstance(recorder, LayersRecorder)):
                 value = step(recorder, inputs, targets)
             recorded = recorder.take_pass(value)
             quantities = method.quantities(cast(Any, recorded), slice(left))
@@ -88,6 +89,17 @@ def measured_batches(
             left = None if left is None else left - len(quantities)
             if left is not None and left <= 0:
                 return
+
+
+@contextmanager
+def _attention_by_steps(is_needed: bool) -> Iterator[None]:
+    """Let torch's attention run by single operations, which have derivatives, instead of a fused one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before and not is_needed)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _loss_of(model: nn.Module, loss: Any, recorder: Recorder | None, inputs: Any, targets: Any) -> Tensor:

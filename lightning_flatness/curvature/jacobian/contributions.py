@@ -48,6 +48,7 @@ class Structure:
 
     def __init__(self, weights: Tensor, factors: Tensor) -> None:
         self._weights, self._factors = weights, factors
+        self._directions: dict[int, Tensor] = {}
 
     def layout(self, cotangents: Sequence[Tensor], has_channels: bool) -> Layout | None:
         """Return where the samples are; None if they are coupled.
@@ -66,24 +67,26 @@ class Structure:
 
     def _fits(self, cotangents: Sequence[Tensor], layout: Layout) -> bool:
         samples, first = len(self._factors), cotangents[0]
-        # Any direction without a pattern will do; random numbers take longer.
-        direction = torch.arange(1, first.numel() // samples + 1, device=first.device).double().square().sin().to(first)
+        size = first.numel() // samples
+        if size not in self._directions:  # any without a pattern will do
+            self._directions[size] = torch.arange(1, size + 1, device=first.device).double().square().sin().to(first)
+        direction = self._directions[size]
         found = torch.stack([arranged(one, samples, layout).flatten(1) @ direction for one in cotangents])
         difference = found[-1] - (self._weights @ found[:-1]) * self._factors
         return bool((difference.abs() <= 1e4 * torch.finfo(found.dtype).eps * found[-1].abs().max()).all())
 
 
-def vector(tap: Tap, use: Use, cotangents: Tensor, layout: Layout, shape: torch.Size) -> Tensor | None:
-    """Return the gradient with respect to a bias, a scale or a copy of a parameter, shape (n, *shape).
+def vector(tap: Tap, use: Use, cotangents: Tensor, layout: Layout) -> Tensor | None:
+    """Return the gradient with respect to a bias, a scale or a copy of a parameter, shape (n, *shape of it).
 
     Args:
         tap: where it acts.
         use: how.
         cotangents: arranged, shape (n, v, ...).
         layout: of the tap.
-        shape: of the argument.
     """
     if use.role == "copy":
+        shape = tap.arguments[use.argument].shape
         axis = 1 if layout == "second" else 0
         kept = [1] * (tap.value.dim() - len(shape)) + list(shape)
         if kept[axis] != 1:
@@ -125,10 +128,19 @@ def layer_flatness(
         kernel_gram: of the weight; None: the relative flatness is not wanted.
     """
     samples = len(calls[0][2])
-    parts = [as_convolution(*call) for call in calls]
-    if len(parts) == 1 and len(parts[0][0]) == samples:
-        return flatness_of_cotangents(*parts[0], kernel_gram)
-    rows = sum(gradients_of_cotangents(*part).unflatten(0, (samples, -1)).sum(1) for part in parts)
-    assert isinstance(rows, Tensor)
+    if len(calls) == 1 and len((single := as_convolution(*calls[0]))[0]) == samples:
+        return flatness_of_cotangents(*single, kernel_gram)
+    rows = layer_gradients(calls)
     trace = rows.square().sum((2, 3))
     return trace, None if kernel_gram is None else ((kernel_gram @ rows) * rows).sum((2, 3))
+
+
+def layer_gradients(calls: list[tuple[Tap, Use, Tensor, Layout]]) -> Tensor:
+    """Return the gradients of the cotangents with respect to a layer's weight, shape (n, m, k, d).
+
+    Args:
+        calls: of the layer, as for `layer_flatness`.
+    """
+    samples = len(calls[0][2])
+    parts = (gradients_of_cotangents(*as_convolution(*call)) for call in calls)
+    return torch.stack([part.unflatten(0, (samples, -1)).sum(1) for part in parts]).sum(0)

@@ -21,7 +21,7 @@ _ROLES: dict[str, tuple[str, dict[str, Role]]] = {
     "addmm": ("mat1", {"mat2": "weight", "self": "bias"}),
     "mm": ("self", {"mat2": "weight"}),
 }
-_BROADCAST = ("add", "sub", "rsub", "mul", "div", "_prelu_kernel")
+_BROADCAST = ("add", "sub", "rsub", "mul", "div", "prelu", "_prelu_kernel")
 _EXPANSIONS = ("expand", "repeat")
 # Where there are as many numbers as before, these are the same ones, in the same order.
 _COPIES = (
@@ -60,6 +60,7 @@ class Plan:
         kinds: what kind of operation that is, by its number.
         left_out: why a parameter is not covered, by its name.
         overwritten: numbers of those operations whose result is changed in place later.
+        ends: numbers of operations whose result is all that later ones depend on of the data so far.
     """
 
     def __init__(self, recorded: RecordedLayers, cut: Cut, samples: int) -> None:
@@ -86,6 +87,7 @@ class Plan:
                 self.left_out.setdefault(name, "it is used in several ways" if roles else "its use is not recorded")
         graph = recorded.graph
         self.overwritten = {n for n in self.uses if is_overwritten(graph, graph.operations[n].results[0], n)}
+        self.ends = self._found_ends()
 
     def is_made(self, node: int) -> bool:
         """Return whether a node is made of parameters and constants alone."""
@@ -112,6 +114,18 @@ class Plan:
                 if operation.function._schema.is_mutable:  # through a view of what others read
                     reached.update(sharing_memory(graph, operation.results, nodes))
         return True
+
+    def _found_ends(self) -> set[int]:
+        """Return where the network can be differentiated in parts, one after the other."""
+        graph, ends, alive = self._recorded.graph, set(), set[int]()
+        last_use = {node.index: number for number in self.numbers for node in graph.operations[number].nodes}
+        for number in self.numbers:
+            results = graph.operations[number].results
+            alive |= {node for node in results if node not in self._made_of}
+            alive = {node for node in alive if last_use.get(node, -1) > number}
+            if alive == {results[0]} and not is_overwritten(graph, results[0], number):
+                ends.add(number)
+        return ends
 
     def _note(self, number: int, operation: Operation, sources: list[int]) -> None:
         name = operation.name.rstrip("_") if operation.name not in _ROLES else operation.name

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_flatness.curvature.jacobian.plan import Plan, Use
 from lightning_flatness.precision import upcast
 from lightning_flatness.recording.graph import Cut
-from lightning_flatness.recording.operation import Captured, Node, Operation, named_arguments
+from lightning_flatness.recording.operation import Captured, Node, Operation, named_arguments, tensors
 from lightning_flatness.recording.recorded_layers import RecordedLayers
 
 _VIEWS = ("view", "reshape", "_unsafe_view")
@@ -58,6 +58,7 @@ class Replay:
 
     Attributes:
         taps: where parameters act, in order.
+        ends: values that all later ones depend on alone, with the number of taps before them, in order.
         output: the cut's values.
     """
 
@@ -66,6 +67,7 @@ class Replay:
         self._recorded, self._plan, self._samples, self._part = recorded, plan, samples, part
         self._count = len(range(*part.indices(samples)))
         self.taps: list[Tap] = []
+        self.ends: list[tuple[int, Tensor]] = []
         graph = recorded.graph
         values = graph.replay(
             {node: upcast(graph.captures.value(index)) for node, index in graph.inputs.items()},
@@ -84,6 +86,14 @@ class Replay:
         return value.unflatten(0, (self._samples, -1))[self._part].flatten(0, 1)
 
     def _repeat(self, number: int, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        results = self._results(number, operation, args, kwargs)
+        if number in self._plan.ends:
+            end = next(iter(tensors(results)))
+            if end.requires_grad:
+                self.ends.append((len(self.taps), end))
+        return results
+
+    def _results(self, number: int, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._count != self._samples and args and isinstance(args[0], Tensor):
             args = self._resized(operation, args)
         kind, uses = self._plan.kinds.get(number), self._plan.uses.get(number, [])
@@ -94,6 +104,11 @@ class Replay:
             return result, *[result.detach().flatten()[:0]] * (len(operation.results) - 1)
         if kind == "broadcast":
             (use,) = uses
+            if operation.name == "prelu":  # whole as inference mode records it; its weight is of the channels
+                x, copies = args[0], args[1].reshape(-1, *[1] * (args[0].dim() - 2))
+                named["weight"], copies = copies, copies.expand(x.shape)
+                copies = self._tapped(None, copies, Tap(copies, uses, named))
+                return torch.where(x > 0, x, copies * x)
             shape = torch.broadcast_shapes(*(arg.shape for arg in args if isinstance(arg, Tensor)))
             copies = named[use.argument].expand(shape)
             copies = self._tapped(None, copies, Tap(copies, uses, named))

@@ -7,7 +7,7 @@ import torch
 from layer_cases import CASES, Case, recorded
 from torch import nn
 
-from lightning_flatness.curvature.jacobian.method import _network_end
+from lightning_flatness.curvature.jacobian.network import network_end
 from lightning_flatness.curvature.jacobian.plan import Plan
 from lightning_flatness.recording.graph import Cut
 
@@ -17,7 +17,7 @@ NAMED = {case.name: case for case in CASES}
 def plan_of(case: Case) -> Plan:
     model, (x, y) = case.model(), case.data()
     record = recorded(model, x, y)
-    return Plan(record, _network_end(record), len(x))
+    return Plan(record, network_end(record), len(x))
 
 
 def test_the_uses_of_a_layer_that_runs_twice() -> None:
@@ -46,7 +46,7 @@ def test_uses_that_are_not_covered(forward, reason: str) -> None:
             return forward(self, x)
 
     record = recorded(Net(4, 4, bias=False), torch.randn(5, 4), torch.arange(5) % 3)
-    plan = Plan(record, _network_end(record), 5)
+    plan = Plan(record, network_end(record), 5)
     assert not plan.is_weight("weight")
     assert list(plan.left_out) == ["weight"]
 

@@ -1,0 +1,134 @@
+"""Pulls rows back through a record, and adds up what they contribute to each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.curvature.jacobian.contributions import (
+    Layout,
+    Structure,
+    arranged,
+    layer_flatness,
+    layer_gradients,
+    vector,
+)
+from lightning_flatness.curvature.jacobian.network import Network
+from lightning_flatness.curvature.jacobian.plan import Use
+from lightning_flatness.curvature.jacobian.replay import Replay, Tap
+from lightning_flatness.errors import GraphError
+from lightning_flatness.precision import allclose_for_dtype
+
+_TAPS = 4  # at least so many are differentiated together
+
+
+def bytes_per_sample(network: Network) -> int:
+    """Return an estimate of what the derivatives of one sample take."""
+    graph, plan = network.recorded.graph, network.plan
+    sizes, together, largest = [], 0, 0
+    for number in sorted(plan.uses.keys() | plan.ends):
+        if number in plan.uses:
+            sizes.append(graph.tensor_of(graph.operations[number].results[0]).numel())
+        largest = max(largest, sum(sizes[together:]))
+        if number in plan.ends and len(sizes) >= together + _TAPS:
+            together = len(sizes)
+    numbers = 3 * sum(sizes) + 2 * (len(network.factor) + 1) * largest
+    return numbers // len(network.values) * network.values.element_size()
+
+
+def contributions(network: Network, part: slice, chunk_bytes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what the samples of a part have of the trace and relative flatness of each parameter."""
+    replay = _replay(network, part)
+    columns = network.factor[:, part]
+    signs = None if network.signs is None else network.signs[:, part]
+    per_column = bytes_per_sample(network) // (len(network.factor) + 1) * columns.shape[1]
+    step = max(1, chunk_bytes // max(1, per_column))
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for start in range(0, len(columns), step):
+        group = slice(start, start + step)
+        found = _of_columns(network, replay, columns[group])
+        for name, values in found.items():
+            if signs is not None:
+                values = values[0] * signs[group].T, values[1] * signs[group].T
+            trace, relative = (value.double().sum(1) for value in values)
+            before = sums.get(name)
+            sums[name] = (trace, relative) if before is None else (before[0] + trace, before[1] + relative)
+    return sums
+
+
+def gradients(network: Network, part: slice, weight: str) -> Tensor:
+    """Return the gradients of all rows with respect to a weight, for the samples of a part, shape (n, m, k, d)."""
+    calls = [
+        (tap, use, torch.stack(chosen, 1), layout)
+        for tap, layout, chosen in _cotangents(_replay(network, part), network.factor[:, part])
+        for use in tap.uses
+        if (use.parameter, use.role) == (weight, "weight")
+    ]
+    return layer_gradients(calls)
+
+
+def _replay(network: Network, part: slice) -> Replay:
+    replay = Replay(network.recorded, network.plan, network.cut, len(network.values), part)
+    if not allclose_for_dtype(replay.output.detach(), network.values[part]):
+        raise GraphError("repeating the recorded steps does not give the values that the network computed")
+    return replay
+
+
+def _cotangents(replay: Replay, columns: Tensor) -> Iterator[tuple[Tap, Layout, list[Tensor]]]:
+    """Yield every tap with where the samples are, and the cotangents of all columns at it, shape (n, v, ...)."""
+    samples = columns.shape[1]
+    generator = torch.Generator().manual_seed(3)
+    drawn = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 for size in (len(columns), samples))
+    weights, factors = (values.to(columns) for values in drawn)
+    structure = Structure(weights, factors)
+    tested = (torch.tensordot(weights, columns, 1) * factors.unsqueeze(1)).unsqueeze(0)
+    for tap, cotangents in _pulled_back(replay, [*torch.cat([columns, tested]).reshape(-1, *replay.output.shape)]):
+        if (layout := structure.layout(cotangents, tap.has_channels)) is None:
+            raise GraphError("the logits of one sample depend on another sample")
+        yield tap, layout, [arranged(one, samples, layout) for one in cotangents[:-1]]
+
+
+def _of_columns(network: Network, replay: Replay, columns: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return trace and relative flatness that each column contributes to each parameter, shape (n, m)."""
+    plan = network.plan
+    layers: dict[str, list[tuple[Tap, Use, Tensor, Layout]]] = {}
+    vectors: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for tap, layout, chosen in _cotangents(replay, columns):
+        for use in tap.uses:
+            if use.role == "weight":
+                layers.setdefault(use.parameter, []).append((tap, use, torch.stack(chosen, 1), layout))
+                continue
+            gradients = [vector(tap, use, one, layout) for one in chosen]
+            if any(gradient is None for gradient in gradients):
+                plan.left_out[use.parameter] = "each sample has numbers of its own in it"
+                continue
+            gradient = torch.stack([one.flatten(1) for one in gradients if one is not None], 1)
+            vectors[use.parameter] = vectors[use.parameter] + gradient if use.parameter in vectors else gradient
+        for name in [name for name, calls in layers.items() if len(calls) == len(plan.uses_of(name))]:
+            trace, relative = layer_flatness(layers.pop(name), network.grams.get(name))
+            found[name] = trace, trace if relative is None else relative
+    found |= {name: (gradient.square().sum(2),) * 2 for name, gradient in vectors.items()}
+    return {name: values for name, values in found.items() if name not in plan.left_out}
+
+
+def _pulled_back(replay: Replay, rows: list[Tensor]) -> Iterator[tuple[Tap, list[Tensor]]]:
+    """Yield every tap, the last parts of the network first, with the cotangents of all rows at it."""
+    ends: list[tuple[int, Tensor | None]] = [(0, None)]
+    for count, value in replay.ends:
+        if ends[-1][0] + _TAPS <= count < len(replay.taps):
+            ends.append((count, value))
+    ends.append((len(replay.taps), replay.output))
+    for (start, source), (stop, end) in list(pairwise(ends))[::-1]:
+        assert end is not None
+        taps = replay.taps[start:stop]
+        values = [*(tap.value for tap in taps), *([] if source is None else [source])]
+        pulled = [torch.autograd.grad(end, values, row, retain_graph=True, materialize_grads=True) for row in rows]
+        cotangents = list(map(list, zip(*pulled, strict=True)))
+        del pulled
+        rows = cotangents.pop() if source is not None else []
+        while taps:
+            yield taps.pop(), cotangents.pop()
