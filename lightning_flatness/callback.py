@@ -363,7 +363,8 @@ def _tools(monitor: FlatnessMonitor, pl_module: LightningModule, choice: Choice 
     """Return a new recorder of the module and a new method; raise a `ValueError` if a named module is not there."""
     name = choice.name if choice is not None else monitor.method
     classifier = choice.layer if choice is not None and name == "classifier" else monitor.classifier
-    return method_for(pl_module, name, monitor.layer, classifier, monitor.chunk_bytes, SCALE_FREE in monitor.keys)
+    scale_free = SCALE_FREE in monitor.keys
+    return method_for(pl_module, name, monitor.layer, classifier, monitor.chunk_bytes, scale_free=scale_free)
 
 
 def _asked(monitor: FlatnessMonitor) -> list[str]:

@@ -319,7 +319,7 @@ def measure(
     require_counts(chunk_bytes=chunk_bytes)
     require_optional_counts(max_samples=max_samples)
     refuse_programs(model)
-    recorder, measuring = method_for(model, method, layer, classifier, chunk_bytes, estimate)
+    recorder, measuring = method_for(model, method, layer, classifier, chunk_bytes, estimate=estimate)
     criterion = None if loss is None else as_loss(loss)
     evaluation = evaluation_of(recorder, device_of(model), measuring.name, is_shared=False)
     verification = Verification(verify)
@@ -332,8 +332,8 @@ def measure(
                 parts.append(quantities)
     if evaluation.samples == 0:
         raise ValueError(
-            "`batches` must yield at least one sample; got none. If it is a generator, make a new one: it can be read "
-            "only once."
+            "`batches` must yield at least one sample that the loss depends on; got none. If it is a generator, make a "
+            "new one: it can be read only once."
         )
     assumed = *((ASSUMED,) if loss is None else ()), *verification.assumed
     samples = per_sample_values(parts) if parts else {}

@@ -116,6 +116,10 @@ def test_random_heads_and_losses(dims: int, data: st.DataObject) -> None:
         assert task.head == "cosine"  # which has no derivative where all features are zero
         event("refused, no derivative")
         return
+    except ValueError:
+        assert task.loss == "contrastive"  # which is constant for a batch of one
+        event("refused, no sample counts")
+        return
     event("measured")
     counts = [report.n_samples for report in reports]
     assert counts == [task.counted(y) for _, y in batches]

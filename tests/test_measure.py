@@ -262,7 +262,7 @@ def without_a_number(x: Tensor) -> Tensor:
 
 
 BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
-    "no batch": (lambda x, y: [], "at least one sample; got none"),
+    "no batch": (lambda x, y: [], "at least one sample that the loss depends on; got none"),
     "no targets": (lambda x, y: [x], "target"),
     "inputs only": (lambda x, y: [(x,)], "target"),
     "too few targets": (lambda x, y: [(x, y[:3])], r"\b3\b"),

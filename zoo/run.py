@@ -78,7 +78,9 @@ def examine(architecture: Architecture) -> Row:
         report, double = measured(model.double(), images.double(), labels)
     except UnsupportedTailError as error:
         return Row(architecture, "refused", "", shortened(str(error)))
+    model.requires_grad_(False)  # fused attention cannot differentiate all that it is given
     expected, logits = terms(model, report.layer, images.double(), labels), predicted(model, images.double())
+    model.requires_grad_(True)
     again, single = measured(model.float(), images, labels)
     if again.layer != report.layer:
         raise AssertionError(f"{architecture.name}: `{report.layer}` in float64, `{again.layer}` in float32.")

@@ -154,6 +154,7 @@ def method_for(
     layer: LayerName = None,
     classifier: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    *,
     scale_free: bool = True,
     estimate: bool = False,
 ) -> tuple[Recorder, Method]:

@@ -19,6 +19,7 @@ _CONVOLUTIONS = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functio
 _DERIVATIVES = {torch.float32: 1e-2, torch.float64: 1e-6}  # how far derivatives may differ, relative to the largest
 _ROUNDINGS = 1e3  # of derivatives that vanish, in those of the largest output per largest weight
 _HALF = 0.2  # in half precision
+_FARTHER = (1, 4, 16)  # steps to other filters at which something may move that is asleep at the network's own
 _MARGIN = 10  # by how much rounding may grow when the filters are moved
 SKIPPED = "that the loss depends on the filters as recorded is assumed"
 """Begins the sentence of `FlatnessReport.assumed` about a record that was not verified."""
@@ -193,7 +194,7 @@ def _differentiated(recorded: RecordedPass, repetition: Repetition, elsewhere: T
 
     Both are taken of one random combination of the outputs, with respect to the weight, the second ones along a random
     direction. The network gets a copy of its weight, on which nobody has hooks. If they are zero, they must not be zero
-    at other filters, given by `elsewhere`, as well.
+    at other filters, in the direction of `elsewhere`, as well.
     """
     parameters = recorded.convolution._parameters
     weight = cast(Tensor, parameters["weight"])
@@ -217,9 +218,14 @@ def _differentiated(recorded: RecordedPass, repetition: Repetition, elsewhere: T
         return f"no gradient reaches `{recorded.layer}`; it may run under `torch.no_grad()`"
     _require_same_derivatives(recorded, repetition, found, expected)
     if not _has_slope(expected):
-        elsewhere = elsewhere.clone().requires_grad_()
-        moved, still = (_predicted(recorded, repetition, weight) for weight in (elsewhere, own))
-        if not _has_slope(_derivatives(moved, elsewhere)) and not all(map(torch.equal, moved, still)):
+        still, step, is_moved = _predicted(recorded, repetition, own), elsewhere - own.detach(), False
+        for factor in _FARTHER:
+            weight = (own.detach() + factor * step).requires_grad_()
+            moved = _predicted(recorded, repetition, weight)
+            if _has_slope(_derivatives(moved, weight)):
+                return None
+            is_moved |= not all(map(torch.equal, moved, still))
+        if is_moved:
             raise UnsupportedTailError(
                 f"A derivative must reach the filters of `{recorded.layer}`; {repetition.what} depends on them, and "
                 "its derivatives are all zero. A step rounds, as `round`, `sign` or a comparison does. Measure a layer "
