@@ -21,6 +21,7 @@ ACEHT = "flatness/aceht"
 MARGIN_CORRELATION = "flatness/margin_correlation"
 MARGIN_SHARE = "flatness/margin_share"
 MARGIN = "margin/mean"
+NEGATIVE = "margin/negative"
 SOFTMAX_MARGIN = "margin/softmax_mean"
 MARGIN_BOUND = "margin/bound"
 SCALE_FREE_MARGIN = "margin/scale_free"
@@ -88,7 +89,7 @@ _TABLE = (
         Key(f"margin/q{percent:02}", f"Margin, {percent}% quantile", "logit", _SAFE, _OURS, "higher")
         for percent in (1, 5, 25, 50, 75, 95, 99)
     ),
-    Key("margin/negative", "Share of negative margins", "none, 0 to 1", "lower is better", _OURS, "lower"),
+    Key(NEGATIVE, "Share of negative margins", "none, 0 to 1", "lower is better", _OURS, "lower"),
     Key(SCALE_FREE_MARGIN, "Scale-free margin", "none", _SAFE, "this package, after [G]", "higher", methods=_CLOSED),
     Key(CHURN, "Share of changed predictions", "none, 0 to 1", "none of its own", "[F]"),
     Key(SOFTMAX_MARGIN, "Mean softmax margin", "none, -1 to 1", _SAFE, "[M], signed", "higher"),

@@ -33,8 +33,8 @@ HELPERS = {"conftest.py", "metrics/checks.py"} | {
     """.split()
 }
 WHOLES = """
-    architecture cli compilers cuda docs faults fuzz interplay invariances loop multiply_adds nodes notebooks
-    old_checkpoints optuna precisions private_names processes restarts sharding threads
+    architecture cli compilers cuda docs experiments faults fuzz interplay invariances loop multiply_adds nodes
+    notebooks old_checkpoints optuna precisions private_names processes restarts sharding threads
 """.split()
 TESTS_OF_NO_FILE = HELPERS | {f"test_{name}.py" for name in WHOLES}
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

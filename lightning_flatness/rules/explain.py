@@ -15,6 +15,7 @@ from lightning_flatness.keys import (
     HEAD,
     KERNEL,
     MARGIN,
+    NEGATIVE,
     RELATIVE,
     SCALE_FREE,
     TRACE,
@@ -38,7 +39,6 @@ _NEGLIGIBLE = 0.1  # of the change to be explained, both in log
 _NOTICEABLE = math.log(1.1)
 # Rise of scale-free flatness that tells wrong labels from too high a learning rate, see docs/how-to/alerts.md.
 _SHARPENED = math.log(1.5)
-_NEGATIVE = "margin/negative"
 # What it means when a value rises, and when it falls.
 _WORDS = {
     RELATIVE: ("sharper", "flatter"),
@@ -50,7 +50,7 @@ _WORDS = {
     FEATURES: ("larger features", "smaller features"),
     ALIGNMENT: ("filters act more on the same classes", "filters act less on the same classes"),
     MARGIN: ("larger margins", "smaller margins"),
-    _NEGATIVE: ("more samples misclassified", "fewer samples misclassified"),
+    NEGATIVE: ("more samples misclassified", "fewer samples misclassified"),
     CHURN: ("more predictions change", "fewer predictions change"),
 }
 
@@ -95,8 +95,8 @@ _ADVICE = {
     (CONFIDENCE, False): _SURE,
     (MARGIN, True): _SURE,
     (MARGIN, False): _UNSURE,
-    (_NEGATIVE, True): _UNSURE,
-    (_NEGATIVE, False): _SURE,
+    (NEGATIVE, True): _UNSURE,
+    (NEGATIVE, False): _SURE,
     (SCALE_FREE, True): Advice(
         "wrong or hard labels that are being learnt by heart; a learning rate that was cut",
         "uncertainty: if it rises too, the labels; then accuracy on training and on validation data",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_flatness.keys import CONFIDENCE, FEATURES, SCALE_FREE
+from lightning_flatness.keys import CONFIDENCE, FEATURES, NEGATIVE, SCALE_FREE
 from lightning_flatness.rules.alert import Action
 from lightning_flatness.rules.rule import AllOf, Rule
 
@@ -42,15 +42,20 @@ def divergence(action: Action | Sequence[Action] | None = None, suffix: str = ""
 def memorisation(action: Action | Sequence[Action] | None = None, suffix: str = "") -> AllOf:
     """Return the rule for a network that memorises wrong training labels.
 
-    `flatness/scale_free` is at least 30 % above its settled level while the network is still unsure
-    (`flatness/confidence` above 0.4), in three consecutive validations. A healthy training has become sure by then.
+    `flatness/scale_free` is at least 30 % above its settled level while the network is right about most samples
+    (`margin/negative` below 0.5) and still unsure (`flatness/confidence` above 0.4), in three consecutive validations.
+    A healthy training has become sure by then. One that has not learnt anything yet is unsure too, but mostly wrong.
 
     Args:
         action: what to do; None: only record the alert.
         suffix: how the keys end.
     """
     return AllOf(
-        [Rule(f"{SCALE_FREE}{suffix}", rise=0.3), Rule(f"{CONFIDENCE}{suffix}", above=0.4)],
+        [
+            Rule(f"{SCALE_FREE}{suffix}", rise=0.3),
+            Rule(f"{CONFIDENCE}{suffix}", above=0.4),
+            Rule(f"{NEGATIVE}{suffix}", below=0.5),
+        ],
         patience=3,
         cooldown=10,
         action=action,

@@ -115,7 +115,10 @@ LEVEL = {**dict.fromkeys(FACTORS, 1.0), CONFIDENCE: 0.05, RELATIVE: 0.05, SCALE_
 NOISY_LABELS = {**LEVEL, CONFIDENCE: 0.45, FEATURES: 0.3, RELATIVE: 0.135, SCALE_FREE: 900.0, MARGIN: 1.3}
 HIGH_RATE = {**LEVEL, CONFIDENCE: 0.15, FEATURES: 0.3, RELATIVE: 0.045, SCALE_FREE: 200.0, MARGIN: 3.4}
 THROWN_BACK = {**HIGH_RATE, MARGIN: -1.0}
-MEMORISED = [{**LEVEL, CONFIDENCE: 0.5, SCALE_FREE: level} for level in (*[300.0] * 8, 320.0, 400.0, 420.0, 440.0)]
+MEMORISED = [
+    {**LEVEL, CONFIDENCE: 0.5, "margin/negative": 0.2, SCALE_FREE: level}
+    for level in (*[300.0] * 8, 320.0, 400.0, 420.0, 440.0)
+]
 PRESETS: dict[str, tuple[str, list[dict[str, float]], list[str]]] = {
     "wrong labels": (
         "label_noise",

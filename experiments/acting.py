@@ -1,0 +1,165 @@
+"""Does acting help? Trainings of `experiments.alerts` to their end, with and without actions; and choosing by flatness.
+
+    python -m experiments.acting [--smoke] [--data NAME] [--jobs 2] [--seeds N]
+
+The choice is among the networks of `experiments.ranking`: no validation image, only what is measured on the training
+images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from experiments.alerts import CHANGES, OPTIMIZERS, TRAINING, VALIDATION, WEIGHT_DECAY, Disturbance
+from experiments.data import split
+from experiments.networks import network
+from experiments.ranking import fitted, full_name, predictors
+from experiments.runs import Options, Row, completed, options
+from experiments.statistics import mean
+from experiments.training import Classifier, evaluated, fit, quiet_monitor
+from lightning_flatness import ReduceLR, StopTraining, rules
+
+NAME = "acting"
+DATA, SEEDS = "digits", 3
+NETWORKS, KINDS = ("residual", "plain"), ("healthy", "labels_30", "rate_x10")
+ACTIONS = ("none", "stop", "reduce", "early_stopping", "plateau")
+"""Nothing; the built-in rules with `StopTraining` and with `ReduceLR`; their counterparts on `val_loss`."""
+VALIDATIONS, DISTURBED_AT, STEPS, BATCH_SIZE = 30, 16, 15, 64
+PATIENCE = 5
+"""Of `EarlyStopping` and `ReduceLROnPlateau`."""
+CHOICES, OUT_OF = 1000, 10
+"""Random choices, and networks in each."""
+KEYS = (
+    *"relative trace scale_free confidence mean scale_free_margin margin_share".split(),
+    *"training_loss squared_norm path_norm perturbation validation_loss".split(),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The configuration of one training."""
+
+    data: str
+    network: str
+    kind: str
+    action: str
+    seed: int
+    validations: int = VALIDATIONS
+    disturbed_at: int = DISTURBED_AT
+    steps: int = STEPS
+
+
+class OnPlateau(Classifier):
+    """A classifier whose learning rate is cut tenfold when `val_loss` no longer falls."""
+
+    def configure_optimizers(self) -> Any:
+        """Return the same optimizer with another schedule."""
+        optimizer = super().configure_optimizers()["optimizer"]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": ReduceLROnPlateau(optimizer, patience=PATIENCE), "monitor": "val_loss"},
+        }
+
+
+def tasks(smoke: bool = False, data: str | None = None, seeds: int | None = None) -> Iterator[Task]:
+    """Yield the trainings."""
+    if smoke:
+        for action in ("none", "reduce", "plateau"):
+            yield Task(data or DATA, "plain", "rate_x10", action, 0, validations=4, disturbed_at=2, steps=2)
+        return
+    for seed, name, kind, action in product(range(seeds or SEEDS), NETWORKS, KINDS, ACTIONS):
+        yield Task(data or DATA, name, kind, action, seed)
+
+
+def run(task: Task) -> list[Row]:
+    """Return the test accuracy at the end, and when the training was stopped or its learning rate first cut."""
+    data = split(task.data, TRAINING, VALIDATION, task.seed)
+    torch.manual_seed(task.seed)
+    net, make = network(task.network, data.shape, data.classes, depth=2), Classifier
+    action = {"stop": StopTraining(), "reduce": ReduceLR()}.get(task.action)
+    monitor = quiet_monitor(rules=rules.default(action) if action else ())
+    callbacks: list[Callback] = [monitor]
+    if task.kind in CHANGES:
+        callbacks.append(Disturbance(task.kind, task.disturbed_at, task.seed))
+    if task.action == "early_stopping":
+        callbacks.append(EarlyStopping("val_loss", patience=PATIENCE, check_finite=False))
+    if task.action == "plateau":
+        make = OnPlateau
+    module = make(net, "sgd", OPTIMIZERS["sgd"], WEIGHT_DECAY, augmentation=True)
+    fit(module, data, task.seed, task.validations, task.steps, BATCH_SIZE, callbacks)
+    loss, accuracy = evaluated(module, data.test)
+    return [
+        {
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+            "validations_run": len(monitor.history),
+            "alerts": len(monitor.alerts),
+            "final_rate": module.optimizers().param_groups[0]["lr"],
+        }
+    ]
+
+
+def record(chosen: Options) -> pd.DataFrame:
+    """Return a row for each training."""
+    return completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen)
+
+
+def with_gains(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the trainings with their `gain` of test accuracy over the same training without an action."""
+    same = ["data", "network", "kind", "seed"]
+    without = rows[rows.action == "none"].set_index(same).test_accuracy.rename("without")
+    both = rows.join(without, on=same)
+    return both.assign(gain=both.test_accuracy - both.without)
+
+
+def gains(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return, by kind and action, the mean test accuracy, its gain over no action, and the validations run."""
+    found = []
+    for (kind, action), group in with_gains(rows).groupby(["kind", "action"], sort=False):
+        acted = group.alerts > 0 if action in ("stop", "reduce") else _acted(group)
+        found.append(
+            {
+                "kind": kind,
+                "action": action,
+                "test accuracy": mean(group.test_accuracy.to_numpy()),
+                "gain": mean(group.gain.dropna().to_numpy()),
+                "validations": group.validations_run.mean(),
+                "acted": f"{acted.sum()}/{len(group)}",
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def _acted(group: pd.DataFrame) -> pd.Series:
+    cut = group.final_rate < OPTIMIZERS["sgd"] * 0.99
+    return (group.validations_run < group.validations) | cut
+
+
+def chosen_errors(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the test error of the fitted network that each key chooses out of a few, a row for each random draw.
+
+    Args:
+        rows: of `experiments.ranking`, of one data set.
+    """
+    learnt = fitted(rows)
+    if len(learnt) <= OUT_OF:
+        return pd.DataFrame()
+    generator, scores, error = np.random.default_rng(0), predictors(learnt), learnt.test_error.to_numpy()
+    drawn = np.stack([generator.choice(len(learnt), OUT_OF, replace=False) for _ in range(CHOICES)])
+    found = {"the best": error[drawn].min(1), "any (mean)": error[drawn].mean(1)}
+    for key in KEYS:
+        found[full_name(key)] = error[drawn[np.arange(CHOICES), scores[key].to_numpy()[drawn].argmin(1)]]
+    return pd.DataFrame(found)
+
+
+if __name__ == "__main__":
+    print(gains(record(options(__doc__))).to_string())

@@ -1,0 +1,219 @@
+"""The experiments: a smoke run of each, and the parts that their tables rest on."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from lightning.pytorch import callbacks
+from torch import nn
+
+pytest.importorskip("pandas")
+pytest.importorskip("ruptures")
+pytest.importorskip("sklearn")
+
+import pandas as pd
+
+from experiments import acting, alerts, detection, false_friend, margins, onset, ranking, report, statistics
+from experiments.claims import Claim
+from experiments.data import Images, split
+from experiments.networks import POOLED, network
+from experiments.runs import options
+from lightning_flatness import measure
+
+CHANGES = ("labels_30", "rate_x10", "no_augmentation", "corrupted_inputs")
+
+
+def check_alerts(rows: pd.DataFrame) -> pd.DataFrame:
+    """A fork is the healthy run until its disturbance, and another one after it."""
+    at = next(alerts.tasks(smoke=True)).disturbed_at
+    runs = {kind: group["flatness/relative"].tolist() for kind, group in rows.groupby("kind")}
+    assert set(runs) == {"healthy", "slow", "memorisation", *CHANGES}
+    assert all(runs[kind][:at] == runs["healthy"][:at] and len(runs[kind]) == 8 for kind in CHANGES)
+    assert len({runs[kind][-1] for kind in ("healthy", *CHANGES)}) == 5
+    return detection.table(detection.judged(rows), "tuning")
+
+
+TABLES = {
+    alerts: check_alerts,
+    ranking: lambda rows: pd.DataFrame(ranking.summary(rows)),
+    margins: lambda rows: rows.dropna(subset="network_trace"),
+    onset: onset.changes,
+    acting: acting.gains,
+}
+if hasattr(callbacks, "WeightAveraging"):  # since Lightning 2.6
+    TABLES[false_friend] = false_friend.fooled
+
+
+@pytest.mark.parametrize("experiment", TABLES, ids=lambda module: module.NAME)
+def test_smoke(experiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 20)
+    monkeypatch.setattr(detection, "THRESHOLDS", (4,))
+    monkeypatch.setattr(detection, "PENALTIES", (3,))
+    monkeypatch.setattr(detection, "PATIENCES", (3,))
+    monkeypatch.setattr(alerts, "CHANGES", CHANGES)
+    chosen = options(None, ["--smoke", "--jobs", "1", "--output", str(tmp_path)])
+    rows = experiment.record(chosen)
+    tasks = list(experiment.tasks(smoke=True))
+    assert rows.seconds.nunique() <= len(tasks) <= len(rows)
+    assert rows.versions.str.contains("torch").all()
+    assert isinstance(TABLES[experiment](rows), pd.DataFrame)
+    # A second call finds all runs in the file: nothing is run again.
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "run", lambda task: pytest.fail("ran again"))
+        pd.testing.assert_frame_equal(experiment.record(chosen), rows)
+
+
+def test_full_designs() -> None:
+    """No configuration comes twice, and the halves of the alerts come first."""
+    for experiment in (*TABLES, false_friend):
+        tasks = list(experiment.tasks())
+        assert len(set(tasks)) == len(tasks)
+        assert {task.data for task in experiment.tasks(data="cifar10")} == {"cifar10"}
+    groups = [(task.data, task.seed) for task in alerts.tasks()]
+    assert set(groups[: len(groups) // 2]) == {detection.TUNED_ON, detection.REPORTED_ON}
+    assert len(groups) * len(alerts.KINDS) >= 300
+    assert len(list(ranking.tasks())) >= 150
+
+
+def series(*values: float) -> detection.Values:
+    return [{"val_loss": value, "flatness/scale_free": value, "margin/churn": value} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("detect", "curve", "first"),
+    [
+        (lambda v: detection.cusum("flatness/scale_free", 20, v), [1, 1.1] * 8 + [3] * 6, 16),
+        (lambda v: detection.cusum("flatness/scale_free", 20, v), [1, 1.1] * 11, None),
+        (lambda v: detection.pelt("flatness/scale_free", 5, v), [1, 1.1] * 8 + [3] * 6, 16),
+        (lambda v: detection.early_stopping(3, v), [4, 3, 2, 2.5, 2.5, 2.5, 1], 5),
+        (lambda v: detection.early_stopping(3, v), [4, 3, 2, 2.5, 2.5, 1.9, 1], None),
+        (lambda v: detection.label_wave(2, v), [0.5, 0.4, 0.3, 0.2, 0.3, 0.4, 0.5], 6),
+    ],
+)
+def test_detectors(detect: detection.Detector, curve: list[float], first: int | None) -> None:
+    alarms = detect(series(*curve))
+    assert (alarms[0][0] if alarms else None) == first
+
+
+def test_thresholds_come_from_the_tuning_half_alone() -> None:
+    rows = [
+        {"detector": "one", "threshold": threshold, "half": half, "kind": "healthy", "alerts": alarms}
+        for half, counts in (("tuning", (3, 0, 0)), ("held out", (0, 5, 5)))
+        for threshold, alarms in zip(("2", "4", "8"), counts, strict=True)
+    ]
+    assert detection.selected(pd.DataFrame(rows)) == {"one": "4"}
+
+
+def test_pairs_differ_in_one_hyperparameter() -> None:
+    base = {"data": "digits", "seed": 0, "network": "plain", "width": 8, "depth": 1, "weight_decay": 0.0}
+    base |= {"learning_rate": 0.1, "batch_size": 32, "augmentation": False, "label_noise": 0.0}
+    rows = pd.DataFrame(
+        [
+            base | {"test_error": 0.1},
+            base | {"width": 16, "test_error": 0.3},
+            base | {"width": 16, "depth": 2, "test_error": 0.5},
+            base | {"seed": 1, "test_error": 0.9},
+            base | {"batch_size": 128, "test_error": 0.1001},  # within the noise of the first
+        ]
+    )
+    found = ranking.pairs(rows).itertuples(index=False, name=None)
+    assert set(found) == {(0, 1, "width"), (1, 2, "depth")}
+    for key in (*ranking.KEYS, *ranking.RIVALS):
+        rows[key] = rows.test_error if key not in ranking.HIGHER_IS_BETTER else -rows.test_error
+    assert ranking.sign_errors(rows).relative.tolist() == [0, 0]
+    assert ranking.sign_errors(rows.assign(relative=-rows.test_error)).relative.tolist() == [1, 1]
+
+
+def test_path_norm_counts_paths() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2, 3))
+    net[1].running_var.copy_(torch.tensor([4.0, 0.25]))
+    first, scale, last = net[0].weight.flatten(), net[1].weight / (net[1].running_var + net[1].eps).sqrt(), net[4]
+    paths = sum(float((last.weight[c, k] * scale[k] * first[k]).detach() ** 2) for c in range(3) for k in range(2))
+    assert ranking.path_norm(net, (1, 1, 1)) == pytest.approx(
+        paths + float(last.bias.detach().square().sum()), rel=1e-4
+    )
+
+
+def test_the_hessian_has_the_trace_of_the_package() -> None:
+    data = split("digits", 40, 20, 0)
+    net = network("mlp", data.shape, data.classes, 3, 1)
+    batches = [(data.training.images, data.training.labels)]
+    report = measure(net, batches, method="jacobian", layer="all", loss="cross_entropy")
+    assert float(false_friend.hessian(net, data.training).trace()) == pytest.approx(report.network_trace, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)], ids=str)
+@pytest.mark.parametrize("name", [*POOLED, "logistic", "mlp", "mlp_norm", "lenet"])
+def test_networks_take_images_of_any_size(name: str, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    net = network(name, shape, 7, width=4, depth=2)
+    images = torch.randn(6, *shape)
+    assert net(images).shape == (6, 7)
+    if name in POOLED and shape == (1, 8, 8):
+        assert measure(net, [(images, torch.arange(6))], loss="cross_entropy").method == "pooled"
+
+
+def test_parts_of_the_data_are_disjoint_and_disturbed_as_asked() -> None:
+    data = split("digits", 300, 100, 0)
+    sizes = [len(part) for part in (data.training, data.validation, data.test)]
+    assert sizes == [300, 100, 1397]
+    everything = torch.cat([part.images.flatten(1) for part in (data.training, data.validation, data.test)])
+    assert len(everything.unique(dim=0)) == sum(sizes)
+    assert float(data.training.images.mean()) == pytest.approx(0, abs=1e-5)
+    before, again = data.training.labels.clone(), split("digits", 300, 100, 0)
+    data.training.randomise_labels(0.3, seed=1)
+    assert 0.2 < float((data.training.labels != before).float().mean()) <= 0.3
+    assert again.training.labels.equal(before)  # the pool is not touched
+    images, labels = data.training.__getitems__([4, 2])
+    assert images.shape == (2, 1, 8, 8)
+    assert labels.tolist() == data.training.labels[[4, 2]].tolist()
+    assert isinstance(data.validation, Images)
+
+
+def test_a_name_that_is_no_data_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(ValueError, match="must be digits, mnist5k"):
+        split("no such folder", 1, 1, 0)
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    for label, colour in enumerate(((255, 0, 0), (0, 0, 255))):
+        (tmp_path / str(label)).mkdir()
+        for number in range(4):
+            image.new("RGB", (40, 30), colour).save(tmp_path / str(label) / f"{number}.png")
+    data = split(str(tmp_path), 4, 2, 0)
+    assert data.shape == (3, 32, 32)
+    assert data.training.images[data.training.labels == 0][:, 0].min() > 0
+
+
+def test_verdicts_follow_from_the_interval() -> None:
+    estimates = {
+        "held": (0.6, 0.9),
+        "undecided": (0.4, 0.9),
+        "did not hold": (0.1, 0.4),
+        "too few": (math.nan,) * 2,
+    }
+    for verdict, (low, high) in estimates.items():
+        found = statistics.Estimate(0.5, low, high, 0 if verdict == "too few" else 9)
+        assert Claim("page", "text", "none", found, lambda p: p > 0.5).verdict == verdict
+
+
+def test_intervals_cover_what_they_should() -> None:
+    assert statistics.share(9, 10)[1:3] == pytest.approx((0.5550, 0.9975), abs=1e-4)  # a table of Clopper and Pearson
+    estimate = statistics.mean([1.0, 2.0, 3.0, 4.0])
+    assert estimate.low <= estimate.value == 2.5 <= estimate.high
+    assert math.isnan(statistics.mean([1.0]).low)
+
+
+def test_every_experiment_has_a_page_and_a_figure() -> None:
+    pages = {path.stem for path in report.PAGES.glob("*.md")}
+    assert pages == {"index", *report.SECTIONS}
+    assert {path.stem for path in report.PAGES.glob("*.png")} == set(report.SECTIONS)
+    assert all(import_module(f"experiments.{name.replace('-', '_')}") for name in report.SECTIONS)
