@@ -147,7 +147,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
         CLASSIFIER,
     ),
     "the classifier's loss": ("lightning_flatness.curvature.classifier._head", 2, AFTER_THE_FIRST, CLASSIFIER),
-    "the choice": ("lightning_flatness.curvature.methods.AutoMethod._choose", 1, AFTER_THE_FIRST, {"method": "auto"}),
+    "the choice": ("lightning_flatness.curvature.methods.AutoMethod._chosen", 1, AFTER_THE_FIRST, {"method": "auto"}),
 }
 each_fault = pytest.mark.parametrize("where", FAULTS)
 
@@ -286,11 +286,11 @@ def test_out_of_memory_halves_the_chunk(tmp_path: Any, monkeypatch: pytest.Monke
     """Batches are of four samples."""
     original, sizes = closed_form._chunk_flatness, []
 
-    def limited(chunk: PooledDerivatives) -> Any:
+    def limited(chunk: PooledDerivatives, *options: Any) -> Any:
         sizes.append(len(chunk))
         if len(chunk) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(chunk)
+        return original(chunk, *options)
 
     module, run = Classifier(), trainer(tmp_path, FlatnessMonitor(strict=True))
     expected = report_of(module, module.val_dataloader())
@@ -320,7 +320,7 @@ def test_out_of_memory_in_every_validation_is_one_warning(
 ) -> None:
     free = itertools.count()
 
-    def exhausted(chunk: PooledDerivatives) -> None:
+    def exhausted(chunk: PooledDerivatives, *options: Any) -> None:
         raise torch.OutOfMemoryError(f"CUDA out of memory. {next(free)} MiB are free.")
 
     monkeypatch.setattr(closed_form, "_chunk_flatness", exhausted)

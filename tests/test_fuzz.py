@@ -107,7 +107,11 @@ def test_random_heads_and_losses(dims: int, data: st.DataObject) -> None:
         reports = [measured(batch) for batch in batches]
         both = measured(*batches)
     except UnsupportedTailError as error:
-        if task.plain:
+        is_flat = "derivatives are all zero" in str(error) and any(
+            not any(map(bool, brute_force(model.eval(), "conv", lambda m, x, y: task.criterion(m(x), y), *batch)))
+            for batch in batches
+        )
+        if task.plain and not is_flat:
             raise
         kind = "samples coupled" if task.loss in COUPLED else "a tail without a closed form"
         event(f"refused, {kind}: {str(error).splitlines()[0][:60]}")

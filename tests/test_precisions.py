@@ -79,14 +79,14 @@ class Twofold(Evaluation):
     exact: Evaluation
     in_float64: SampleQuantities  # of the last batch
 
-    def __init__(self, device: torch.device, method: str, is_shared: bool) -> None:
-        super().__init__(device, method, is_shared)
+    def __init__(self, device: torch.device, method: str, *options: Any) -> None:
+        super().__init__(device, method, *options)
         Twofold.exact = Scaled(device, method)
 
     @staticmethod
-    def quantities(derivatives: PooledDerivatives) -> SampleQuantities:
-        Twofold.in_float64 = sample_quantities(derivatives.to(torch.float64))
-        return sample_quantities(derivatives)
+    def quantities(derivatives: PooledDerivatives, *options: Any) -> SampleQuantities:
+        Twofold.in_float64 = sample_quantities(derivatives.to(torch.float64), *options)
+        return sample_quantities(derivatives, *options)
 
     def update(self, quantities: SampleQuantities) -> None:
         super().update(quantities)

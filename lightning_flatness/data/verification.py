@@ -19,7 +19,7 @@ _CONVOLUTIONS = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functio
 _DERIVATIVES = {torch.float32: 1e-2, torch.float64: 1e-6}  # how far derivatives may differ, relative to the largest
 _ROUNDINGS = 1e3  # of derivatives that vanish, in those of the largest output per largest weight
 _HALF = 0.2  # in half precision
-_FARTHER = (1, 4, 16)  # steps to other filters at which something may move that is asleep at the network's own
+_FARTHER = (1, -1, 4, 16)  # steps to other filters at which something may move that is asleep at the network's own
 _MARGIN = 10  # by how much rounding may grow when the filters are moved
 SKIPPED = "that the loss depends on the filters as recorded is assumed"
 """Begins the sentence of `FlatnessReport.assumed` about a record that was not verified."""
