@@ -13,7 +13,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import operators  # noqa: F401  first: torchvision cannot be imported without it
 import torch
@@ -98,7 +98,11 @@ def predicted(model: nn.Module, images: Tensor) -> Tensor:
 
 def measured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[FlatnessReport, Flatness]:
     """Return the report of the layer that the package chooses, and its numbers per sample."""
-    report = measure(model, [(images, labels)], per_sample=True)
+
+    def loss(output: Any, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits_of(output), targets)
+
+    report = measure(model, [(images, labels)], loss=loss, per_sample=True)
     return report, Flatness(report.samples["hessian_trace"], report.samples["relative_flatness"])
 
 
