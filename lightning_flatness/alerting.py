@@ -17,7 +17,7 @@ from lightning_flatness.reporting.console import say
 from lightning_flatness.reporting.loggers import Loggers, log_step
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
 from lightning_flatness.rules.alert import ActionError
-from lightning_flatness.rules.rule import AnyRule
+from lightning_flatness.rules.rule import AnyRule, JoinedRule
 
 _LOADER = re.compile(r"/dataloader_idx_\d+$")
 
@@ -205,7 +205,7 @@ class RuleRunner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint. If it has another number of rules, all rules start over."""
+        """Continue from a checkpoint. If it has another number of rules, all start over; of conditions, this rule."""
         if len(state["rules"]) != len(self.rules):
             rank_zero_warn(
                 f"The checkpoint remembers {len(state['rules'])} rules and the monitor has {len(self.rules)}: "
@@ -214,7 +214,15 @@ class RuleRunner:
             )
             return
         for tracker, remembered in zip(self._trackers, state["rules"], strict=True):
-            tracker.load_state_dict(remembered)
+            saved, own = (len(conditions) for conditions in (remembered.get("rules", ()), _conditions(tracker.rule)))
+            if saved == own:
+                tracker.load_state_dict(remembered)
+            else:
+                rank_zero_warn(
+                    f"The checkpoint remembers {saved} conditions of the rule `{tracker.rule}`, which has {own}: it "
+                    "starts over.",
+                    category=UserWarning,
+                )
         self._is_resuming = True
         self.alerts.clear()  # in place: the monitor shares the list
         numbers: Counter[int] = Counter()
@@ -267,3 +275,8 @@ def _require_called(rules: Any) -> None:
         if callable(rule):
             name = getattr(rule, "__name__", repr(rule))
             raise ValueError(f"`rules` must hold rules; got the function `{name}`. Call it: `rules={name}(...)`.")
+
+
+def _conditions(rule: AnyRule) -> Sequence[Rule]:
+    """Return the conditions of a joined rule; none of another one."""
+    return rule.rules if isinstance(rule, JoinedRule) else ()

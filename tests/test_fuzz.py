@@ -107,7 +107,7 @@ def test_random_heads_and_losses(dims: int, data: st.DataObject) -> None:
         reports = [measured(batch) for batch in batches]
         both = measured(*batches)
     except UnsupportedTailError as error:
-        is_flat = "derivatives are all zero" in str(error) and any(
+        is_flat = any(reason in str(error) for reason in ("derivatives are all zero", "no derivative reaches")) and any(
             not any(map(bool, brute_force(model.eval(), "conv", lambda m, x, y: task.criterion(m(x), y), *batch)))
             for batch in batches
         )

@@ -12,9 +12,16 @@ from lightning_flatness import Alert, AllOf, FlatnessMonitor, ReduceLR, Rule, ru
 
 # Written after 12 of the 24 epochs of the run below.
 OLD = sorted((Path(__file__).parent / "checkpoints").glob("*.ckpt"))
+# The rule had two conditions then.
+MEMORISATION = AllOf(
+    [Rule("flatness/scale_free", rise=0.3), Rule("flatness/confidence", above=0.4)],
+    patience=3,
+    cooldown=10,
+    name="memorisation",
+)
 
 
-def watched(tmp_path: Any, checkpoint: Path | None) -> FlatnessMonitor:
+def watched(tmp_path: Any, checkpoint: Path | None, last: AllOf = MEMORISATION) -> FlatnessMonitor:
     """A run whose rules have every kind of memory; they fire 32 times in all."""
     monitor = FlatnessMonitor(
         strict=True,
@@ -24,7 +31,9 @@ def watched(tmp_path: Any, checkpoint: Path | None) -> FlatnessMonitor:
             Rule("flatness/scale_free", rise=0.1),
             Rule("margin/mean", shift_up=0.5),
             AllOf([Rule("flatness/confidence", below=0.6), Rule("margin/mean", above=-1.0)], patience=2, cooldown=3),
-            *rules.default(),
+            rules.label_noise(),
+            rules.divergence(),
+            last,
         ],
     )
     trainer(tmp_path, monitor, max_epochs=24).fit(Classifier(), ckpt_path=checkpoint)
@@ -46,3 +55,17 @@ def test_a_run_goes_on_with_the_alerts_of_one_that_was_not_interrupted(tmp_path:
     saved = [alert.epoch < 12 for alert in resumed]
     assert 0 < sum(saved) < 32
     assert [alert.step - old for alert, old in zip(resumed, saved, strict=True)] == [alert.step for alert in whole]
+
+
+@pytest.mark.parametrize("checkpoint", OLD, ids=[path.stem for path in OLD])
+def test_a_rule_with_other_conditions_starts_over_and_the_others_go_on(tmp_path: Any, checkpoint: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="remembers 2 conditions of the rule `memorisation`, which has 3: it starts over"
+    ):
+        resumed = by_time(watched(tmp_path, checkpoint, rules.memorisation()))
+    expected = by_time(watched(tmp_path, checkpoint))
+    others = [
+        [(alert.key, alert.epoch) for alert in alerts if alert.rule_name != "memorisation"]
+        for alerts in (resumed, expected)
+    ]
+    assert others[0] == others[1]
