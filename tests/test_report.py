@@ -18,6 +18,7 @@ from lightning_flatness.reporting import page
 
 pytest.importorskip("matplotlib")
 
+ROOT = Path(__file__).parents[1]
 ROWS = "step,val_acc,flatness/relative\n1,0.5,{}\n2,0.25,4\n"
 SORT = """<p id="orders"></p><script>
 const button = document.querySelector("button[aria-label='Relative flatness, first']");
@@ -123,3 +124,12 @@ def test_a_browser_shows_our_groups_in_tensorboard(tmp_path: Path) -> None:
     assert "flatness 3 cards" in shown
     for tab in ("Custom Scalars", "images", "histograms", "text"):
         assert tab in shown
+
+
+def test_a_browser_shows_the_home_of_the_documentation() -> None:
+    home = ROOT / "site" / "index.html"
+    if not home.exists():
+        pytest.skip("needs the documentation: run `make docs`")
+    shown = text_of(rendered(home.as_uri()))
+    for words in ("A dashboard in five minutes", "Reading the dashboard", "FlatnessMonitor"):
+        assert words in shown
