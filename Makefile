@@ -39,7 +39,7 @@ bench: $(VENV)/.bench  ## what the monitor costs, against other packages; rewrit
 		backpack-for-pytorch==1.7.1 curvlinops-for-pytorch==3.0.1
 	$(BIN)/python benchmarks/bench.py
 
-fuzz: $(VENV)/.dev  ## 20,000 random tails instead of the 500 of every day; about an hour
+fuzz: $(VENV)/.dev  ## 20,000 random draws of each kind instead of the 500 of every day; about three hours
 	FUZZ_EXAMPLES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-seed=1 \
 		--hypothesis-show-statistics --timeout=0
 
