@@ -41,3 +41,15 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Nothing is compiled, and nothing counted, when a test starts; it leaves the compiler's stance as it was."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    torch._dynamo.reset()

@@ -102,6 +102,19 @@ class Step(nn.Module):
         return self.step(self.model, *args)
 
 
+def gauss_newton_part(model: nn.Module, layer: str, x: Tensor) -> Tensor:
+    """The mean over samples of `J^T B J` for cross-entropy and the weight of a layer, shape (p, p)."""
+    weight = model.get_submodule(layer).weight.detach()
+
+    def logits(free: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {f"{layer}.weight": free}, x)
+
+    jacobian = torch.autograd.functional.jacobian(logits, weight).flatten(2)
+    probabilities = logits(weight).detach().softmax(1)
+    curvature = torch.diag_embed(probabilities) - probabilities.unsqueeze(2) * probabilities.unsqueeze(1)
+    return torch.einsum("ncp,nce,neq->pq", jacobian, curvature, jacobian) / len(x)
+
+
 def brute_force(model: nn.Module, layer: str, step: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     """Hessian trace and relative flatness of a layer for the number that a step computes of a whole batch.
 

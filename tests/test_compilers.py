@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,7 @@ from lightning_flatness import FlatnessMonitor, measure
 from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.recording.dispatch import GraphTracer
 
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    assert torch._dynamo.eval_frame._stance.stance == "default"
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 class Tail(nn.Sequential):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SUPPORTED, UNSUPPORTED
+from recorded import gauss_newton_part
 from torch import Tensor, nn
 
 from lightning_flatness import LayerSpectrum, UnsupportedTailError, measure, oracle, spectrum
@@ -122,15 +123,7 @@ def test_the_soft_rank_of_an_indefinite_one_is_that_of_its_gauss_newton_part() -
     result, values = found("silu")
     case = CASES["silu"]
     model, (x, _) = case.model().eval(), case.data()
-    weight = model.conv.weight.detach()
-
-    def logits(free: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {"conv.weight": free}, x)
-
-    jacobian = torch.autograd.functional.jacobian(logits, weight).flatten(2)
-    probabilities = logits(weight).detach().softmax(1)
-    curvature = torch.diag_embed(probabilities) - probabilities.unsqueeze(2) * probabilities.unsqueeze(1)
-    part = torch.einsum("ncp,nce,neq->pq", jacobian, curvature, jacobian) / len(x)
+    part = gauss_newton_part(model, "conv", x)
     assert values.min() < -1e-3 * values.max()
     assert result.soft_rank == pytest.approx(float(soft_rank(torch.linalg.eigvalsh(part))), rel=1e-6)
     assert found("relu", loss=squared_error)[0].soft_rank is None  # the loss itself is not convex

@@ -263,8 +263,7 @@ def _row(logits: Tensor, point: Tensor, c: int) -> Tensor:
 def _couples(values: Tensor, point: Tensor) -> bool:
     """Return whether the values of one sample depend on the point of another."""
     samples = torch.arange(len(point), device=point.device)
-    generator = torch.Generator().manual_seed(2)
-    cotangent = torch.randn(values.shape, generator=generator, dtype=torch.float64, device="cpu").to(values)
+    cotangent = _drawn(values, 2)
     bits = [((samples >> bit) & 1).bool() for bit in range((len(point) - 1).bit_length())]
     halves = [half for bit in bits for half in (bit, ~bit)]  # an influence may have one direction
 
@@ -352,9 +351,11 @@ def _twice_differentiated(
     (gradient,) = torch.autograd.grad(tail(phi), phi, create_graph=True, materialize_grads=True)
     if gradient.requires_grad and _couples(gradient, phi):
         return _refusal(recorded, "the loss couples the samples of a batch: it is no sum over samples")
-    counted = (gradient.detach().abs().sum(-1) > 0) | _has_gradient(tail, len(phi))
+    counted = gradient.detach().abs().sum(-1) > 0
+    if not counted.all():
+        counted |= _has_gradient(tail, len(phi))
     for later in candidates:  # a mask may cut a sample off from the filters: the loss still counts it
-        if later.end > cut.end:
+        if later.end > cut.end and not counted.all():
             counted |= _has_gradient(RecordedFunction(recorded, later, loss), len(phi), unless_linear=True)
     gradient = gradient * count_factor(tail, counted)
     if is_whole:

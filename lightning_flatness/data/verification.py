@@ -209,7 +209,8 @@ def _differentiated(recorded: RecordedPass, repetition: Repetition, elsewhere: T
     finally:
         parameters["weight"] = weight  # type: ignore[assignment]
     try:
-        expected = _derivatives(_predicted(recorded, repetition, own), own)
+        still = _predicted(recorded, repetition, own)
+        expected = _derivatives(still, own)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -218,7 +219,7 @@ def _differentiated(recorded: RecordedPass, repetition: Repetition, elsewhere: T
         return f"no gradient reaches `{recorded.layer}`; it may run under `torch.no_grad()`"
     _require_same_derivatives(recorded, repetition, found, expected)
     if not _has_slope(expected):
-        still, step, is_moved = _predicted(recorded, repetition, own), elsewhere - own.detach(), False
+        step, is_moved = elsewhere - own.detach(), False
         for factor in _FARTHER:
             weight = (own.detach() + factor * step).requires_grad_()
             moved = _predicted(recorded, repetition, weight)

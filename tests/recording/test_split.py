@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +17,7 @@ from torch.nn.utils import parametrizations
 from lightning_flatness import ClassifierMethod, ClassifierRecorder, ForwardRecorder, PooledMethod
 from lightning_flatness.recording.eager import EAGER
 
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    assert torch._dynamo.eval_frame._stance.stance == "default"
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 class Body(nn.Module):

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from recorded import gauss_newton_part
 from torch import Tensor, nn
 
 from lightning_flatness import oracle
@@ -76,14 +77,6 @@ def test_equals_brute_force(layer: str, loss: str, chunk: int) -> None:
 def test_behind_a_curved_network_it_is_the_gauss_newton_part() -> None:
     model = network(nn.Tanh)
     parts = gradients(model, "3", F.cross_entropy)
-    weight = model[3].weight.detach()
-
-    def logits(free: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {"3.weight": free}, X)
-
-    jacobian = torch.autograd.functional.jacobian(logits, weight).flatten(2)
-    probabilities = logits(weight).detach().softmax(1)
-    curvature = torch.diag_embed(probabilities) - probabilities.unsqueeze(2) * probabilities.unsqueeze(1)
-    expected = torch.einsum("ncp,nce,neq->pq", jacobian, curvature, jacobian) / len(X)
+    expected = gauss_newton_part(model, "3", X)
     torch.testing.assert_close(torch.linalg.eigvalsh(GradientHessian(parts).primal()), torch.linalg.eigvalsh(expected))
     assert {part.curvature for part in parts} == {"ggn"}
