@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 class UnsupportedTailError(ValueError):
     """What follows the monitored convolution has no closed form, so no exact number can be reported."""
@@ -105,3 +107,16 @@ def missing_package(user: str, module: str) -> ModuleNotFoundError:
         f"Run `pip install {distribution}`, or `pip install '.[{extra}]'` in a clone of lightning-flatness.",
         name=module,
     )
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Refuse logits that are NaN.
+
+    Raises:
+        NonFiniteError: says in how many samples.
+    """
+    if broken := int(logits.isnan().any(1).sum()):
+        raise NonFiniteError(
+            f"A measurement needs numbers; got logits that are NaN in {broken} of {len(logits)} samples. "
+            "Look for an overflow in the network."
+        )

@@ -28,6 +28,7 @@ from lightning_flatness.functional.curvature import (
     confidence,
     curvature_diagonal,
     curvature_factor,
+    probabilities_at,
     without_subnormals,
 )
 from lightning_flatness.functional.flatness import relative_flatness
@@ -105,7 +106,7 @@ class CrossEntropy:
         """
         weighted = self._weighted_target(logits[..., 0], _required(target))
         values = values - values.gather(-1, weighted.argmax(-1, keepdim=True))
-        expected = torch.einsum("nct,nc->nt", without_subnormals(logits.softmax(1)), values)
+        expected = torch.einsum("nct,nc->nt", probabilities_at(logits), values)
         return weighted.sum(-1, keepdim=True) * expected - (weighted * values).sum(-1, keepdim=True)
 
     def logit_mean_square(self, logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:

@@ -145,7 +145,7 @@ WIRINGS: dict[str, Callable[[], nn.Module]] = {
     "residual after activation": lambda: Net(conv2d(3), tail=lambda m, h: h + conv_norm_act(m, h)),
     "scaled residual": lambda: Net(conv2d(3), nn.GELU(), tail=lambda m, h: m.act(0.3 * m.conv(h) + h)),
     "projected shortcut": lambda: Net(tail=lambda m, h: m.act(m.skip(h) + m.conv(h)), skip=conv2d(kernel=1)),
-    "fixed window": lambda: Net(act=lambda z: F.silu(z) * torch.linspace(0.5, 2, 4, dtype=z.dtype)),
+    "fixed window": lambda: Net(act=lambda z: F.silu(z) * torch.linspace(0.5, 2, 4).to(z)),
     # Which channel of the convolution feeds which feature.
     "dense block": lambda: Net(tail=dense, wide_norm=nn.BatchNorm2d(7), head=nn.Linear(7, 3)),
     "dense block silu": lambda: Net(None, nn.SiLU(), tail=dense, wide_norm=nn.BatchNorm2d(7), head=nn.Linear(7, 3)),
@@ -227,11 +227,11 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "relu of the logits": lambda: Net(output=lambda phi, p: F.relu(phi)),
     "softmax": lambda: Net(output=lambda phi, p: phi.softmax(1)),
     "some of the logits": lambda: Net(head=nn.Linear(4, 5), output=lambda phi, p: phi[:, :3]),
-    "prior added to the logits": lambda: Net(output=lambda phi, p: phi + torch.tensor([1.0, 0, -1])),
+    "prior added to the logits": lambda: Net(output=lambda phi, p: phi + torch.tensor([1.0, 0, -1]).to(phi)),
     "around the classifier": lambda: Net(conv2d(3), output=lambda phi, p: phi + p),
     "sum of two classifiers": lambda: Net(head=Sum([nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))])),
     "mean of two classifiers": lambda: Net(head=Sum([nn.Linear(4, 3), nn.Linear(4, 3)]), output=lambda phi, p: phi / 2),
-    "negative distances": lambda: Net(output=lambda phi, p: -(phi[:, None] - torch.eye(3)).square().sum(2)),
+    "negative distances": lambda: Net(output=lambda phi, p: -(phi[:, None] - torch.eye(3).to(phi)).square().sum(2)),
     "output changed by a hook": lambda: hooked(Net()),
 }
 # A filter feeds several features.
@@ -266,7 +266,9 @@ SEVERAL: dict[str, Callable[[], nn.Module]] = {
         pool=average_and_max, head=nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
     ),
     "squared distances of two poolings": lambda: Net(
-        pool=average_and_max, head=nn.Linear(8, 3), output=lambda phi, p: -(phi[:, None] - torch.eye(3)).square().sum(2)
+        pool=average_and_max,
+        head=nn.Linear(8, 3),
+        output=lambda phi, p: -(phi[:, None] - torch.eye(3).to(phi)).square().sum(2),
     ),
     "positions of one filter": lambda: Net(
         conv2d(1), pool=lambda a: a.view(len(a), -1).mean(1, keepdim=True), head=nn.Linear(1, 3)

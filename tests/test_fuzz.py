@@ -134,12 +134,14 @@ def test_random_heads_and_losses(dims: int, data: st.DataObject) -> None:
         scale = float(both.samples[name].abs().mean())
         assert getattr(both, name) == pytest.approx(sum(terms) / sum(counts), rel=1e-9, abs=1e-9 * scale + 1e-14)
     model.eval()
+    # The reference of a cosine head is a difference of terms as large as one over the square of the features.
+    rounding = 1e-10 if task.head == "cosine" else 1e-12
     for (x, y), report, count in zip(batches, reports, counts, strict=True):
         expected = brute_force(model, "conv", lambda m, x, y: task.criterion(m(x), y), x, y)
         for name, value in zip(("hessian_trace", "relative_flatness"), expected, strict=True):
             scale = float(report.samples[name].abs().mean()) + 1e-6
             total = float(value) / count if task.loss in SUMS else float(value)
-            assert getattr(report, name) == pytest.approx(total, rel=1e-8, abs=1e-8 * scale + 1e-12), name
+            assert getattr(report, name) == pytest.approx(total, rel=1e-8, abs=1e-8 * scale + rounding), name
 
 
 def fails_by_itself(model: nn.Module, batch: Any) -> bool:

@@ -287,7 +287,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "jacobian of a norm": ({"method": "jacobian", "layer": ["norm"]}, "norm.*head|head.*norm"),
     "jacobian and classifier": ({"method": "jacobian", "layer": "head", "classifier": "head"}, "classifier='head'"),
     "no memory": ({"chunk_bytes": 0}, r"chunk_bytes.*\b0\b"),
-    "memory left open": ({"chunk_bytes": None}, "chunk_bytes.*None"),
+    "memory in megabytes": ({"chunk_bytes": 0.5}, r"chunk_bytes.*\b0\.5\b"),
 }
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 import lightning_flatness.functional as LF
+from lightning_flatness.curvature.chunks import chunk_bytes_on
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
 from lightning_flatness.curvature.objective import Objective, ObjectiveReader
-from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
-from lightning_flatness.curvature.pooled.method import differentiating, require, require_finite, require_numbers
+from lightning_flatness.curvature.pooled.method import differentiating, require, require_finite
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import Refusal, UnsupportedTailError, require_counts
+from lightning_flatness.errors import Refusal, UnsupportedTailError, require_optional_counts
+from lightning_flatness.functional.temperature import temperatures_for
 from lightning_flatness.losses import CrossEntropy, Differentiated, Form
 from lightning_flatness.precision import allclose_at_scale, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
@@ -38,7 +39,7 @@ class ClassifierMethod:
     weight and bias is the quantity `affine_hessian_trace`.
 
     Args:
-        chunk_bytes: how much memory temporary tensors may take at once.
+        chunk_bytes: how much memory temporary tensors may take at once, in bytes; None: see `chunk_bytes_on`.
         scale_free: whether to compute `scaled_flatness`, which scale-free flatness needs.
 
     Raises:
@@ -51,9 +52,9 @@ class ClassifierMethod:
 
     name = "classifier"
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES, scale_free: bool = True) -> None:
+    def __init__(self, chunk_bytes: int | None = None, scale_free: bool = True) -> None:
         """Check the argument."""
-        require_counts(chunk_bytes=chunk_bytes)
+        require_optional_counts(chunk_bytes=chunk_bytes)
         self._scale_free = scale_free
         self._chunk_bytes = chunk_bytes
         self._reader = ObjectiveReader()
@@ -73,7 +74,8 @@ class ClassifierMethod:
         with differentiating(recorded):
             head = _head(self._reader, recorded, samples)
         with not_recorded(), torch.inference_mode(False), full_precision(head.features.device):
-            return _quantities(head, self._chunk_bytes, self._scale_free)
+            chunk_bytes = chunk_bytes_on(head.features.device, self._chunk_bytes)
+            return _quantities(head, chunk_bytes, self._scale_free)
 
 
 class _Head(NamedTuple):
@@ -140,7 +142,6 @@ def _head(reader: ObjectiveReader, recorded: RecordedPass, samples: slice) -> _H
             f"A network must end in its classifier; what follows `{recorded.layer}` takes more from the layers before "
             f"it than its output. Name another linear layer (`classifier=...`).\n  path: {recorded.path}"
         ).error()
-    require_numbers(goal.logits)
     dtype = features.dtype
     rows = _reduced(call.weight.double())
     scale = rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)
@@ -275,9 +276,8 @@ def _flatness(head: _Head, chunk_bytes: int, scale_free: bool) -> Tensor:
 
     It is that for inputs and weights of unit size: `|x|` and `scale` are left out.
     """
-    taus = LF.TEMPERATURES.new_ones(1).to(head.logits)
-    if scale_free and not isinstance(head.loss, Differentiated) and head.head_curvature is None:
-        taus = torch.cat([taus, LF.TEMPERATURES.to(head.logits)])
+    has_temperatures = not isinstance(head.loss, Differentiated) and head.head_curvature is None
+    taus = temperatures_for(head.logits, scale_free and has_temperatures)
     numbers = 3 * (head.logits.shape[1] + len(taus)) * (sum(head.rows.shape) + head.logits.shape[1])
     step = max(1, chunk_bytes // (numbers * head.logits.element_size()))
     parts = []

@@ -6,6 +6,8 @@ has, and hold the labels and weights of every sample.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,9 @@ def _reduction(operation: Operation) -> int | None:
     return named_arguments(operation.function, operation.args, operation.kwargs).get("reduction")
 
 
-def proved_form(tail: RecordedFunction, samples: int) -> tuple[CrossEntropy | BinaryCrossEntropy, Tensor] | None:
+def proved_form(
+    tail: RecordedFunction, samples: int, provided: Tensor | None = None
+) -> tuple[CrossEntropy | BinaryCrossEntropy, Tensor] | None:
     """Return the form of the loss with its labels; None if it is another one, or takes probabilities, not logits.
 
     The gradient of one sample is `w S - a` for cross-entropy, with the softmax `S` and the label `a`, whose entries add
@@ -84,6 +88,8 @@ def proved_form(tail: RecordedFunction, samples: int) -> tuple[CrossEntropy | Bi
     Args:
         tail: the loss as a function of the logits.
         samples: n.
+        provided: whether what the caller needs besides is so, a scalar; if not, nothing is proved. A device answers
+            both questions at once.
     """
     first, other = drawn_points(tail, samples)
     points = (first, -first, other)
@@ -93,27 +99,33 @@ def proved_form(tail: RecordedFunction, samples: int) -> tuple[CrossEntropy | Bi
         raise
     except RuntimeError:  # at a random point, where probabilities must lie in [0, 1]
         return None
-    return _cross_entropy(tail, points, gradients) or _sigmoid(tail, points, gradients)
+    return _cross_entropy(tail, points, gradients, provided) or _sigmoid(tail, points, gradients, provided)
 
 
 def drawn_points(tail: RecordedFunction, samples: int) -> tuple[Tensor, Tensor]:
     """Return two random points of moderate size: nothing depends on the recorded values."""
+    return _drawn(samples, tail.shape.numel() // samples, tail.device)
+
+
+@lru_cache(maxsize=2)  # all batches have the same size but the last one
+def _drawn(samples: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    size = tail.shape.numel() // samples
-    drawn = torch.randn(2, samples, size, generator=generator, dtype=torch.float64, device="cpu").to(tail.device)
-    return drawn[0], drawn[1]
+    with torch.inference_mode(False):
+        drawn = torch.randn(2, samples, size, generator=generator, dtype=torch.float64, device="cpu").to(device)
+        return drawn[0], drawn[1]
 
 
-def count_factor(tail: RecordedFunction, weight: Tensor) -> float:
+def count_factor(tail: RecordedFunction, weight: Tensor) -> Tensor:
     """Return what makes the contribution of a sample to the step's loss the loss of the sample.
 
     It is the number of samples that count; 1 for a loss that was summed, whose contributions are losses already.
     """
-    return 1.0 if tail.is_sum else float((weight > 0).sum())
+    counted = (weight > 0).sum().double()
+    return torch.ones_like(counted) if tail.is_sum else counted
 
 
 def _cross_entropy(
-    tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor]
+    tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor], provided: Tensor | None
 ) -> tuple[CrossEntropy, Tensor] | None:
     """Return the form `sum_n w_n CE(q_n, phi_n) + const` with its labels and weights if the loss is one."""
     if points[0].shape[1] == 1:  # one logit
@@ -122,31 +134,33 @@ def _cross_entropy(
     change = probabilities[0] - probabilities[1]
     weight = ((gradients[0] - gradients[1]) * change).sum(-1, keepdim=True) / change.square().sum(-1, keepdim=True)
     label, *others = (weight * softmax - gradient for softmax, gradient in zip(probabilities, gradients, strict=True))
-    if not _hold([other - label for other in others] + [label.sum(-1, keepdim=True) - weight], [label], weight):
+    zeros = [other - label for other in others] + [label.sum(-1, keepdim=True) - weight]
+    if not _hold(zeros, [label], weight, provided):
         return None
     label = _snapped(label)
     return CrossEntropy(), label * count_factor(tail, label.sum(-1))
 
 
 def _sigmoid(
-    tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor]
+    tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor], provided: Tensor | None
 ) -> tuple[BinaryCrossEntropy, Tensor] | None:
     """Return the form `-sum_nc [pos log s + neg log(1 - s)]`, `s` the sigmoid, if the loss is one."""
     sigmoids = [point.sigmoid() for point in points]
     weight = (gradients[0] - gradients[1]) / (sigmoids[0] - sigmoids[1])
     positive, *others = (weight * sigmoid - gradient for sigmoid, gradient in zip(sigmoids, gradients, strict=True))
-    if not _hold([other - positive for other in others], [positive, weight - positive], weight):
+    if not _hold([other - positive for other in others], [positive, weight - positive], weight, provided):
         return None
     positive = _snapped(torch.stack([positive, weight - positive], -1))[..., 0]
     labels = torch.where(weight > 0, positive / weight, 0.0)
     return BinaryCrossEntropy(weight * count_factor(tail, weight.sum(-1))), labels
 
 
-def _hold(zeros: list[Tensor], non_negative: list[Tensor], weight: Tensor) -> bool:
+def _hold(zeros: list[Tensor], non_negative: list[Tensor], weight: Tensor, provided: Tensor | None) -> bool:
     """Return whether all this is so up to the rounding of float64, and some weight is not zero. NaN is not."""
     scale = weight.abs().max()
     errors = torch.stack([zero.abs().max() for zero in zeros] + [-least.min() for least in non_negative])
-    return bool((errors <= EXACT * scale).all() & (scale > 0))
+    holds = (errors <= EXACT * scale).all() & (scale > 0)
+    return bool(holds if provided is None else holds & provided)
 
 
 def _snapped(values: Tensor) -> Tensor:

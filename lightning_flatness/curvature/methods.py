@@ -10,7 +10,6 @@ from torch import nn
 
 from lightning_flatness.curvature.classifier import ClassifierMethod
 from lightning_flatness.curvature.jacobian.method import JacobianMethod, LayerQuantities
-from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES
 from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.errors import Refusal, UnrepeatableError
@@ -48,7 +47,7 @@ class AutoMethod:
 
     Args:
         recorder: the recorder of the passes; it is told to follow the chosen layer alone.
-        chunk_bytes: how much memory the contractions may take at once.
+        chunk_bytes: how much memory the contractions may take at once, in bytes; None: see `chunk_bytes_on`.
         scale_free: whether to compute what scale-free flatness needs.
 
     Attributes:
@@ -58,7 +57,7 @@ class AutoMethod:
     name = "auto"
 
     def __init__(
-        self, recorder: BothRecorder | None = None, chunk_bytes: int = CHUNK_BYTES, scale_free: bool = True
+        self, recorder: BothRecorder | None = None, chunk_bytes: int | None = None, scale_free: bool = True
     ) -> None:
         """Start without a choice."""
         self._recorder = recorder
@@ -153,7 +152,7 @@ def method_for(
     method: str = "auto",
     layer: LayerName = None,
     classifier: str | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     *,
     scale_free: bool = True,
     estimate: bool = False,
@@ -166,7 +165,7 @@ def method_for(
             `"classifier"`; `"jacobian"`.
         layer: name of the convolution; None: found. For `"jacobian"` one name, several, or `"all"`.
         classifier: name of the linear classifier; None: found.
-        chunk_bytes: how much memory the contractions may take at once.
+        chunk_bytes: how much memory the contractions may take at once, in bytes; None: see `chunk_bytes_on`.
         scale_free: whether to compute what scale-free flatness needs.
         estimate: two backward passes instead of all; for `"jacobian"` only.
 

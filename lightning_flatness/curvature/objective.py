@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_flatness.curvature.forms import EXACT, RecordedFunction, count_factor, drawn_points, proved_form
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
-from lightning_flatness.errors import Refusal
+from lightning_flatness.errors import Refusal, require_numbers
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form, logit_gradient
 from lightning_flatness.recording.graph import Captures, Cut
 from lightning_flatness.recording.operators import Trait
@@ -104,11 +104,18 @@ class ObjectiveReader:
         self._known: _Known | None = None
 
     def read(self, recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | Refusal:
-        """Return what `objective` returns; arguments are the same."""
+        """Return what `objective` returns; arguments are the same.
+
+        Raises:
+            NonFiniteError: if the logits hold NaN; says in how many samples.
+        """
         if self._known is not None and (again := _again(self._known, recorded, pooled, features)) is not None:
             return again
         verdict = objective(recorded, pooled, features)
-        self._known = None if isinstance(verdict, Refusal) else _known(recorded, pooled, features, verdict)
+        self._known = None
+        if isinstance(verdict, Objective):
+            require_numbers(verdict.logits)
+            self._known = _known(recorded, pooled, features, verdict)
         return verdict
 
 
@@ -130,13 +137,12 @@ def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor)
     if not all(known.captures.same(old, captures, new) for old, new in pairs):
         return None
     features = features.detach().double()
-    form = proved_form(RecordedFunction(recorded, cut, recorded.cuts[-1]), len(features))
-    if form is None:
-        return None
     logits = RecordedFunction(recorded, pooled, cut)(features).detach()
     expected = features @ known.head.mT + known.shift
     size = features.abs() @ known.head.abs().mT + known.shift.abs()
-    if not bool(((logits - expected).abs() <= EXACT * size).all()):
+    is_known_head = ((logits - expected).abs() <= EXACT * size).all()  # false as well where a logit is NaN
+    form = proved_form(RecordedFunction(recorded, cut, recorded.cuts[-1]), len(features), is_known_head)
+    if form is None:
         return None
     return Objective(cut, _counted(form), logits, known.head, *form)
 

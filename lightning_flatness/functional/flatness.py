@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.functional.curvature import confidence, curvature_diagonal, without_subnormals
+from lightning_flatness.functional.curvature import confidence, curvature_diagonal, probabilities_at
 from lightning_flatness.functional.gram import HadamardGram
 from lightning_flatness.functional.patches import ConvGeometry, patches
 
@@ -76,7 +76,7 @@ def relative_flatness(
         >>> relative_flatness(logits.unsqueeze(-1), centred_rows(logits, head), gram)
         tensor([[3.]])
     """
-    probabilities = without_subnormals(logits.softmax(1))
+    probabilities = probabilities_at(logits)
     (classes, temperatures), filters = probabilities.shape[1:], rows.shape[-1]
     if pairs_pay(classes, filters, temperatures):
         products = gram.inner_products(rows)

@@ -14,6 +14,19 @@ TEMPERATURES = 2.0 ** (
 """The 145 temperatures at which curves are added up: six per octave from 2^-12 to 2^12, shape (t,)."""
 
 
+def temperatures_for(logits: Float[Tensor, "n c"], is_wanted: bool = True) -> Float[Tensor, " t"]:
+    """Return temperature 1 and, if they are wanted, `TEMPERATURES`, in the dtype and on the device of the logits.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness.functional.temperature import temperatures_for
+        >>> temperatures_for(torch.zeros(2, 3), is_wanted=False)
+        tensor([1.])
+    """
+    own = logits.new_ones(1)
+    return torch.cat([own, TEMPERATURES.to(logits, non_blocking=True)]) if is_wanted else own
+
+
 def at_temperature(curve: Float[Tensor, " t"], temperature: Float[Tensor, ""]) -> Float[Tensor, ""]:
     r"""Return the value at any temperature of a smooth curve that is given at `TEMPERATURES`.
 

@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_flatness.curvature.chunks import chunk_bytes_on
 from lightning_flatness.curvature.jacobian.factor import estimated_factor, longest_factor, loss_factor
 from lightning_flatness.curvature.jacobian.mean_hessian import LayerGradients
 from lightning_flatness.curvature.jacobian.network import Network, network_of
 from lightning_flatness.curvature.jacobian.pullback import bytes_per_sample, contributions, gradients
 from lightning_flatness.curvature.objective import Objective
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import Refusal, require_counts, require_optional_counts
+from lightning_flatness.errors import Refusal, require_optional_counts
 from lightning_flatness.losses import Differentiated
 from lightning_flatness.precision import full_precision
 from lightning_flatness.recording.dispatch import not_recorded
@@ -26,9 +27,6 @@ from lightning_flatness.recording.recorded_layers import RecordedLayers
 
 Curvature = Literal["hessian", "ggn"]
 _T = TypeVar("_T")
-CHUNK_BYTES = 128 * 2**20
-"""What the derivatives of a group of samples may take at once by default."""
-
 _FUSED = " Let attention run step by step: `torch.backends.mha.set_fastpath_enabled(False)`."
 
 
@@ -74,7 +72,8 @@ class JacobianMethod:
     of its generalized Gauss-Newton part; `SampleQuantities.curvature` says which.
 
     Args:
-        chunk_bytes: how much memory the derivatives may take at once; samples are measured in groups that fit.
+        chunk_bytes: how much memory the derivatives may take at once, in bytes; samples are measured in groups that
+            fit. None: see `chunk_bytes_on`.
         estimate: two backward passes instead of one for each factor: trace and relative flatness are unbiased
             estimates, see `functional.two_pass_cotangents`. Their random signs come from a generator of their own.
         longest: only so many factors of each sample, those that are longest in the logits: trace and relative flatness
@@ -90,10 +89,9 @@ class JacobianMethod:
 
     name = "jacobian"
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES, estimate: bool = False, longest: int | None = None) -> None:
+    def __init__(self, chunk_bytes: int | None = None, estimate: bool = False, longest: int | None = None) -> None:
         """Check the arguments."""
-        require_counts(chunk_bytes=chunk_bytes)
-        require_optional_counts(longest=longest)
+        require_optional_counts(chunk_bytes=chunk_bytes, longest=longest)
         if estimate and longest is not None:
             raise ValueError(f"An estimate takes no `longest` factors; got `longest={longest}`. Leave one of them out.")
         self._chunk_bytes = chunk_bytes
@@ -154,7 +152,8 @@ class JacobianMethod:
     def _quantities(self, network: Network, samples: slice) -> LayerQuantities:
         kept, plan = network.goal.kept(samples), network.plan
         sums = {name: torch.zeros(2, len(kept)).to(kept.device, torch.float64) for name in network.recorded.parameters}
-        for part, found in self._by_groups(network, kept, lambda part: contributions(network, part, self._chunk_bytes)):
+        at_once = chunk_bytes_on(kept.device, self._chunk_bytes)
+        for part, found in self._by_groups(network, kept, lambda part: contributions(network, part, at_once)):
             for name, values in found.items():
                 sums[name][:, part] = torch.stack(values)
         covered = {name: values[:, kept] for name, values in sums.items() if name not in plan.left_out}
@@ -172,7 +171,7 @@ class JacobianMethod:
     def _by_groups(self, network: Network, kept: Tensor, measure: Callable[[slice], _T]) -> list[tuple[slice, _T]]:
         """Return what a function has for groups of samples that fit into memory, as far as some of them are kept."""
         n = len(kept)
-        step = max(1, min(n, self._chunk_bytes // max(1, bytes_per_sample(network))))
+        step = max(1, min(n, chunk_bytes_on(kept.device, self._chunk_bytes) // max(1, bytes_per_sample(network))))
         parts = [slice(start, min(start + step, n)) for start in range(0, n, step)]
         try:
             return [(part, measure(part)) for part in parts if bool(kept[part].any())]

@@ -12,10 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 import lightning_flatness.functional as LF
+from lightning_flatness.curvature.chunks import chunk_bytes_on
 from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.functional.flatness import pairs_pay
 from lightning_flatness.functional.gram import BLOCK_ROWS
+from lightning_flatness.functional.temperature import temperatures_for
 from lightning_flatness.losses import CrossEntropy, Differentiated
 from lightning_flatness.precision import full_precision
 
@@ -75,13 +77,16 @@ def is_ill_conditioned(derivatives: PooledDerivatives, quantities: SampleQuantit
         derivatives: of one batch.
         quantities: that follow from them.
     """
-    if derivatives.logits.dtype == torch.float64 or derivatives.logits.is_cuda:
+    if derivatives.logits.dtype == torch.float64:
         return False
     squares = derivatives.kernel_gram.diagonal()
-    if float(squares.min()) < 1e-30 or float(squares.max()) > 1e8 * float(squares.min()):
-        return True
     own = squares.mean() * quantities.hessian_trace.abs().mean()
-    return float(quantities.relative_flatness.abs().mean()) < 1e-3 * float(own)
+    doubts = (
+        squares.min() < 1e-30,
+        squares.max() > 1e8 * squares.min(),
+        quantities.relative_flatness.abs().mean() < 1e-3 * own,
+    )
+    return bool(torch.stack(doubts).any())
 
 
 def _scale_free(derivatives: PooledDerivatives, flatness: _Flatness) -> dict[str, Any]:
@@ -97,9 +102,9 @@ def _of_a_linear_head(
     if not derivatives.is_linear:
         return {}
     pairs = combinations_with_replacement(range(derivatives.features_per_filter), 2)
-    squares = [number for number, (i, j) in enumerate(pairs) if i == j]
+    squares = (products for products, (i, j) in zip(flatness.products.unbind(-1), pairs, strict=True) if i == j)
     return {
-        "feature_squared_norm": flatness.products[..., squares].sum((1, 2)),
+        "feature_squared_norm": sum(each.sum(1) for each in squares),
         "head_squared_norm": derivatives.used_head.square().sum(),
         "kernel_squared_norm": derivatives.kernel_gram.diagonal().sum(),
         "affine_hessian_trace": LF.affine_trace(derivatives.features, uncertainty),
@@ -172,7 +177,8 @@ def _bent(derivatives: PooledDerivatives) -> _Bent | None:
     gram, index = LF.HadamardGram(derivatives.kernel_gram, *factors), derivatives.feature_index
     fed, is_in_order = derivatives.is_fed, torch.equal(index, torch.arange(derivatives.features.shape[1]).to(index))
     total = _Bent(*derivatives.logits.new_zeros(3, len(derivatives)))
-    for columns, rows in curvature.columns(derivatives.chunk_bytes // 4):  # which are copied
+    at_once = chunk_bytes_on(derivatives.logits.device, derivatives.chunk_bytes)
+    for columns, rows in curvature.columns(at_once // 4):  # which are copied
         own = rows[:, :, columns].diagonal(dim1=1, dim2=2).sum(-1)
         features = ((columns.start <= index) & (index < columns.stop) & fed).nonzero().squeeze(1)
         if not (is_in_order and fed.all()):
@@ -234,9 +240,7 @@ def _flatness(derivatives: PooledDerivatives, scale_free: bool = True) -> _Flatn
 
 def _chunk_flatness(derivatives: PooledDerivatives, scale_free: bool) -> _Flatness:
     gram, logits = _gram(derivatives), derivatives.logits
-    taus = LF.TEMPERATURES.new_ones(1).to(logits)
-    if scale_free and derivatives.has_temperatures:
-        taus = torch.cat([taus, LF.TEMPERATURES.to(logits)])
+    taus = temperatures_for(logits, scale_free and derivatives.has_temperatures)
     scaled = logits.unsqueeze(-1) / taus
     loss, target = derivatives.loss, derivatives.target
     flatness = loss.relative_flatness(scaled, derivatives.used_head, gram, target) / taus.square()
@@ -282,7 +286,7 @@ def _by_chunks(
     derivatives: PooledDerivatives, function: Callable[[PooledDerivatives], tuple[Tensor, ...]]
 ) -> list[Tensor]:
     """Return what the function does, by chunks of samples under `chunk_bytes`, or smaller ones if memory is short."""
-    step = max(1, derivatives.chunk_bytes // _bytes_per_sample(derivatives))
+    step = max(1, chunk_bytes_on(derivatives.logits.device, derivatives.chunk_bytes) // _bytes_per_sample(derivatives))
     with full_precision(derivatives.logits.device):
         while True:
             starts = range(0, max(1, len(derivatives)), step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +13,6 @@ from torch import Tensor
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.losses import CrossEntropy, Differentiated, Form
-
-CHUNK_BYTES = 64 * 2**20
-"""What temporary tensors may take at once by default."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class PooledDerivatives:
         loss: of each sample in its logits.
         target: what the loss reads; None if it is in the loss.
         head_curvature: see `objective.Objective`; None for a piecewise linear head.
-        chunk_bytes: what temporary tensors may take at once; a single sample may take more.
+        chunk_bytes: what temporary tensors may take at once, see `chunks.chunk_bytes_on`.
         is_gauss_newton: whether the curvature of the map and of the head has been left out.
     """
 
@@ -55,7 +53,7 @@ class PooledDerivatives:
     loss: Form = field(default_factory=CrossEntropy)
     target: Int[Tensor, " n"] | Float[Tensor, "n c"] | None = None
     head_curvature: HeadCurvature | None = None
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int | None = None
     is_gauss_newton: bool = False
 
     def __len__(self) -> int:
@@ -82,14 +80,17 @@ class PooledDerivatives:
             changes["head"] = self.head[samples]
         if self.head_curvature is not None:
             changes["head_curvature"] = self.head_curvature.select(samples)
-        return replace(self, **changes, loss=self.loss.select(samples))
+        chosen = replace(self, **changes, loss=self.loss.select(samples))
+        if self.head.dim() == 2:
+            vars(chosen)["used_head"] = self.used_head  # the same for all samples: it is not copied again
+        return chosen
 
     @property
     def features_per_filter(self) -> int:
         """How many features each filter feeds."""
         return len(self.feature_index) // len(self.kernel_gram)
 
-    @property
+    @cached_property
     def used_head(self) -> Float[Tensor, "*n c f"]:
         """The columns of the head in the order of the filters that feed them; zero where that is not known."""
         return self.head[..., self.feature_index] * self.is_fed

@@ -21,9 +21,9 @@ from lightning_flatness.curvature.pooled.certificate import (
     signature_of,
 )
 from lightning_flatness.curvature.pooled.closed_form import is_ill_conditioned, sample_quantities
-from lightning_flatness.curvature.pooled.derivatives import CHUNK_BYTES, PooledDerivatives
+from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
-from lightning_flatness.errors import NonFiniteError, Refusal, UnrepeatableError, require_counts
+from lightning_flatness.errors import NonFiniteError, Refusal, UnrepeatableError, require_optional_counts
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.precision import allclose_for_dtype, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
@@ -48,7 +48,8 @@ class PooledMethod:
     could connect filters changes. What follows them, head and loss, is analysed in every pass.
 
     Args:
-        chunk_bytes: how much memory the contraction over filters may take at once.
+        chunk_bytes: how much memory the contraction over filters may take at once, in bytes; None: see
+            `chunk_bytes_on`.
         scale_free: whether to compute `scaled_flatness`, which scale-free flatness needs.
 
     Raises:
@@ -61,9 +62,9 @@ class PooledMethod:
 
     name = "pooled"
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES, scale_free: bool = True) -> None:
+    def __init__(self, chunk_bytes: int | None = None, scale_free: bool = True) -> None:
         """Start with no certificate."""
-        require_counts(chunk_bytes=chunk_bytes)
+        require_optional_counts(chunk_bytes=chunk_bytes)
         self._scale_free = scale_free
         self._chunk_bytes = chunk_bytes
         self._certificate: Certificate | None = None
@@ -109,7 +110,6 @@ class PooledMethod:
             if not known.differentiates_as(certificate):
                 features, jacobian, second, _ = _differentiated(recorded, certificate)
         goal = require(self._reader.read(recorded, pooled, features))
-        require_numbers(goal.logits)
         dtype = jacobian.dtype
         derivatives = PooledDerivatives(
             inputs=upcast(recorded.graph.captures.value(call.inputs)).to(dtype),
@@ -230,19 +230,6 @@ def differentiating(recorded: RecordedPass) -> Iterator[None]:
                 f"  path: {recorded.path}\n  {recorded.remedy}",
                 error,
             ).error() from error
-
-
-def require_numbers(logits: Tensor) -> None:
-    """Refuse logits that are NaN.
-
-    Raises:
-        NonFiniteError: says in how many samples.
-    """
-    if broken := int(logits.isnan().any(1).sum()):
-        raise NonFiniteError(
-            f"A measurement needs numbers; got logits that are NaN in {broken} of {len(logits)} samples. "
-            "Look for an overflow in the network."
-        )
 
 
 def require_finite(recorded: RecordedPass) -> None:

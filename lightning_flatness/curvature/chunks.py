@@ -1,0 +1,25 @@
+"""How much memory temporary tensors may take at once."""
+
+from __future__ import annotations
+
+import torch
+
+_CPU_BYTES = 64 * 2**20  # larger groups of samples leave the processor's caches
+_CUDA_BYTES = 512 * 2**20  # where every group costs the host the same time, whatever its size
+
+
+def chunk_bytes_on(device: torch.device, chosen: int | None) -> int:
+    """Return what temporary tensors may take at once on a device; a single sample may take more.
+
+    Args:
+        device: where the tensors are.
+        chosen: what the user chose, in bytes; None: 64 MiB, on a CUDA device 512 MiB.
+
+    Example:
+        >>> import torch
+        >>> chunk_bytes_on(torch.device("cpu"), None) // 2**20
+        64
+    """
+    if chosen is not None:
+        return chosen
+    return _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
