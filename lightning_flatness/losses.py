@@ -96,18 +96,27 @@ class CrossEntropy:
         flatness = relative_flatness(logits, centred_rows(logits[..., 0], head), gram)
         return self.label_weight(logits[..., 0], target).unsqueeze(1) * flatness
 
+    def logit_gradient(self, logits: Float[Tensor, "n c t"], target: Targets | None) -> Float[Tensor, "n c t"]:
+        r"""Return \(\nabla \ell\) at each temperature, without cancellation where a prediction is sure.
+
+        The entry of the label's likeliest class is minus the sum of the others.
+        """
+        weighted = self._weighted_target(logits[..., 0], _required(target)).unsqueeze(-1)
+        gradient = weighted.sum(1, keepdim=True) * probabilities_at(logits) - weighted
+        likeliest = weighted.argmax(1, keepdim=True).expand_as(gradient[:, :1])
+        others = gradient.scatter(1, likeliest, 0.0)
+        return others.scatter(1, likeliest, -others.sum(1, keepdim=True))
+
     def logit_gradient_product(
         self, logits: Float[Tensor, "n c t"], values: Float[Tensor, "n c"], target: Targets | None
     ) -> Float[Tensor, "n t"]:
         r"""Return \(\langle \nabla \ell, u \rangle\) at each temperature for values \(u\), shape (n, t).
 
-        The values are taken relative to the label's likeliest class, which avoids cancellation when the prediction is
-        sure.
+        The values are taken relative to one class, which avoids cancellation and changes nothing: the gradient adds up
+        to 0.
         """
-        weighted = self._weighted_target(logits[..., 0], _required(target))
-        values = values - values.gather(-1, weighted.argmax(-1, keepdim=True))
-        expected = torch.einsum("nct,nc->nt", probabilities_at(logits), values)
-        return weighted.sum(-1, keepdim=True) * expected - (weighted * values).sum(-1, keepdim=True)
+        label = self._weighted_target(logits[..., 0], _required(target)).argmax(-1, keepdim=True)
+        return torch.einsum("nct,nc->nt", self.logit_gradient(logits, target), values - values.gather(-1, label))
 
     def logit_mean_square(self, logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
         """Return the mean square of the logits about their mean over classes, shape (n,).
@@ -124,13 +133,13 @@ class CrossEntropy:
 
         The likeliest class of a soft target counts as the true class.
         """
-        return output_margin(logits, self._true_class(target))
+        return output_margin(logits, _true_class(target))
 
     def hard_label(self, target: Targets | None) -> Int[Tensor, " n"] | None:
         """Return the true classes, shape (n,); None where a label has more than one class, or there are no labels."""
         if target is None or self.label_smoothing or (target.dim() > 1 and bool((target.count_nonzero(-1) != 1).any())):
             return None
-        return self._true_class(target)
+        return _true_class(target)
 
     def prediction(self, logits: Float[Tensor, "n c"]) -> Int[Tensor, "n 1"]:
         """Return the predicted class, shape (n, 1)."""
@@ -138,14 +147,14 @@ class CrossEntropy:
 
     def softmax_margin(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
         """Return the signed margin of the true class in the softmax, see `functional.softmax_margin`, shape (n,)."""
-        return softmax_margin(logits, self._true_class(target))
+        return softmax_margin(logits, _true_class(target))
 
     def trace_bound(self, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, " n"]:
         r"""Return \(\Vert a \Vert_1 (1 - \gamma^2) \ge \operatorname{Tr} B\), shape (n,).
 
         Here \(\gamma\) is the softmax margin.
         """
-        return self.label_weight(logits, target) * margin_gap(logits, self._true_class(target))
+        return self.label_weight(logits, target) * margin_gap(logits, _true_class(target))
 
     def value(self, logits: Float[Tensor, "n c"], target: Targets) -> Float[Tensor, ""]:
         """Return the mean over the samples that count; those with the label -100 do not, as in torch."""
@@ -156,10 +165,6 @@ class CrossEntropy:
     def select(self, samples: slice | Tensor) -> CrossEntropy:
         """Return the loss of some of the samples."""
         return self
-
-    def _true_class(self, target: Targets | None) -> Int[Tensor, " n"]:
-        target = _required(target)
-        return target if target.dim() == 1 else target.argmax(-1)
 
     def _weighted_target(self, logits: Float[Tensor, "n c"], target: Targets) -> Float[Tensor, "n c"]:
         """Return `a`: the label's distribution, smoothed, times the class weights."""
@@ -222,15 +227,19 @@ class BinaryCrossEntropy:
         squares = gram.quadratic_forms(head.expand(len(logits), -1, -1))
         return torch.einsum("nct,nc->nt", _variance(logits), self.label_weight(logits[..., 0], target) * squares)
 
+    def logit_gradient(self, logits: Float[Tensor, "n c t"], target: Targets | None) -> Float[Tensor, "n c t"]:
+        r"""Return \(\nabla \ell\) at each temperature."""
+        labels = _required(target).to(logits)
+        positive = labels if self.pos_weight is None else self.pos_weight.to(logits) * labels
+        weight = torch.ones_like(labels) if self.weight is None else self.weight.to(logits).expand_as(labels)
+        rising, falling = (weight * (1 - labels)).unsqueeze(-1), (weight * positive).unsqueeze(-1)
+        return rising * logits.sigmoid() - falling * (-logits).sigmoid()
+
     def logit_gradient_product(
         self, logits: Float[Tensor, "n c t"], values: Float[Tensor, "n c"], target: Targets | None
     ) -> Float[Tensor, "n t"]:
         r"""Return \(\langle \nabla \ell, u \rangle\) at each temperature for values \(u\), shape (n, t)."""
-        labels = _required(target).to(logits)
-        positive = labels if self.pos_weight is None else self.pos_weight.to(logits) * labels
-        values = values if self.weight is None else values * self.weight.to(logits)
-        rising = torch.einsum("nct,nc->nt", logits.sigmoid(), (1 - labels) * values)
-        return rising - torch.einsum("nct,nc->nt", (-logits).sigmoid(), positive * values)
+        return torch.einsum("nct,nc->nt", self.logit_gradient(logits, target), values)
 
     def logit_mean_square(self, logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
         """Return the mean square of the logits, shape (n,); masked labels, whose logit is infinite, are left out."""
@@ -301,6 +310,10 @@ class Differentiated:
         products = gram.inner_products(head.expand(len(logits), -1, -1))
         return (self.curvature.to(logits) * products).sum((1, 2)).unsqueeze(1)
 
+    def logit_gradient(self, logits: Tensor, target: Targets | None) -> Float[Tensor, "n c t"]:
+        r"""Return \(\nabla \ell\), shape (n, c, 1)."""
+        return self.gradient.to(logits).unsqueeze(-1)
+
     def logit_gradient_product(
         self, logits: Tensor, values: Float[Tensor, "n c"], target: Targets | None
     ) -> Float[Tensor, "n t"]:
@@ -348,13 +361,6 @@ def cotangents(
     else:
         factor = torch.diag_embed((weight * _variance(logits)).sqrt())
     return factor, factor.new_ones(factor.shape[:2])
-
-
-def logit_gradient(loss: Form, logits: Float[Tensor, "n c"], target: Targets | None) -> Float[Tensor, "n c"]:
-    r"""Return \(\nabla \ell\) without cancellation where a prediction is sure; see `logit_gradient_product`."""
-    directions = torch.eye(logits.shape[1]).to(logits)
-    at_one, each = logits.unsqueeze(-1), (one.expand_as(logits) for one in directions)
-    return torch.stack([loss.logit_gradient_product(at_one, one, target)[:, 0] for one in each], 1)
 
 
 _NAMES: dict[str, Loss] = {"cross_entropy": CrossEntropy(), "bce_with_logits": BinaryCrossEntropy()}
@@ -417,6 +423,11 @@ def _class_weights(name: str, weights: Tensor | None) -> Float[Tensor, "*c"] | N
 def _variance(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return `s (1 - s)` for the sigmoid `s`, without the rounding error of `1 - s`."""
     return without_subnormals(logits.sigmoid() * (-logits).sigmoid())
+
+
+def _true_class(target: Targets | None) -> Int[Tensor, " n"]:
+    target = _required(target)
+    return target if target.dim() == 1 else target.argmax(-1)
 
 
 def _required(target: Targets | None) -> Targets:

@@ -101,7 +101,8 @@ def test_equals_the_loss_of_torch(case: Case) -> None:
             pulled_back.diagonal(dim1=1, dim2=2),
         ),
         "contraction": (kappa, (pulled_back * (square @ square.mT)).sum((1, 2))),
-        "gradient": (loss.logit_gradient_product(logits[..., None], values, target)[:, 0], (gradient * values).sum(1)),
+        "gradient": (loss.logit_gradient(logits[..., None], target)[..., 0], gradient),
+        "product": (loss.logit_gradient_product(logits[..., None], values, target)[:, 0], (gradient * values).sum(1)),
     }
     for form in (loss, Differentiated(gradient, curvature)):
         factor, signs = cotangents(form, logits, target)
@@ -125,6 +126,8 @@ def test_gradient_and_bound_of_confident_samples_keep_their_precision(name: str,
     torch.testing.assert_close(
         loss.logit_gradient_product(logits[..., None], values, y).double(), exact, rtol=1e-4, atol=0
     )
+    gradients = [loss.logit_gradient(phi[..., None], y).double() for phi in (logits, logits.double())]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=0)
     bound, exact_bound = (loss.trace_bound(phi, y) for phi in (logits, logits.double()))
     torch.testing.assert_close(bound.double(), exact_bound, rtol=1e-4, atol=0)
 
@@ -206,6 +209,7 @@ def test_a_differentiated_loss_gives_the_same(case: Case) -> None:
     for name, args in {
         "curvature_trace": (logits,),
         "curvature_diagonal": (logits, head),
+        "logit_gradient": (logits[..., None],),
         "logit_gradient_product": (logits[..., None], logits.flip(0)),
         "relative_flatness": (logits[..., None], head, gram),
     }.items():

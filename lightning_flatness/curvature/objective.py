@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_flatness.curvature.forms import EXACT, RecordedFunction, count_factor, drawn_points, proved_form
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
 from lightning_flatness.errors import Refusal, require_numbers
-from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form, logit_gradient
+from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form
 from lightning_flatness.recording.graph import Captures, Cut
 from lightning_flatness.recording.operators import Trait
 from lightning_flatness.recording.recorded_pass import RecordedLoss, RecordedPass
@@ -194,7 +194,7 @@ def _with_head(
     logits = RecordedFunction(recorded, pooled, cut)(point)
     if _couples(logits, point):
         return _refusal(recorded, "the logits of one sample depend on the features of another")
-    gradient = logit_gradient(loss, logits.detach(), target)
+    gradient = loss.logit_gradient(logits.detach().unsqueeze(-1), target).squeeze(-1)
     jacobian, curvature = _head(recorded, (pooled, cut), logits, point, gradient)
     return Objective(cut, counted, logits.detach(), jacobian, loss, target, curvature)
 

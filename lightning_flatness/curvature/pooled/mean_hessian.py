@@ -14,7 +14,7 @@ from torch.nn import grad
 
 import lightning_flatness.functional as LF
 from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
-from lightning_flatness.losses import cotangents, logit_gradient
+from lightning_flatness.losses import cotangents
 
 _CHUNK_BYTES = 256 * 2**20
 
@@ -168,7 +168,7 @@ def _directions(part: PooledDerivatives) -> tuple[Float[Tensor, "n r k"], Float[
 def _bend(part: PooledDerivatives) -> Float[Tensor, "n k s"]:
     """Return the gradient of the loss in each feature times the feature's second derivatives."""
     assert part.second_derivative is not None
-    gradient = logit_gradient(part.loss, part.logits, part.target).unsqueeze(1)
+    gradient = part.loss.logit_gradient(part.logits.unsqueeze(-1), part.target).mT
     return (gradient @ part.used_head).mT * part.second_derivative
 
 
