@@ -20,6 +20,7 @@ from lightning_flatness.reporting.tables import Table
 
 _CSV, _EVENTS, _HYPERPARAMETERS = "metrics.csv", "events.out.tfevents", "hparams.yaml"
 _LOADER = re.compile(r"/dataloader_idx_\d+$")
+_PREFIX = re.compile(r".*?-(?=(flatness|margin)/)")  # of a logger, in front of every name
 # How much of each kind is kept; the last entry always is. 0: everything.
 _KEPT = {"scalars": 0, "tensors": 1, "histograms": 16, "images": 1}
 _SHOWN_KEYS = 8  # in a message
@@ -217,10 +218,8 @@ def _read_events(run: Run) -> dict[str, str]:
         raise missing_package("Reading the event files of TensorBoard", "tensorboard") from error
     events = EventAccumulator(str(run.folder), _KEPT).Reload()
     tags = events.Tags()
-    for tag in tags["scalars"]:
-        if not tag.startswith("monitor/"):
-            for each in events.Scalars(tag):
-                _put(run, tag, each.step, each.value)
+    scalars = (tag for tag in tags["scalars"] if not tag.startswith("monitor/"))
+    _take_up(run, {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in scalars})
     for tag in tags["histograms"]:
         if tag == "per_sample/margin" or tag.startswith("per_sample/margin/"):
             run.histograms[_ending(tag.removeprefix("per_sample/margin"))] = [
@@ -245,11 +244,13 @@ def _read_csv(run: Run) -> None:
         rows = csv.DictReader(file)
         if "step" not in (rows.fieldnames or ()):
             raise ValueError(f"`{_CSV}` must be written by Lightning's CSVLogger; it has no column `step`.")
+        found: dict[str, dict[int, float]] = {}
         for row in rows:
             step = _number(row.pop("step"))
             for name, cell in row.items() if math.isfinite(step) else ():
                 if name is not None and cell:
-                    _put(run, name, int(step), _number(cell))
+                    found.setdefault(name, {})[int(step)] = _number(cell)
+    _take_up(run, found)
 
 
 def _number(cell: str | None) -> float:
@@ -259,11 +260,16 @@ def _number(cell: str | None) -> float:
         return math.nan
 
 
-def _put(run: Run, name: str, step: int, value: float) -> None:
-    if name == "epoch":
-        run.epochs[step] = int(value) if math.isfinite(value) else 0
-    else:
-        run.series.setdefault(key_of(name), {})[step] = value
+def _take_up(run: Run, found: Mapping[str, Mapping[int, float]]) -> None:
+    """Add the values of one log by step; its names may begin with the logger's `prefix`."""
+    matches = () if any(quantity(key_of(name)) in KEYS for name in found) else map(_PREFIX.match, found)
+    prefix = next((match[0] for match in matches if match), "")
+    for name, series in found.items():
+        name = name.removeprefix(prefix)
+        if name == "epoch":
+            run.epochs |= {step: int(value) if math.isfinite(value) else 0 for step, value in series.items()}
+        else:
+            run.series.setdefault(key_of(name), {}).update(series)
 
 
 def _read_hyperparameters(run: Run) -> None:

@@ -76,6 +76,15 @@ GOOD = ("epoch,step,val_acc,flatness/relative", "0,7,0.5,2.0", "1,15,0.25,")
 ALERT = {"monitor": "", "event": "alert", "rule": "a", "step": 7, "epoch": 0, "reason": "It rose.", "ratio": None}
 
 
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_the_prefix_of_a_logger_is_left_out(tmp_path: Path, logger: Any) -> None:
+    monitor = FlatnessMonitor(figure_every_n_validations=0)
+    trainer(tmp_path, monitor, logger=logger(tmp_path, prefix="my/run-1"), max_epochs=2).fit(Classifier())
+    (run,), _ = runs_in(tmp_path)
+    found = run.history("")
+    assert (set(found.values), found.epochs) == (set(monitor.history.values), monitor.history.epochs)
+
+
 def test_runs_are_found_in_subfolders_and_sorted_as_people_count(tmp_path: Path) -> None:
     for number in (10, 9):
         write(tmp_path / "logs" / f"version_{number}", *GOOD)
