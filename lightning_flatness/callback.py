@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +15,6 @@ from lightning_flatness.actions import action_text
 from lightning_flatness.alerting import RuleRunner
 from lightning_flatness.curvature.methods import Choice, LayerName, MethodName, Tools, method_for, require_method
 from lightning_flatness.data.batches import require_data
-from lightning_flatness.data.churn import PredictionChurn
 from lightning_flatness.data.samples import SampleHistory
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.errors import NonFiniteError, require_counts, require_optional_counts
@@ -28,7 +28,7 @@ from lightning_flatness.reporting.logged import collision, forget, keys_of_other
 from lightning_flatness.reporting.loggers import log_layers
 from lightning_flatness.rules import Alert, AllOf, AnyOf, Rule
 from lightning_flatness.schedule import PARTIAL, Schedule, counts, notices
-from lightning_flatness.validation import MeasuredValidation
+from lightning_flatness.validation import MeasuredValidation, Request, RunState
 
 
 class FlatnessMonitor(Displayed):
@@ -141,13 +141,11 @@ class FlatnessMonitor(Displayed):
         self._runner = RuleRunner(rules, self._suffix, self.display.loggers)
         self._failures = Failures(strict, self.name)
         self._schedule = Schedule(every_n_validations)
-        self._verification = Verification(verify)
-        self._choice: Choice | None = None  # of the method, in this run
+        self._state = RunState(Verification(verify))
         self._stage = "fit"  # what the Trainer does
         self._earlier: list[Alert] = []  # alerts of the trainings before
         self._validation: MeasuredValidation | None = None  # while it is measured
         self.measured: str | None = None
-        self._churn, self._kept = PredictionChurn(), KeptRecorders()
         self._measured: dict[str, float] = {}  # in this validation
         self._distributions: dict[str, Tensor] = {}
         self._values: dict[str, float] = {}  # those that rules may judge
@@ -165,9 +163,8 @@ class FlatnessMonitor(Displayed):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second monitor of the same keys; begin anew if a training starts."""
-        self._verification = Verification(self.verify)
-        self._stage, self._logged, self._layers, self._choice = stage, set(), {}, None
-        self._churn, self._kept = PredictionChurn(), KeptRecorders()
+        self._state = RunState(Verification(self.verify))
+        self._stage, self._logged, self._layers = stage, set(), {}
         monitors = [c for c in trainer.callbacks if isinstance(c, FlatnessMonitor)]  # type: ignore[attr-defined]
         if sum(monitor.name == self.name for monitor in monitors) > 1:
             raise ValueError(
@@ -204,22 +201,16 @@ class FlatnessMonitor(Displayed):
         self._failures.failed, self._values, self._measured, self._distributions = set(), {}, {}, {}
         forget(trainer, self._logged)
         if self._schedule.is_due(trainer):
+            is_by_layer = self.method == "jacobian"
             self._validation = MeasuredValidation(
                 self._failures,
                 partial(_tools, self, pl_module),
-                self._choice,
                 trainer,
                 pl_module,
-                self.data,
-                self.max_samples,
-                self.target,
-                self.loss,
-                self._verification,
-                self._churn,
+                Request(self.data, self.max_samples, self.target, self.loss, None if is_by_layer else self.keys),
+                self._state,
                 self.samples if counts(trainer) else None,
-                _tools(self, pl_module)[0] if self.method == "jacobian" else None,
-                self._kept,
-                None if self.method == "jacobian" else self.keys,
+                _tools(self, pl_module)[0] if is_by_layer else None,
             )
 
     def on_validation_batch_start(
@@ -255,16 +246,16 @@ class FlatnessMonitor(Displayed):
         validation.close()
         # Every process decides alike, or the others would wait forever in the exchange of the sums.
         loaders = validation.agree()
-        self.measured, self._choice = validation.measured, validation.choice
+        self.measured, choice = validation.measured, self._state.choice
         self.display.note(validation.facts, validation.samples, failures.reason)
         if validation.measured:
             failures.info_once(f"{failures.label} measures {validation.measured}.")
-            for assumption in self._verification.assumed:
+            for assumption in self._state.verification.assumed:
                 failures.info_once(f"{failures.label}: {assumption}.")
         lacking, sentences = list[str](), list[str]()
-        if self._choice is not None:
-            lacking = [f"{key}{self._suffix}" for key in _asked(self) if key not in keys_of(self._choice.name)]
-            sentences = self._runner.set_aside(lacking, self._choice.name)
+        if choice is not None:
+            lacking = [f"{key}{self._suffix}" for key in _asked(self) if key not in keys_of(choice.name)]
+            sentences = self._runner.set_aside(lacking, choice.name)
         values: dict[str, Tensor] = {}
         with failures.contained():
             values = validation.values(loaders, self._suffix)
@@ -276,7 +267,7 @@ class FlatnessMonitor(Displayed):
             self._layers |= layers
         if trainer.strategy.reduce_boolean_decision(None in failures.failed, all=False):
             values = {}
-        sentences += self._runner.set_aside_labels(values, self._choice.name if self._choice else self.method, lacking)
+        sentences += self._runner.set_aside_labels(values, choice.name if choice else self.method, lacking)
         for sentence in sentences:
             failures.warn_once(f"{failures.label} {sentence}")
         mark_missing(trainer, self._logged - set(values))
@@ -335,7 +326,7 @@ class FlatnessMonitor(Displayed):
         # Lightning 2.6 sets `log` and `log_dict` on every callback.
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")} | {
             "_validation": None,
-            "_kept": KeptRecorders(),
+            "_state": replace(self._state, kept=KeptRecorders()),
         }
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -373,7 +364,7 @@ def _asked(monitor: FlatnessMonitor) -> list[str]:
 
 def _close(monitor: FlatnessMonitor) -> None:
     """End the measurement of a validation, and forget the network."""
-    monitor._kept = KeptRecorders()
+    monitor._state.kept = KeptRecorders()
     if monitor._validation is not None:
         monitor._validation.close()
         monitor._validation = None

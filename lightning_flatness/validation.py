@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -57,6 +58,41 @@ def loader_count(trainer: Trainer, data: Any) -> int:
     return len(batch_counts(trainer))
 
 
+class Request(NamedTuple):
+    """What to measure; see the arguments of `FlatnessMonitor`.
+
+    Attributes:
+        data: whose batches.
+        max_samples: of each loader.
+        target: returns the targets of a batch.
+        loss: that is measured.
+        keys: what to evaluate of a single layer; None: all.
+    """
+
+    data: Any = "val"
+    max_samples: int | None = None
+    target: Callable[[Any], Tensor] | None = None
+    loss: Loss | Callable[[Any, Any], Tensor] | None = None
+    keys: Sequence[str] | None = None
+
+
+@dataclass
+class RunState:
+    """What one validation of a run leaves to the next.
+
+    Attributes:
+        verification: says for which loaders the record is still to be verified.
+        churn: has the predictions of the last validation.
+        kept: recorders of compiled networks.
+        choice: the method that has been chosen; None: none, or it was named.
+    """
+
+    verification: Verification
+    churn: PredictionChurn = field(default_factory=PredictionChurn)
+    kept: KeptRecorders = field(default_factory=KeptRecorders)
+    choice: Choice | None = None
+
+
 class MeasuredValidation:
     """Records a validation's own passes, or runs passes of its own before the first batch.
 
@@ -67,23 +103,15 @@ class MeasuredValidation:
         failures: of the monitor; they say which loaders are not measured.
         tools: makes the recorder of the network and the method that measures the recorded passes; it is given what has
             been chosen before.
-        choice: the method that earlier validations of the run have chosen; None: none has.
         trainer: the Trainer that validates.
         pl_module: the module that it validates.
-        data: of the `FlatnessMonitor`.
-        max_samples: of the `FlatnessMonitor`.
-        target: of the `FlatnessMonitor`.
-        loss: of the `FlatnessMonitor`.
-        verification: says for which loaders the record is still to be verified.
-        churn: has the predictions of the previous validation; None: there is none.
+        request: what to measure.
+        state: of the run, which this validation continues.
         samples: adds up what the validations say about each sample; None: nobody asks.
         layers: a recorder of several layers; None: a single layer is measured.
-        kept: recorders of compiled networks, from the validations before.
-        keys: what to evaluate of a single layer; None: all.
 
     Attributes:
         measured: what is measured, in words; None: nothing so far.
-        choice: the method that has been chosen; None: none, or it was named.
         facts: what is measured and how, by name.
         samples: how many samples the loaders with values have, in all processes.
         distributions: the values of all samples by name, shape (n,), for each of these loaders.
@@ -93,46 +121,36 @@ class MeasuredValidation:
         self,
         failures: Failures,
         tools: Callable[[Choice | None], tuple[Recorder, Method]],
-        choice: Choice | None,
         trainer: Trainer,
         pl_module: LightningModule,
-        data: Any,
-        max_samples: int | None,
-        target: Callable[[Any], Tensor] | None,
-        loss: Loss | Callable[[Any, Any], Tensor] | None,
-        verification: Verification,
-        churn: PredictionChurn | None = None,
+        request: Request,
+        state: RunState,
         samples: SampleHistory | None = None,
         layers: Recorder | None = None,
-        kept: KeptRecorders | None = None,
-        keys: Sequence[str] | None = None,
     ) -> None:
         """Start with no samples."""
-        self._failures, self._tools, self.choice = failures, tools, choice
-        self._trainer, self._module = trainer, pl_module
-        self._data, self._max_samples, self._target, self._loss = data, max_samples, target, loss
-        self._verification = verification
+        self._failures, self._tools, self._trainer, self._module = failures, tools, trainer, pl_module
+        self._request, self._state, self._data = request, state, request.data
         self._logged = LoggedValues(pl_module)
-        self._count = loader_count(trainer, data)
+        self._count = loader_count(trainer, request.data)
         self._batches = [0] * self._count
         self._recorder: Recorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
-        self._kept, self._keys = kept or KeptRecorders(), keys
         self.measured: str | None = None
         self._layers: dict[int, str] = {}  # by loader
         self._assumed = ""
         self.facts: dict[str, str] = {}
         self.samples = 0
         self.distributions: dict[str, Tensor] = {}
-        self._churn, self._churned = churn or PredictionChurn(), dict[int, float]()
-        self._churn.start()
+        self._churned: dict[int, float] = {}
+        state.churn.start()
         self._samples = samples
         if samples is not None:
             samples.start()
         self._evaluations: list[Evaluation | LayerEvaluation] = []
         self._exchange = LayerExchange(layers, self._count)
         with failures.contained(self.close):
-            self._evaluations = [evaluation_of(layers, pl_module.device, keys=keys) for _ in range(self._count)]
+            self._evaluations = [evaluation_of(layers, pl_module.device, keys=request.keys) for _ in range(self._count)]
 
     def before_batch(self, loader: int, is_first: bool) -> None:
         """Record the pass of the batch that comes, or run the own passes before the first one."""
@@ -170,24 +188,24 @@ class MeasuredValidation:
         failures, loaders = self._failures, range(self._count)
         samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
         failed = [failures.excludes(index) for index in loaders]
-        changed = [None if self._trainer.sanity_checking else self._churn.changed(index) for index in loaders]
+        changed = [None if self._trainer.sanity_checking else self._state.churn.changed(index) for index in loaders]
         known, unknown = [count or 0 for count in changed], [count is None for count in changed]
         # On the device of the network: NCCL exchanges no others.
-        chosen = [code := encoded_choice(self.choice, self._module), code**2, int(code > 0)]
+        chosen = [code := encoded_choice(self._state.choice, self._module), code**2, int(code > 0)]
         numbers = [*samples, *failed, *known, *unknown, *chosen, *self._exchange.numbers(self._evaluations)]
         table = torch.tensor(numbers, dtype=torch.int64, device=self._module.device)
         sums = self._trainer.strategy.reduce(table, reduce_op="sum").tolist()
         samples, failed, counts, unknown = (sums[row * self._count : (row + 1) * self._count] for row in range(4))
         self._exchange.agree(self._evaluations, sums[4 * self._count + 3 :])
         failures.failed |= {index for index in loaders if failed[index]}
-        self._kept.forget(filter(failures.excludes, loaders))
+        self._state.kept.forget(filter(failures.excludes, loaders))
         with failures.contained():
-            self.choice = common_choice(self.choice, self._module, *sums[4 * self._count :][:3])
+            self._state.choice = common_choice(self._state.choice, self._module, *sums[4 * self._count :][:3])
         valid = [index for index in loaders if samples[index] and not failures.excludes(index)]
         self.samples = sum(samples[index] for index in valid)
-        self.choice = self.choice if any(samples) else None
+        self._state.choice = self._state.choice if any(samples) else None
         self._churned = {index: counts[index] / samples[index] for index in valid if not unknown[index]}
-        self._churn.finish([] if self._trainer.sanity_checking else valid)
+        self._state.churn.finish([] if self._trainer.sanity_checking else valid)
         return valid
 
     def values(self, loaders: Sequence[int], suffix: str) -> dict[str, Tensor]:
@@ -200,9 +218,10 @@ class MeasuredValidation:
         if self._samples is not None:
             for index in loaders:
                 given = self._data, self._trainer, index
-                self._samples.finish(index, ordered_source(*given), partial(sample_indices, *given, self._max_samples))
+                indices = partial(sample_indices, *given, self._request.max_samples)
+                self._samples.finish(index, ordered_source(*given), indices)
         values = {index: self._evaluations[index].compute() for index in loaders}
-        for index in self._churned if self._keys is None or CHURN in self._keys else ():
+        for index in self._churned if self._request.keys is None or CHURN in self._request.keys else ():
             like = next(iter(values[index].values()), torch.zeros((), dtype=torch.float64))
             values[index][CHURN] = like.new_tensor(self._churned[index])
         self.distributions = {
@@ -236,8 +255,8 @@ class MeasuredValidation:
         """Return the recorder of a loader, with its hooks installed; those of another loader are removed."""
         if self._recorder is None or self._loader != loader:
             self.close()
-            recorder, self._method = self._tools(self.choice)
-            self._recorder, self._loader = self._kept.continued(loader, recorder).__enter__(), loader
+            recorder, self._method = self._tools(self._state.choice)
+            self._recorder, self._loader = self._state.kept.continued(loader, recorder).__enter__(), loader
         return self._recorder
 
     def _measure(self, outputs: Any, batch: Any, loader: int, left: int | None) -> None:
@@ -247,16 +266,16 @@ class MeasuredValidation:
             return
         recorded = recorder.take_pass(loss)
         quantities = cast(Any, self._method).quantities(recorded, slice(left))
-        if self._verification.is_due(loader, recorder.layer):
+        if self._state.verification.is_due(loader, recorder.layer):
             context = self._trainer.precision_plugin.val_step_context
             of_layers = isinstance(recorded, RecordedLayers)
             obstacle = UNVERIFIED if of_layers else verify_call(chosen_record(recorded, self._method), context)
-            self._verification.note(loader, recorder.layer, obstacle)
+            self._state.verification.note(loader, recorder.layer, obstacle)
         self._add(quantities, loader)
         if recorded.takes_probabilities:
             self._failures.warn_once(f"{self._failures.label} {SQUASHED}")
         self._note_success(recorder, self._method, loader)
-        if reason := self._kept.keep(loader, recorder):
+        if reason := self._state.kept.keep(loader, recorder):
             self._failures.info_once(f"{self._failures.label} runs the compiled network eagerly: {reason}.")
 
     def _add(self, quantities: Quantities, loader: int) -> None:
@@ -264,11 +283,11 @@ class MeasuredValidation:
         own = next(iter(quantities.by_layer.values())) if isinstance(quantities, LayerQuantities) else quantities
         if self._samples is not None:
             self._samples.add(loader, own)
-        self._churn.add(loader, own.prediction, ordered_source(self._data, self._trainer, loader))
+        self._state.churn.add(loader, own.prediction, ordered_source(self._data, self._trainer, loader))
 
     def _loss_of(self, recorder: Recorder, outputs: Any, batch: Any) -> Tensor | None:
         """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
-        found = step_loss(recorder, outputs, self._logged.values, batch, self._target, self._loss)
+        found = step_loss(recorder, outputs, self._logged.values, batch, self._request.target, self._request.loss)
         self.facts |= {"loss": found.words} if found.words else {}
         if found.is_assumed:
             self._failures.warn_once(
@@ -278,15 +297,15 @@ class MeasuredValidation:
         return found.value
 
     def _measure_own_batches(self) -> None:
-        recorder, method = self._tools(self.choice)
+        recorder, method = self._tools(self._state.choice)
         with preserved_state(self._module):
-            batches, limit = batches_for_rank(self._data, self._trainer, self._max_samples)
+            batches, limit = batches_for_rank(self._data, self._trainer, self._request.max_samples)
             if description := getattr(batches, "description", ""):
                 self._assumed = f", on {description}"
                 self.facts["data"] = description
-            self.facts["loss"] = loss_name(self._loss)
+            self.facts["loss"] = loss_name(self._request.loss)
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
-            options = limit, self._target, self._loss, self._verification
+            options = limit, self._request.target, self._request.loss, self._state.verification
             for quantities in measured_batches(recorder, method, model, prepared, *options):
                 self._add(quantities, 0)
                 self._note_success(recorder, method, 0)
@@ -294,17 +313,17 @@ class MeasuredValidation:
     def _note_success(self, recorder: Recorder, method: Method, loader: int) -> None:
         self._layers[loader] = self.facts["layer"] = str(recorder.layer)
         if isinstance(method, AutoMethod):
-            self.choice = method.choice
-        method_name = self.facts["method"] = method.name if self.choice is None else self.choice.name
-        if self.choice is not None and self.choice.reason and method_name != "pooled":
-            self.facts["because"] = self.choice.reason
+            self._state.choice = method.choice
+        method_name = self.facts["method"] = method.name if self._state.choice is None else self._state.choice.name
+        if self._state.choice is not None and self._state.choice.reason and method_name != "pooled":
+            self.facts["because"] = self._state.choice.reason
         layers = "every layer" if getattr(recorder, "is_whole", False) else f"`{recorder.layer}`"
         label = self._evaluations[loader].label
-        self.measured = self.measured or f"{layers} up to the loss{self._assumed}{reason_of(self.choice)}{label}"
+        self.measured = self.measured or f"{layers} up to the loss{self._assumed}{reason_of(self._state.choice)}{label}"
 
     def _samples_left(self, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""
-        limit = sample_limit(self._trainer, loader, self._max_samples)
+        limit = sample_limit(self._trainer, loader, self._request.max_samples)
         return None if limit is None else max(0, limit - self._evaluations[loader].samples)
 
 

@@ -18,7 +18,7 @@ from lightning_flatness import FlatnessMonitor, ForwardRecorder, PooledMethod, R
 from lightning_flatness.data.listening import LoggedValues
 from lightning_flatness.data.verification import Verification
 from lightning_flatness.reporting.failures import Failures
-from lightning_flatness.validation import MeasuredValidation
+from lightning_flatness.validation import MeasuredValidation, Request, RunState
 
 
 class Measures(Callback):
@@ -33,7 +33,7 @@ class Measures(Callback):
 
         self.failures = Failures(strict=True)
         self.validation = MeasuredValidation(
-            self.failures, tools, None, run, module, self.data, self.max_samples, None, None, Verification()
+            self.failures, tools, run, module, Request(self.data, self.max_samples), RunState(Verification())
         )
 
     def on_validation_batch_start(self, run: Any, module: Any, batch: Any, index: int, loader: int = 0) -> None:

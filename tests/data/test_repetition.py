@@ -198,7 +198,7 @@ def test_what_cannot_be_repeated_is_left_out_and_said(tmp_path: Any, name: str, 
     if name == "hooks":
         module.net.act2.register_forward_hook(noted)
     trainer(tmp_path, monitor, inference_mode=False).validate(module, verbose=False)
-    (assumed,) = monitor._verification.assumed
+    (assumed,) = monitor._state.verification.assumed
     assert reason in assumed
 
 
@@ -247,13 +247,13 @@ def in_the_dtype(module: Any, x: Tensor) -> Tensor:
 def test_precisions_are_those_of_the_pass(tmp_path: Any, precision: Any) -> None:
     monitor = FlatnessMonitor(strict=True)
     trainer(tmp_path, monitor, precision=precision).validate(Wrapped(in_the_dtype).float(), verbose=False)
-    assert not monitor._verification.assumed
+    assert not monitor._state.verification.assumed
 
 
 def test_autocast_of_the_step_is_repeated(tmp_path: Any) -> None:
     monitor = FlatnessMonitor(strict=True)
     trainer(tmp_path, monitor).validate(Half(), verbose=False)
-    assert not monitor._verification.assumed
+    assert not monitor._state.verification.assumed
 
 
 def activated(function: Any) -> Callable[[Any, Tensor], Tensor]:
@@ -296,7 +296,7 @@ def test_derivatives_are_those_of_autograd(
             run.validate(module, verbose=False)
     else:
         run.validate(module, verbose=False)
-        assert not monitor._verification.assumed
+        assert not monitor._state.verification.assumed
     assert all(weight.grad is None for weight in module.parameters())
 
 
@@ -310,7 +310,7 @@ def test_a_custom_function_in_a_network_that_cannot_be_repeated_is_refused(tmp_p
 def test_a_checkpoint_is_repeated(tmp_path: Any) -> None:
     monitor = FlatnessMonitor(strict=True)
     trainer(tmp_path, monitor, inference_mode=False).validate(Wrapped(checkpointed), verbose=False)
-    assert not monitor._verification.assumed
+    assert not monitor._state.verification.assumed
 
 
 def gated(module: Any, x: Tensor) -> Tensor:
@@ -330,7 +330,7 @@ def test_the_classifiers_own_record_is_verified(tmp_path: Any, around: Any) -> N
     before = module.net.head.weight.detach().clone()
     if around is gated:
         run.validate(module, verbose=False)
-        assert not monitor._verification.assumed
+        assert not monitor._state.verification.assumed
         assert "net.head" in monitor.measured
     else:
         with pytest.raises(UnsupportedTailError, match=r"after `net.head` must predict the output of `Wrapped`"):
