@@ -7,6 +7,7 @@ comes out is a verdict: a `Certificate`, or a `Refusal` with the step that break
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +19,14 @@ from lightning_flatness.curvature.pooled.owners import (
     acts_by_position,
     cotangents_of,
     is_injective,
+    may_hide,
     owners,
     random_points,
     slots_of,
     traced,
 )
 from lightning_flatness.errors import GraphError, Refusal
+from lightning_flatness.precision import allclose_at_scale
 from lightning_flatness.recording.first_samples import first_samples
 from lightning_flatness.recording.graph import Captures, Cut
 from lightning_flatness.recording.operation import Operation
@@ -56,6 +59,8 @@ class Certificate:
             A further row has the features that moved with no filter, which may become active.
         scales: magnitude of the largest first and second derivative.
         has_second_derivative: whether the tail is curved.
+        code: a random cotangent of all features, shape (j,), whose gradient has to follow from those of the cotangents
+            in every batch; None where every unit was active at some of the points, and where each batch is certified.
         is_value_independent: whether what depends on what is the same for all values; if not, each batch is certified.
     """
 
@@ -72,7 +77,21 @@ class Certificate:
     cotangents: Tensor
     scales: tuple[Tensor, Tensor]
     has_second_derivative: bool
+    code: Tensor | None
     is_value_independent: bool
+
+    def explains(self, gradient: Tensor, parts: Sequence[Tensor]) -> bool:
+        """Return whether the gradient of the code is that of the features which the filters feed.
+
+        Args:
+            gradient: of the code in the map, shape (n, k, *positions).
+            parts: those of the cotangents, of the same shape.
+        """
+        assert self.code is not None
+        shares = self.code[self.feature_index].where(self.is_fed, 0.0).unflatten(0, (-1, self.features_per_filter))
+        pairs = zip(parts, shares.unbind(1), strict=False)
+        expected = torch.stack([part.flatten(2) * share.unsqueeze(1) for part, share in pairs]).sum(0)
+        return allclose_at_scale(gradient.flatten(2), expected, expected.new_zeros(()))
 
     def differentiates_as(self, other: Certificate) -> bool:
         """Return whether the derivatives that one certificate asks for are those of the other."""
@@ -169,8 +188,11 @@ def _refusal(
 
 def _certificate(recorded: RecordedPass, pooled: Cut, finding: _Finding) -> Certificate:
     """Return the certificate, with what does not depend on the values."""
-    index, is_fed = _completed(finding.slots, finding.inactive, finding.cotangents.shape[1])
+    features = finding.cotangents.shape[1]
+    index, is_fed = _completed(finding.slots, finding.inactive, features)
     operations = recorded.graph.operations[: pooled.end]
+    is_watched = may_hide(operations)
+    code = torch.randn(features, generator=torch.Generator().manual_seed(2)).to(finding.cotangents)
     return Certificate(
         pooled=pooled,
         signature=signature_of(recorded, pooled),
@@ -185,7 +207,9 @@ def _certificate(recorded: RecordedPass, pooled: Cut, finding: _Finding) -> Cert
         cotangents=finding.cotangents,
         scales=finding.scales,
         has_second_derivative=finding.is_curved,
+        code=code if is_watched and not finding.is_curved else None,
         is_value_independent=finding.holds_elsewhere
+        and not (is_watched and finding.is_curved)
         and all(_is_value_independent(recorded, operation) for operation in operations),
     )
 

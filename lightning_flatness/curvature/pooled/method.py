@@ -171,13 +171,16 @@ def _differentiated(
 
     Returns:
         The features, shape (n, j); their first derivative, shape (n, f, s), and their second one, if there is any; and
-        whether a feature moves that moved with no filter where the tail was certified.
+        whether a feature moves that did not move, or moved with another filter alone, where the tail was certified.
     """
     points, count = recorded.points(), certificate.features_per_filter
     features, point = features_at(recorded, certificate.pooled, points), points[recorded.calls[certificate.call].node]
     first: list[Tensor] = []
     second: list[Tensor | None] = []
     is_curved = certificate.has_second_derivative
+    coded: list[Tensor] = []
+    if certificate.code is not None:
+        coded += torch.autograd.grad(features, point, certificate.code.expand_as(features), retain_graph=True)
     for number, cotangent in enumerate(certificate.cotangents.to(features), start=1):
         is_last = number == len(certificate.cotangents)
         (gradient,) = torch.autograd.grad(
@@ -193,8 +196,10 @@ def _differentiated(
         else:
             second.append(None)
     jacobian = _side_by_side(first[:count])
-    newly_active = any(bool(gradient.any()) for gradient in first[count:]) or (
-        certificate.any_inactive and jacobian[:, certificate.inactive].any()
+    newly_active = (
+        any(not certificate.explains(each, first) for each in coded)
+        or any(bool(gradient.any()) for gradient in first[count:])
+        or (certificate.any_inactive and jacobian[:, certificate.inactive].any())
     )
     if not any(part is not None for part in second[:count]):
         return features, jacobian, None, newly_active

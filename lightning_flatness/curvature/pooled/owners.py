@@ -6,18 +6,26 @@ are its *slots*: shape (k, channels per filter), -1 where a filter has fewer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_flatness.precision import allclose_at_scale
 from lightning_flatness.recording.graph import Cut
+from lightning_flatness.recording.operation import Operation
+from lightning_flatness.recording.operators import Trait
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
 # How far samples are moved, in multiples of the map's spread: units become active at different heights, and may
 # become inactive again further up.
 _OFFSETS = torch.tensor([1.0, 5.0, 30.0])
+# Steps that pass nothing on above or below some value, those that do so between two values only, and further kinks.
+_HALF_OPEN = frozenset(
+    "clamp_max clamp_min hardshrink hardswish max maximum min minimum relu softshrink threshold".split()
+)
+_WINDOWS = frozenset("clamp hardsigmoid hardtanh relu6".split())
+_KINKED = frozenset("abs leaky_relu prelu _prelu_kernel rrelu rrelu_with_noise where".split())
 
 
 def random_points(recorded: RecordedPass, generator: torch.Generator) -> Iterator[dict[int, Tensor]]:
@@ -29,6 +37,20 @@ def random_points(recorded: RecordedPass, generator: torch.Generator) -> Iterato
     perturbed = {node: _perturbed(point.detach(), generator) for node, point in recorded.points().items()}
     for points in zip(*perturbed.values(), strict=True):
         yield {node: point.requires_grad_() for node, point in zip(perturbed, points, strict=True)}
+
+
+def may_hide(operations: Sequence[Operation]) -> bool:
+    """Return whether a unit may be inactive at all drawn points, and active for the values of a batch.
+
+    A single ReLU is active at the points above all values or below them, also behind a normalisation. That is not so of
+    a window between two values, and a ReLU behind another activation can be one: `relu(1 - abs(z))`.
+    """
+    names = [operation.name.rstrip("_") for operation in operations]
+    bent = [
+        Trait.POINTWISE in operation.traits or name in _HALF_OPEN | _KINKED
+        for name, operation in zip(names, operations, strict=True)
+    ]
+    return not _WINDOWS.isdisjoint(names) or (not _HALF_OPEN.isdisjoint(names) and sum(bent) > 1)
 
 
 def _spread(value: Tensor) -> Tensor:

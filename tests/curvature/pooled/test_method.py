@@ -122,6 +122,39 @@ def test_features_that_become_active_later(name: str) -> None:
         model.head.weight.data.mul_(scale)
 
 
+class Narrow(nn.Module):
+    """Each filter feeds two features; the second one moves only where the map is nearly 0."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.act, self.head = nn.Conv2d(1, 2, 1, bias=False), act, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.act(self.conv(x) * torch.tensor([1, 1e5]).to(x))
+        return self.head(a.mean(2).transpose(1, 2).flatten(1))
+
+
+WINDOWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "clamp": lambda z: z.clamp(-1, 5),
+    "two relus": lambda z: F.relu(5 - F.relu(z + 1)),
+    "relu of abs": lambda z: F.relu(5 - z.abs()),
+    "relu of square": lambda z: F.relu(5 - z.square()),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_units_that_no_drawn_point_wakes(name: str) -> None:
+    x, y = torch.full((2, 1, 1, 2), 1e-5, dtype=torch.float64), torch.tensor([0, 1])
+    x[1] = 3.0
+    model, method = Narrow(WINDOWS[name]).double(), PooledMethod()
+    with torch.no_grad():
+        model.conv.weight.fill_(1.0)[1] = 0.5
+    for images in (x, x.flip(0)):
+        value = method.quantities(recorded(model, images, y)).hessian_trace
+        torch.testing.assert_close(value, oracle.hessian_trace(model, "conv", images, y), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("name", ["layer norm before pooling", "shared weight"])
 def test_a_refusal_is_raised_with_its_path(name: str) -> None:
     record = one_pass(CASES[name])
