@@ -131,8 +131,9 @@ class Tail:
     @property
     def plain(self) -> bool:
         """Whether the closed form is exact for it, so that a refusal is a fault."""
-        # Where the certificate looks, far from the recorded values, a square overflows what comes after it.
-        overflows = self.activation == "square" and self.second_activation != "identity"
+        # Where the certificate looks, far from the recorded values, a square or exponential overflows what comes after.
+        divides = self.wiring == "divide" and not self.named  # by the exponential of the layer that is measured
+        overflows = (self.activation == "square" or divides) and self.second_activation != "identity"
         return self.activation in ACTIVATIONS and self.wiring in WIRINGS and self.pool in POOLS and not overflows
 
     def model(self) -> nn.Module:

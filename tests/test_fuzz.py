@@ -44,6 +44,7 @@ def assert_right(
     x: Tensor,
     y: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    least: float = 1e-16,
 ) -> None:
     """Both numbers against the full Hessian; errors are relative to what is summed up to them.
 
@@ -64,7 +65,7 @@ def assert_right(
     squared_gradients: dict[str, Tensor] = {}
     for name, expected in terms(loss).items():
         error = (samples[name] - expected.sum((1, 2))).abs()
-        allowed = rounding * expected.abs().sum((1, 2)) + 1e-16
+        allowed = rounding * expected.abs().sum((1, 2)) + least
         if not (error <= allowed).all():
             squared_gradients = squared_gradients or terms(lambda z, _: (z - z.detach()).square().sum() / 2)
             allowed = allowed + 1e-14 * squared_gradients[name].abs().sum((1, 2))
@@ -89,7 +90,9 @@ def test_random_tails(dims: int, data: st.DataObject) -> None:
         event("refused")
     else:
         event("measured")
-        assert_right(report.samples, model, report.layer, x, y, tail.criterion(torch.float64))
+        # A single number divided by its own norm does not move but for rounding.
+        least = 1e-14 if tail.pool == "norm of the vector" else 1e-16
+        assert_right(report.samples, model, report.layer, x, y, tail.criterion(torch.float64), least)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
