@@ -6,11 +6,15 @@ The last line that it prints has the numbers.
 from __future__ import annotations
 
 import sys
+import time as clocks
+from copy import deepcopy
+from functools import partial
 
 import networks
 import torch
 from timing import THREADS, best_ratio, interleaved, own_peak_megabytes, ratio, seconds
 from validation import SETTINGS, validation
+from whole_network import jacobian, network, ways
 
 from lightning_flatness import measure
 
@@ -36,6 +40,36 @@ def samples(count: str) -> tuple[float, float]:
     return took / int(count), own_peak_megabytes()
 
 
+def layers(rounds: str) -> list[float]:
+    """Return, for each of the `ways`, median and shortest time in forward passes and the relative error.
+
+    It is processor time of one thread, which other work on the machine disturbs least.
+    """
+    torch.set_num_threads(1)
+    model, x, y = network()
+    exact = jacobian(deepcopy(model).double(), x.double(), y, "all")
+    runs = {name: partial(way.trace, deepcopy(model), x, y) for name, way in ways().items()}
+    errors = {name: abs(float(run()) / ways()[name].exact(exact) - 1) for name, run in runs.items()}
+    times = interleaved(runs | {"": torch.no_grad()(partial(model, x))}, int(rounds), clocks.process_time)
+    return [
+        value
+        for name, error in errors.items()
+        for value in (ratio(times[name], times[""]), best_ratio(times[name], times[""]), error)
+    ]
+
+
+def layer_memory(name: str) -> tuple[float]:
+    """Return by how much one of the `ways` raises the peak of the resident memory above a forward pass's, in MB."""
+    torch.set_num_threads(1)
+    model, x, y = network()
+    with torch.no_grad():
+        model(x)
+    before = own_peak_megabytes()
+    ways()[name].trace(model, x, y)
+    return (own_peak_megabytes() - before,)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    print(*{"memory": memory, "time": time, "samples": samples}[sys.argv[1]](*sys.argv[2:]))
+    functions = {each.__name__: each for each in (memory, time, samples, layers, layer_memory)}
+    print(*functions[sys.argv[1]](*sys.argv[2:]))

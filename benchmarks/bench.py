@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import networks
+import sizes
 import torch
 import torch.nn.functional as F
 from multiply_adds import multiply_adds
@@ -25,15 +26,17 @@ from timing import THREADS, best_ratio, interleaved, printed, ratio
 from torch import Tensor, nn
 from training import trained_on_digits
 from validation import SETTINGS
+from whole_network import ways
 
 from lightning_flatness import ForwardRecorder, PooledMethod, measure
 from lightning_flatness.curvature.pooled.closed_form import hessian_trace, relative_flatness
 from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 
-ALONE = Path(__file__).with_name("alone.py")
+ALONE, SIZES = (Path(__file__).with_name(name) for name in ("alone.py", "sizes.py"))
 GLIBC = platform.libc_ver()[0] == "glibc"
 # Give no memory back to the system, which would have to clear it and hand it out anew; from glibc 2.35 on.
 PAGES_KEPT = "glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=17179869184"
+KEPT = {"GLIBC_TUNABLES": PAGES_KEPT} if GLIBC else {}
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "performance.md"
 PACKAGES = "asdfghjkl backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings PyHessian".split()
 Rows = Iterator[tuple[str, ...]]
@@ -106,6 +109,24 @@ def against_peers(rounds: int) -> Rows:
             columns.setdefault(name, [kind]).extend([f"{ratio(times[name], times['forward']):.2f}", f"{error:.1e}"])
     for name, cells in columns.items():
         yield name, *cells
+
+
+def any_layer(rounds: int) -> Rows:
+    """Yield time as a multiple of a forward pass, memory and error, of single layers and of the whole network."""
+    yield "trace of the Hessian, 256 images", "x fwd", "shortest", "target", "memory", "error"
+    numbers = printed(ALONE, "layers", rounds, **KEPT)
+    for (name, way), median, shortest, error in zip(ways().items(), *(numbers[i::3] for i in range(3)), strict=True):
+        (megabytes,) = printed(ALONE, "layer_memory", name)
+        yield name, f"{median:.1f}", f"{shortest:.1f}", way.target, f"{megabytes:.0f} MB", f"{error:.1e}"
+
+
+def four_sizes(rounds: int) -> Rows:
+    """Yield what the monitor costs in networks of four sizes; write the raw data, and draw them."""
+    for name in sizes.SIZES:
+        for mode in sizes.MODES:
+            printed(SIZES, name, mode, rounds, **KEPT)
+    sizes.draw()
+    yield from sizes.table()
 
 
 def large_tail(rounds: int) -> Rows:
@@ -195,6 +216,8 @@ def on_cuda(rounds: int) -> Rows:
 PARTS: dict[str, tuple[str, Callable[[int], Rows]]] = {
     "validation": ("A whole validation by a Trainer, with the monitor / without", validations),
     "peers": ("Against other packages", against_peers),
+    "sizes": ("Networks of four sizes, eager and compiled", four_sizes),
+    "layers": ("Any layer and the whole network", any_layer),
     "large": ("Many classes, many filters", large_tail),
     "growth": ("Growth of the cost of one sample", growth),
     "samples": ("Growth with the number of samples", samples),
@@ -219,7 +242,7 @@ def conditions() -> str:
             versions.append(f"{package} not installed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     return (
-        f"{date.today().isoformat()}; {os.cpu_count()} {platform.machine()} cores, {THREADS} threads, {device}; "
+        f"{date.today().isoformat()}; {os.cpu_count()} {platform.machine()} cores, {device}; "
         f"Python {platform.python_version()}; {', '.join(versions)}."
     )
 
@@ -234,20 +257,18 @@ def main() -> None:
     torch.manual_seed(0)
     for part in arguments.parts or PARTS:
         title, rows = PARTS[part]
-        text = table(rows(arguments.rounds))
+        text = f"{table(rows(arguments.rounds))}\n\n{conditions()}"
         print(f"\n{title}\n\n{text}", flush=True)
-        write({part: text, "conditions": conditions()})
+        write(part, text)
         gc.collect()
 
 
-def write(sections: dict[str, str]) -> None:
-    """Put the tables between the page's marks; the text around them stays."""
+def write(part: str, text: str) -> None:
+    """Put a table between its marks on the page; the text around them stays."""
     page = PAGE.read_text(encoding="utf-8")
-    for part, text in sections.items():
-        start, end = f"<!-- {part} -->\n", f"\n<!-- /{part} -->"
-        before, rest = page.split(start)
-        page = f"{before}{start}{text}{end}{rest.split(end, 1)[1]}"
-    PAGE.write_text(page, encoding="utf-8")
+    start, end = f"<!-- {part} -->\n", f"\n<!-- /{part} -->"
+    before, rest = page.split(start)
+    PAGE.write_text(f"{before}{start}{text}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,22 +37,31 @@ def only_weight(model: nn.Module, layer: str) -> nn.Parameter:
 
 def asdl(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> float:
     """Return the sum of the exact Fisher diagonal."""
+    convolution = model.get_submodule(layer)
+    exact_fisher(model, x, y, [module for module in model.modules() if module is not convolution])
+    return float(convolution.fisher.diag.weight.sum())
+
+
+def exact_fisher(model: nn.Module, x: Tensor, y: Tensor, ignored: list[nn.Module]) -> None:
+    """Give every module but the ignored ones the diagonal of its exact Fisher matrix."""
     from asdl import FISHER_EXACT, LOSS_CROSS_ENTROPY, SHAPE_DIAG, FisherConfig, get_fisher_maker
 
-    convolution = model.get_submodule(layer)
-    others = [module for module in model.modules() if module is not convolution]
     config = FisherConfig(
-        FISHER_EXACT, [SHAPE_DIAG], loss_type=LOSS_CROSS_ENTROPY, data_size=len(x), ignore_modules=others
+        FISHER_EXACT, [SHAPE_DIAG], loss_type=LOSS_CROSS_ENTROPY, data_size=len(x), ignore_modules=ignored
     )
     maker = get_fisher_maker(model, config)
     maker.setup_model_call(model, x)
     maker.setup_loss_call(nn.functional.cross_entropy, None, y)
     maker.forward_and_backward()
-    return float(convolution.fisher.diag.weight.sum())
 
 
 def backpack(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> float:
-    """Return the sum of the exact generalized Gauss-Newton diagonal; the model was extended before."""
+    """Return the sum of the exact generalized Gauss-Newton diagonal."""
+    return float(sum(diagonal.sum() for diagonal in backpack_diagonals(model, x, y)))
+
+
+def backpack_diagonals(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Return the exact generalized Gauss-Newton diagonal of every parameter that requires a gradient."""
     from backpack import backpack, extend
     from backpack.extensions import DiagGGNExact
 
@@ -62,8 +71,7 @@ def backpack(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> float:
     loss = extend(nn.CrossEntropyLoss())(network(x), y)
     with backpack(DiagGGNExact()):
         loss.backward()
-    (diagonal,) = (p.diag_ggn_exact for p in network.parameters() if hasattr(p, "diag_ggn_exact"))
-    return float(diagonal.sum())
+    return [parameter.diag_ggn_exact for parameter in network.parameters() if hasattr(parameter, "diag_ggn_exact")]
 
 
 def curvlinops(products: int, estimator: str, model: nn.Module, layer: str, x: Tensor, y: Tensor) -> float:

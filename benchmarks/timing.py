@@ -16,23 +16,28 @@ import torch
 THREADS = 2
 
 
-def seconds(run: Callable[[], object]) -> float:
+Clock = Callable[[], float]
+
+
+def seconds(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
     """Return how long one call takes, with the device's work done."""
-    start = time.perf_counter()
+    start = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Return the seconds of every function, called in turn in every round, after one round that does not count."""
     for run in runs.values():
-        seconds(run)
+        seconds(run, clock)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(seconds(run))
+            times[name].append(seconds(run, clock))
     return times
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from typing import Any, TypeGuard
 
 import torch
@@ -70,7 +71,7 @@ def _restorer(value: Any) -> Callable[[], None] | None:
 def _refill(container: Any, before: Any, fill: Callable[[Any], None]) -> None:
     """Give a container its earlier items, unless it has them."""
     now, then = ([*each, *(each.values() if isinstance(each, dict) else ())] for each in (container, before))
-    if len(now) != len(then) or any(new is not old for new, old in zip(now, then, strict=True)):
+    if len(now) != len(then) or not all(map(is_, now, then)):
         container.clear()
         fill(before)
 

@@ -98,7 +98,7 @@ class PassBuilder:
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Note the call of a linear module on what depends on the convolution."""
-        inputs = next(tensors([args, kwargs]), None)
+        inputs = next(iter(tensors([args, kwargs])), None)
         if self.tracer is None or inputs is None or not isinstance(output, Tensor):
             return
         graph = self.tracer.graph

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from lightning_flatness.errors import Refusal, UnsupportedTailError
-from lightning_flatness.recording.builder import PassBuilder, is_own_weight, start_at
+from lightning_flatness.recording.builder import PassBuilder, ended_by, is_own_weight, start_at
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
 from lightning_flatness.recording.graph import OperationGraph
 from lightning_flatness.recording.hooks import Wanted
 from lightning_flatness.recording.layers import CLASSIFIERS
+from lightning_flatness.recording.memories import DependenceWatch
 from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.operation import named_arguments, tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
@@ -29,10 +30,20 @@ _PRODUCTS = {"addmm": ("mat1", "mat2"), "mm": ("self", "mat2"), "linear": ("inpu
 
 
 class _Candidate(NamedTuple):
-    """A layer that may be the last one, and what has been recorded from its output on; `calls` if it is linear."""
+    """A layer that may be the last one, and what has been recorded from its output on if it is linear.
+
+    Attributes:
+        name: of the layer.
+        source: its number, see `DependenceWatch`.
+        tracer: of the operations; None: the layer is not linear, and nothing is recorded.
+        calls: of the layer.
+        copies: of its weight.
+        network_call: the outermost call of a module during which it ran.
+    """
 
     name: str
-    tracer: GraphTracer
+    source: int
+    tracer: GraphTracer | None
     calls: list[ConvolutionCall]
     copies: WeightCopies
     network_call: NetworkCall | None
@@ -78,14 +89,21 @@ class ClassifierBuilder(PassBuilder):
     """What has been recorded so far, from each of the last layers on.
 
     The classifier is the last layer that the loss depends on, if that is a linear one. Which one that is shows only
-    when the loss is known, so the last few that ran are followed, each with a record of its own.
+    when the loss is known, so the last few that ran are followed. Each linear one has a record of its own. For the
+    others it is enough to watch what depends on them.
+
+    Attributes:
+        candidates: the layers that are followed, in the order in which they ran first.
+        watch: knows what depends on them; None once the classifier is known.
     """
 
     def __init__(self, wanted: str | None, copies: WeightCopies | None, names: Iterable[str] = ()) -> None:
         """Start with nothing."""
-        super().__init__(wanted, copies, names)
+        self._names = tuple(names)
+        super().__init__(wanted, copies)
         self.choice = None  # between convolutions
         self.candidates: list[_Candidate] = []
+        self.watch = None if self._keeps_copies else DependenceWatch(len(self._names))
 
     def before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Wait for the product within the call of a module."""
@@ -100,6 +118,8 @@ class ClassifierBuilder(PassBuilder):
                 self.fail(error)
 
         self._end_watch()  # a layer within another one
+        if self.watch is not None:
+            dispatcher().attach(self.watch)
         self._watch = _LinearWatch(begin)
         dispatcher().attach(self._watch)
         self._set_running(name, True)
@@ -112,12 +132,32 @@ class ClassifierBuilder(PassBuilder):
     def stop(self) -> None:
         """Record no more."""
         for candidate in self.candidates:
-            candidate.tracer.stop()
+            if candidate.tracer is not None:
+                candidate.tracer.stop()
+        if self.watch is not None:
+            dispatcher().detach(self.watch)
         self._end_watch()
+
+    def reaches(self, candidate: _Candidate, tensor: Tensor) -> bool:
+        """Return whether a tensor depends on a candidate, and not only in steps, as an accuracy does."""
+        if candidate.tracer is None:
+            return self.watch is not None and self.watch.depends(tensor, candidate.source)
+        node = candidate.tracer.graph.node(tensor)
+        return node is not None and candidate.tracer.graph.is_moved(node)
+
+    def reads_of(self, graph: OperationGraph, other: _Candidate) -> bool:
+        """Return whether an operation of a graph uses floating numbers that only another candidate made."""
+        captured = {each.index for operation in graph.operations for each in operation.captured}
+        originals = filter(Tensor.is_floating_point, map(graph.captures.original, captured))
+        if other.tracer is not None:
+            return any(other.tracer.graph.node(original) is not None for original in originals)
+        watch = cast(DependenceWatch, self.watch)
+        return any(watch.depends(original, other.source, in_steps=True) for original in originals)
 
     def refusal(self, modules: dict[str, nn.Module]) -> Refusal | None:
         """Return why there is nothing to measure; None if there is."""
-        if (failed := self._failed()) is not None or self.tracer is not None:
+        failed = self._failed() or ended_by(None if self.watch is None else self.watch.failure)
+        if failed is not None or self.candidates:
             return failed
         there = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         remedy = f"Name one that runs with `classifier=...`: {there}." if there else _NONE
@@ -135,42 +175,47 @@ class ClassifierBuilder(PassBuilder):
         if found is None:
             if name in self._have_run:  # and is followed no more: not all of its calls would be on the record
                 return
-            found = self._followed(name, module)
+            found = self._followed(name, module, weight is not None)
+        if self.watch is not None:
+            self.watch.add(output, found.source)
+        self.tracer, self.layer = found.tracer, name
+        if found.tracer is None:
+            return
         graph = found.tracer.graph
         node, captured = graph.add_input(output)
         if weight is not None:
             weights, geometry = found.copies.of(module), {"samples": samples}
             found.calls.append(ConvolutionCall(node, captured, graph.captures.add(inputs), *weights, geometry))
-        self.tracer, self.layer = found.tracer, name
 
-    def _followed(self, name: str, module: nn.Module) -> _Candidate:
+    def _followed(self, name: str, module: nn.Module, is_linear: bool) -> _Candidate:
         """Follow a layer, and no longer the one that ran first."""
         copies = self.copies if self._keeps_copies else WeightCopies()
-        tracer = GraphTracer(finds_functions=not self._keeps_copies)
-        found = _Candidate(name, tracer, [], copies, self._open_call)
+        tracer = GraphTracer(finds_functions=not self._keeps_copies) if is_linear else None
+        found = _Candidate(name, len(self._have_run), tracer, [], copies, self._open_call)
         self._have_run.add(name)
         self.candidates.append(found)
-        start_at(module, found.tracer)
+        if tracer is not None:
+            start_at(module, tracer)
         for old in self.candidates[:-_KEPT]:
             self._drop(old.name)
         return found
 
     def _finish(self, call: NetworkCall, output: Any) -> None:
         """Keep what a call returned, for each layer that ran during it."""
-        self.candidates = [
-            each._replace(network_call=call.finished(output, each.tracer.graph)) if each.network_call is call else each
-            for each in self.candidates
-        ]
+        for number, each in enumerate(self.candidates):
+            if each.network_call is call and each.tracer is not None:
+                self.candidates[number] = each._replace(network_call=call.finished(output, each.tracer.graph))
 
     def _set_running(self, name: str, is_running: bool) -> None:
         for candidate in self.candidates:
-            if candidate.name == name:
+            if candidate.name == name and candidate.tracer is not None:
                 candidate.tracer.is_convolving = is_running
 
     def _drop(self, name: str) -> None:
         """Follow a layer no more."""
         for candidate in [candidate for candidate in self.candidates if candidate.name == name]:
-            candidate.tracer.stop()
+            if candidate.tracer is not None:
+                candidate.tracer.stop()
             self.candidates.remove(candidate)
         last = self.candidates[-1] if self.candidates else None
         self.tracer, self.layer = (None, None) if last is None else (last.tracer, last.name)
@@ -201,35 +246,32 @@ class ClassifierRecorder(ForwardRecorder):
         """Check the name against the model."""
         super().__init__(model, None, classifier)
         self.layer = classifier
-        self._builder = ClassifierBuilder(classifier, None)
+        self._builder = ClassifierBuilder(classifier, None, self._modules)
 
     def depends(self, tensor: Tensor) -> bool:
-        """Return whether a tensor depends on one of the last linear layers, and not only in steps."""
-        return any(_reaches(candidate, tensor) for candidate in self._candidates)
-
-    @property
-    def _candidates(self) -> list[_Candidate]:
-        return cast(ClassifierBuilder, self._builder).candidates
+        """Return whether a tensor depends on one of the last layers, and not only in steps."""
+        builder = cast(ClassifierBuilder, self._builder)
+        return any(builder.reaches(candidate, tensor) for candidate in builder.candidates)
 
     def _verdict(self, loss: Tensor) -> RecordedPass | Refusal:
-        found = [candidate for candidate in self._candidates if _reaches(candidate, loss)]
+        builder = cast(ClassifierBuilder, self._builder)
+        found = [candidate for candidate in builder.candidates if builder.reaches(candidate, loss)]
         if not found or loss.numel() != 1:
-            names = [candidate.name for candidate in self._candidates]
+            names = [candidate.name for candidate in builder.candidates]
             what = f"has shape {tuple(loss.shape)}" if found else "does not"
             return Refusal(
                 f"The loss must be one number that depends on the output of one of the last layers, which are {names}; "
                 f"it {what}. Return it from the step, or name the classifier (`classifier=...`)."
             )
-        name, tracer, calls, copies, network_call = found[-1]
-        if not calls:
+        name, _, tracer, calls, copies, network_call = found[-1]
+        if tracer is None or not calls:
             return Refusal(
                 f"A network must end in a linear layer; the last layer that the loss depends on is `{name}`, which is "
                 f"none. Name another one with `classifier=...`."
             )
         if tracer.graph.out_of_memory is not None:
             raise tracer.graph.out_of_memory
-        for candidate in found:
-            candidate.tracer.finalize()
+        tracer.finalize()
         graph, module = tracer.graph, self._modules[name]
         node = cast(int, graph.node(loss))
         if not self.is_settled:
@@ -237,7 +279,6 @@ class ClassifierRecorder(ForwardRecorder):
             self._weight_is_shared = weight_is_shared(module, self._modules)
             self._install()
         cuts = tuple(graph.cuts([call.node for call in calls], node))
-        others = tuple(candidate.tracer.graph for candidate in found[:-1])
         return RecordedPass(
             graph,
             name,
@@ -247,7 +288,7 @@ class ClassifierRecorder(ForwardRecorder):
             cuts,
             weight_is_shared=self._weight_is_shared,
             network_call=network_call,
-            is_alone=not any(map(partial(_reads_of, graph), others)),
+            is_alone=not any(map(partial(builder.reads_of, graph), found[:-1])),
         )
 
     def _wanted(self) -> Iterator[Wanted]:
@@ -262,21 +303,6 @@ class ClassifierRecorder(ForwardRecorder):
                 yield Wanted(name, module, "before_layer", "after_layer")
             if name in holders or (name == "" and name in linear):
                 yield Wanted(name, module, "before_network", "after_network")
-
-
-def _reaches(candidate: _Candidate, tensor: Tensor) -> bool:
-    graph = candidate.tracer.graph
-    node = graph.node(tensor)
-    return node is not None and graph.is_moved(node)
-
-
-def _reads_of(graph: OperationGraph, other: OperationGraph) -> bool:
-    """Return whether an operation of a graph uses floating numbers that only the other graph computed."""
-    captured = {each.index for operation in graph.operations for each in operation.captured}
-    return any(
-        original.is_floating_point() and other.node(original) is not None
-        for original in map(graph.captures.original, captured)
-    )
 
 
 def _is_own_weight(module: nn.Module, used: Tensor) -> bool:

@@ -4,60 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_flatness.recording.operation import tensors, written
+from lightning_flatness.recording.memories import MemoryWatch
 from lightning_flatness.recording.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
-_Encoded: TypeAlias = tuple[int, tuple[Sequence[int], Sequence[int]] | None, list[Tensor]]
+_COUNTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS
 
 
-class DepthWatch:
-    """Listens to the dispatcher, and knows of each tensor how deep it lies.
+class DepthWatch(MemoryWatch):
+    """Knows of each tensor how deep it lies.
 
     The depth of a tensor is the number of convolutions on the longest path to it, see `is_counted`. Transposed ones
-    count. All views of one memory have the same depth, the greatest of what was written there. No tensor is kept alive.
-
-    Attributes:
-        failure: the first exception of the watch; the user's forward pass goes on.
+    count. All views of one memory have the same depth, the greatest of what was written there.
     """
 
-    def __init__(self) -> None:
-        """Start with every tensor at depth 0."""
-        self.failure: Exception | None = None
-        # A weak reference keeps the identity of a memory from being given to another one, but not the memory.
-        self._depths: dict[StorageWeakRef, int] = {}
+    def _seen(self, func: Any, args: Any) -> tuple[Sequence[int], Sequence[int]] | None:
+        """Return the sizes of a convolution's input and kernel."""
+        is_convolution = func.overloadpacket.__name__ in _COUNTED
+        return (args[0].shape[2:], args[1].shape[2:]) if is_convolution else None
 
-    def of(self, tree: Any) -> int:
-        """Return the greatest depth of the tensors in nested lists, tuples and dictionaries; 0 if there are none."""
-        memories = map(_memory, tensors(tree)) if self._depths else ()
-        return max((self._depths.get(memory, 0) for memory in memories if memory is not None), default=0)
-
-    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> _Encoded:
-        """Return how deep the arguments of an operation lie, what a convolution sees, and what it will change."""
-        try:
-            is_convolution = func.overloadpacket.__name__ in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS
-            seen = (args[0].shape[2:], args[1].shape[2:]) if is_convolution else None
-            return self.of((args, kwargs)), seen, list(written(func, args, kwargs))
-        except Exception as error:  # the user's forward pass must go on
-            self.failure = self.failure or error
-            return 0, None, []
-
-    def after(self, func: Any, encoded: _Encoded, result: Any) -> None:
-        """Note how deep lies what an operation returned or changed."""
-        depth, seen, changed = encoded
-        try:
-            results = [*tensors(result), *changed]
-            if seen is not None:
-                depth += is_counted(*seen, results[0].shape[2:])
-            for memory in map(_memory, results) if depth else ():
-                if memory is not None:
-                    self._depths[memory] = max(depth, self._depths.get(memory, 0))
-        except Exception as error:  # the user's forward pass must go on
-            self.failure = self.failure or error
+    def _added(self, seen: tuple[Sequence[int], Sequence[int]] | None, results: list[Tensor]) -> int:
+        return 0 if seen is None else is_counted(*seen, results[0].shape[2:])
 
 
 class LayerChoice:
@@ -107,11 +77,3 @@ def is_counted(inputs: Sequence[int], kernel: Sequence[int], output: Sequence[in
         output: that of the output's map.
     """
     return prod(output) > 1 or tuple(inputs) != tuple(kernel)
-
-
-def _memory(tensor: Tensor) -> StorageWeakRef | None:
-    """Return the identity of the tensor's memory; None if it has none of its own, as a sparse one."""
-    try:
-        return StorageWeakRef(tensor.untyped_storage())
-    except (NotImplementedError, RuntimeError):
-        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import currentframe
 from typing import Any, Protocol
 
@@ -100,25 +101,27 @@ class GraphTracer:
 
     def _before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         graph, encoded = self.graph, None
-        read = list(tensors((args, kwargs)))
-        if any(graph.node(tensor) is not None for tensor in read):
+        read = tensors((args, kwargs))
+        nodes = {id(tensor): node for tensor in read if (node := graph.node(tensor)) is not None}
+        if nodes:
             if Trait.READS_NUMBER in traits(func.overloadpacket.__name__) and args[0].is_floating_point():
                 self._has_read_numbers = True
             elif self._has_read_numbers and any(map(_looks_computed, leaves((args, kwargs)))):
                 graph.mark_incomplete(f"a number was read out with `.item()`, and `{func}` uses a computed number")
-            encoded = (map_tree(args, self._encode), map_tree(kwargs, self._encode))
+            encode = partial(self._encode, nodes)
+            encoded = (map_tree(args, encode), map_tree(kwargs, encode) if kwargs else {})
         elif any(map(graph.shares_memory, read)):
             graph.mark_incomplete(f"`{func}` reads memory of the tail through a tensor that was made outside it")
-        if not self.is_convolving and any(storage_of(tensor) in self._forbidden for tensor in read):
+        if not self.is_convolving and not self._forbidden.keys().isdisjoint(map(storage_of, read)):
             graph.mark_incomplete(f"`{func}` uses the weight of the convolution once more")
         for tensor in written(func, args, kwargs):  # copy captured values that it is about to overwrite
             graph.captures.preserve(storage_of(tensor))
         return encoded
 
-    def _encode(self, item: Any) -> Any:
+    def _encode(self, nodes: dict[int, int], item: Any) -> Any:
         if not isinstance(item, Tensor):
             return item
-        if (node := self.graph.node(item)) is not None:
+        if (node := nodes.get(id(item))) is not None:
             return Node(node)
         if self.graph.shares_memory(item):
             self.graph.mark_incomplete("the tail reads its own memory through a tensor that was made outside it")

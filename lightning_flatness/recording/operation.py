@@ -143,7 +143,7 @@ def written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
 def map_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
     """Return nested lists, tuples and dictionaries with every leaf changed; lists become tuples."""
     if isinstance(tree, (list, tuple)):
-        return tuple(map_tree(item, change) for item in tree)
+        return tuple([map_tree(item, change) for item in tree])
     if isinstance(tree, dict):
         return {key: map_tree(item, change) for key, item in tree.items()}
     return change(tree)
@@ -160,6 +160,19 @@ def leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and dictionaries."""
-    return (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dictionaries."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            _collect(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _collect(item, found)

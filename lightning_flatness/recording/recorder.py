@@ -156,7 +156,9 @@ class ForwardRecorder:
         builder = self._builder
         if (refusal := builder.refusal(self._modules)) is not None:
             raise refusal.error()
-        tracer = cast(GraphTracer, builder.tracer)
+        tracer = builder.tracer
+        if tracer is None:  # the last layer is none that is recorded from
+            return
         graph = tracer.graph
         if not tracer.is_listening():
             raise Refusal(

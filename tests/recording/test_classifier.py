@@ -155,6 +155,52 @@ def test_weights_in_the_dtype_of_autocast_are_its_own(dtype: torch.dtype) -> Non
     assert ClassifierMethod().quantities(recorded).hessian_trace.isfinite().all()
 
 
+class Gated(nn.Module):
+    """A convolution, and a classifier whose output may be multiplied by what the convolution computes."""
+
+    def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.gate = nn.Conv1d(1, 3, 2), nn.Linear(3, 3), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x[:, None])
+        return self.fc(x) * self.gate(maps.mean(-1))
+
+
+GATES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "floating": (torch.sigmoid, False),
+    "in steps": (lambda z: F.one_hot(z.argmax(1), 3).float() + 1, True),
+    "constant": (lambda z: torch.ones(len(z), 3), True),
+}
+
+
+@pytest.mark.parametrize(("gate", "is_alone"), GATES.values(), ids=GATES)
+def test_numbers_of_a_convolution_beside_the_classifier_are_noticed(
+    gate: Callable[[Tensor], Tensor], is_alone: bool
+) -> None:
+    """A convolution has no record of its own; what depends on it is watched."""
+    model = Gated(gate)
+    recorded = take(model)
+    assert recorded.layer == "fc"
+    assert recorded.is_alone == is_alone
+
+
+def test_a_convolution_that_is_linear_only_later_is_no_classifier() -> None:
+    conv = nn.Conv1d(1, 3, 2)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x[:, None])[:, :1]).flatten(1)
+
+    with pytest.raises(UnsupportedTailError, match="must end in a linear layer"):
+        take(Twice())
+
+
 def test_an_empty_batch_and_an_error_of_the_network() -> None:
     model = Layers(lambda m, x: m.b(m.a(x).relu()), *"ab")
     with ClassifierRecorder(model) as recorder, torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_flatness import ForwardRecorder, UnsupportedTailError
+from lightning_flatness.recording import memories
 from lightning_flatness.recording.depth import DepthWatch, LayerChoice, is_counted
 from lightning_flatness.recording.dispatch import dispatcher
 
@@ -294,7 +295,7 @@ def test_a_failure_of_the_watch_does_not_reach_the_network(monkeypatch: pytest.M
     model = WithAuxiliary().eval()
     for name in ("before", "after"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"lightning_flatness.recording.depth.{'tensors' if name == 'after' else 'written'}", broken)
+            patch.setattr(memories, "tensors" if name == "after" else "written", broken)
             assert "ZeroDivisionError" in refusal(model, pick=lambda output: output[0])
 
 
@@ -326,7 +327,7 @@ def test_depths_follow_the_memory_and_keep_nothing_alive() -> None:
     finally:
         dispatcher().detach(watch)
     assert depths == [1, 1, 1, 1, 0, 0]
-    assert all(memory.expired() for memory in watch._depths)
+    assert all(memory.expired() for memory in watch._numbers)
     assert watch.of(fresh) == 0
     assert watch.failure is None
 
