@@ -63,7 +63,7 @@ def gradients(network: Network, part: slice, weight: str) -> Tensor:
     """Return the gradients of all rows with respect to a weight, for the samples of a part, shape (n, m, k, d)."""
     calls = [
         (tap, use, torch.stack(chosen, 1), layout)
-        for tap, layout, chosen in _cotangents(_replay(network, part), network.factor[:, part])
+        for tap, layout, chosen in _cotangents(_replay(network, part), network.factor[:, part], network.plan.keeps_samples_apart)
         for use in tap.uses
         if (use.parameter, use.role) == (weight, "weight")
     ]
@@ -77,18 +77,31 @@ def _replay(network: Network, part: slice) -> Replay:
     return replay
 
 
-def _cotangents(replay: Replay, columns: Tensor) -> Iterator[tuple[Tap, Layout, list[Tensor]]]:
-    """Yield every tap with where the samples are, and the cotangents of all columns at it, shape (n, v, ...)."""
-    samples = columns.shape[1]
-    generator = torch.Generator().manual_seed(3)
-    drawn = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 for size in (len(columns), samples))
-    weights, factors = (values.to(columns) for values in drawn)
-    structure = Structure(weights, factors)
-    tested = (torch.tensordot(weights, columns, 1) * factors.unsqueeze(1)).unsqueeze(0)
-    for tap, cotangents in _pulled_back(replay, [*torch.cat([columns, tested]).reshape(-1, *replay.output.shape)]):
-        if (layout := structure.layout(cotangents, tap.has_channels)) is None:
+def _cotangents(replay: Replay, columns: Tensor, is_apart: bool) -> Iterator[tuple[Tap, Layout, list[Tensor]]]:
+    """Yield every tap with where the samples are, and the cotangents of all columns at it, shape (n, v, ...).
+
+    Args:
+        replay: of the samples.
+        columns: to pull back, shape (m, n, j).
+        is_apart: see `Plan.keeps_samples_apart`; if not, one column more proves that the samples are not coupled.
+    """
+    samples, rows = columns.shape[1], [*columns.reshape(-1, *replay.output.shape)]
+    structure = None
+    if not is_apart:
+        generator = torch.Generator().manual_seed(3)
+        drawn = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 for size in (len(columns), samples))
+        weights, factors = (values.to(columns) for values in drawn)
+        structure = Structure(weights, factors)
+        tested = torch.tensordot(weights, columns, 1) * factors.unsqueeze(1)
+        rows.append(tested.reshape(replay.output.shape))
+    for tap, cotangents in _pulled_back(replay, rows):
+        layout: Layout | None = "major"
+        if structure is not None:
+            layout = structure.layout(cotangents, tap.has_channels)
+            cotangents.pop()
+        if layout is None:
             raise GraphError("the logits of one sample depend on another sample")
-        yield tap, layout, [arranged(one, samples, layout) for one in cotangents[:-1]]
+        yield tap, layout, [arranged(one, samples, layout) for one in cotangents]
 
 
 def _of_columns(network: Network, replay: Replay, columns: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -97,7 +110,7 @@ def _of_columns(network: Network, replay: Replay, columns: Tensor) -> dict[str, 
     layers: dict[str, list[tuple[Tap, Use, Tensor, Layout]]] = {}
     vectors: dict[str, Tensor] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for tap, layout, chosen in _cotangents(replay, columns):
+    for tap, layout, chosen in _cotangents(replay, columns, plan.keeps_samples_apart):
         for use in tap.uses:
             if use.role == "weight":
                 layers.setdefault(use.parameter, []).append((tap, use, torch.stack(chosen, 1), layout))
