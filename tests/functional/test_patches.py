@@ -121,7 +121,9 @@ def test_gram_factors_take_the_cheaper_way(way: str, channels: int, filters: int
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-@pytest.mark.parametrize(("stride", "padding", "mode"), [(1, 1, "zeros"), (2, "valid", "zeros"), (1, "same", "circular")])
+@pytest.mark.parametrize(
+    ("stride", "padding", "mode"), [(1, 1, "zeros"), (2, "valid", "zeros"), (1, "same", "circular")]
+)
 def test_rows_by_a_convolution_are_those_by_products(stride: int, padding: int | str, mode: str) -> None:
     conv = nn.Conv2d(3, 4, (4, 3), stride, padding, dilation=(1, 2), padding_mode=mode)
     x = torch.randn(2, 3, 34, 33)

@@ -28,23 +28,26 @@ _TAPS = 4  # at least so many are differentiated together
 def bytes_per_sample(network: Network) -> int:
     """Return an estimate of what the derivatives of one sample take."""
     graph, plan = network.recorded.graph, network.plan
-    sizes, together, largest = [], 0, 0
-    for number in sorted(plan.uses.keys() | plan.ends):
+    sizes, together, largest, held = [], 0, 0, 0
+    for number in plan.numbers:
+        result = graph.operations[number].results[0]
+        size = 0 if plan.is_made(result) else graph.tensor_of(result).numel()
+        held += size
         if number in plan.uses:
-            sizes.append(graph.tensor_of(graph.operations[number].results[0]).numel())
+            sizes.append(size)
         largest = max(largest, sum(sizes[together:]))
         if number in plan.ends and len(sizes) >= together + _TAPS:
             together = len(sizes)
-    numbers = 3 * sum(sizes) + 2 * (len(network.factor) + 1) * largest
-    return numbers // len(network.values) * network.values.element_size()
+    numbers = held + sum(sizes) + 2 * (network.columns + 1) * largest
+    factor = 4 * 8 * network.goal.logits.shape[1] ** 2  # while it is made, in float64
+    return numbers // len(network.values) * network.values.element_size() + factor
 
 
 def contributions(network: Network, part: slice, chunk_bytes: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Return what the samples of a part have of the trace and relative flatness of each parameter."""
     replay = _replay(network, part)
-    columns = network.factor[:, part]
-    signs = None if network.signs is None else network.signs[:, part]
-    per_column = bytes_per_sample(network) // (len(network.factor) + 1) * columns.shape[1]
+    columns, signs = network.factor(part)
+    per_column = bytes_per_sample(network) // (network.columns + 1) * columns.shape[1]
     step = max(1, chunk_bytes // max(1, per_column))
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for start in range(0, len(columns), step):
@@ -59,15 +62,22 @@ def contributions(network: Network, part: slice, chunk_bytes: int) -> dict[str, 
     return sums
 
 
-def gradients(network: Network, part: slice, weight: str) -> Tensor:
-    """Return the gradients of all rows with respect to a weight, for the samples of a part, shape (n, m, k, d)."""
+def gradients(network: Network, part: slice, weight: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of all rows with respect to a weight, shape (n, m, k, d), and the rows' signs (n, m).
+
+    Args:
+        network: what the record is made of.
+        part: the samples.
+        weight: name of the parameter.
+    """
+    columns, signs = network.factor(part)
     calls = [
         (tap, use, torch.stack(chosen, 1), layout)
-        for tap, layout, chosen in _cotangents(_replay(network, part), network.factor[:, part], network.plan.keeps_samples_apart)
+        for tap, layout, chosen in _cotangents(_replay(network, part), columns, network.plan.keeps_samples_apart)
         for use in tap.uses
         if (use.parameter, use.role) == (weight, "weight")
     ]
-    return layer_gradients(calls)
+    return layer_gradients(calls), torch.ones_like(columns[..., 0].T) if signs is None else signs.T
 
 
 def _replay(network: Network, part: slice) -> Replay:
