@@ -46,7 +46,7 @@ class Nodes:
                 memory = node
                 self._storages[storage_of(tensor)] = StorageWeakRef(tensor.untyped_storage()), node
             kept = tensor if self._keeps_maps or not _is_map(tensor) else self._without_numbers(tensor)
-            self._views[memory, *_view_of(tensor)] = self._by_id[id(tensor)] = node
+            self._views[(memory, *_view_of(tensor))] = self._by_id[id(tensor)] = node
             self._tensors.append(kept)
             self._memory.append(memory)
         return node

@@ -283,4 +283,5 @@ def weight_is_shared(layer: nn.Module, modules: dict[str, nn.Module]) -> bool:
 
 
 def depth_of(name: str) -> int:
+    """Return how many modules are around a module of this name."""
     return len(name.split(".")) if name else 0

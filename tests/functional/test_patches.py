@@ -131,5 +131,6 @@ def test_rows_by_a_convolution_are_those_by_products(stride: int, padding: int |
     expected, _ = gram_factors(x.double(), jacobian.double(), geometry)
     with mock.patch.object(MODULE, "conv2d_weight", wraps=MODULE.conv2d_weight) as convolved:
         left, right = gram_factors(x, jacobian, geometry)
-    assert convolved.called and left is right
+    assert convolved.called
+    assert left is right
     torch.testing.assert_close(left.double(), expected, rtol=1e-4, atol=1e-3)

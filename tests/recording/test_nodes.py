@@ -18,16 +18,19 @@ def test_maps_are_let_go_and_their_places_are_not_theirs() -> None:
     seen = []
     for count in range(40):  # an allocator gives the same memory, and Python the same id, again
         tensor = torch.full(SHAPE, float(count))
-        assert nodes.of(tensor) is None and nodes.first_in_memory(tensor) is None
+        assert nodes.of(tensor) is None
+        assert nodes.first_in_memory(tensor) is None
         node, gone = nodes.add(tensor), ref(tensor)
         assert (nodes.of(tensor), nodes.of(tensor.view(SHAPE)), nodes.add(tensor)) == (node, node, node)
         part = nodes.add(tensor[1:])
-        assert nodes.memory(node) == nodes.memory(part) == node and nodes.first_in_memory(tensor[2]) == node
+        assert nodes.memory(node) == nodes.memory(part) == node
+        assert nodes.first_in_memory(tensor[2]) == node
         assert nodes.memory(node) not in seen
         seen.append(nodes.memory(node))
         del tensor
         assert gone() is None
-    assert nodes.tensor(node).shape == SHAPE and nodes.is_floating(node)
+    assert nodes.tensor(node).shape == SHAPE
+    assert nodes.is_floating(node)
     with pytest.raises(GraphError, match="not kept"):
         nodes.value(node)
 
@@ -46,7 +49,8 @@ def test_maps_are_let_go_and_their_places_are_not_theirs() -> None:
 def test_the_rest_is_kept(tensor: torch.Tensor, keeps_maps: bool) -> None:
     nodes = Nodes(keeps_maps)
     node = nodes.add(tensor)
-    assert nodes.tensor(node) is tensor and nodes.value(node).equal(tensor.detach())
+    assert nodes.tensor(node) is tensor
+    assert nodes.value(node).equal(tensor.detach())
     assert nodes.memory(nodes.add(torch.ones(0))) is None
 
 
