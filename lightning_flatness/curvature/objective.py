@@ -50,12 +50,6 @@ class Objective:
         """Whether the loss itself is taken for the logit, and all curvature is that of the head."""
         return is_own_logit(self.loss, self.logits, self.head_curvature)
 
-    def select(self, samples: slice) -> Objective:
-        """Return the objective of some of the samples, without the curvature of the head."""
-        head = self.head if self.head.dim() == 2 else self.head[samples]
-        target, loss = None if self.target is None else self.target[samples], self.loss.select(samples)
-        return Objective(self.cut, self.counted[samples], self.logits[samples], head, loss, target)
-
     def kept(self, samples: slice) -> Tensor:
         """Return which samples are to be measured, shape (n,): those of a slice on which the loss depends."""
         chosen = torch.zeros_like(self.counted)

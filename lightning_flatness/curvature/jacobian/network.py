@@ -47,7 +47,7 @@ class Network:
 
     def factor(self, samples: slice) -> tuple[Tensor, Tensor | None]:
         """Return the rows of some samples, shape (m, n, j), and their signs, shape (m, n); None: all positive."""
-        rows, signs = self.make_factor(self.goal.select(samples))
+        rows, signs = self.make_factor(_selected(self.goal, samples))
         return rows.to(self.values.dtype), signs
 
 
@@ -90,7 +90,7 @@ def _network_up_to(recorded: RecordedLayers, cut: Cut, make_factor: _Factor, col
             f"Each layer to measure must use its weight in a linear layer or a convolution alone; {reasons}. "
             f"Name other layers.\n  path: {recorded.path}"
         ).error()
-    columns = columns or len(make_factor(goal.select(slice(1)))[0])
+    columns = columns or len(make_factor(_selected(goal, slice(1)))[0])
     captures, inputs = recorded.graph.captures, recorded.graph.inputs
     weights = {name: upcast(captures.value(inputs[recorded.parameters[name]])) for name in recorded.layers.values()}
     grams = {name: rows @ rows.mT for name, rows in ((name, weight.flatten(1)) for name, weight in weights.items())}
@@ -116,6 +116,13 @@ def network_end(recorded: RecordedLayers) -> Cut:
         "All influence of the layers on the loss must pass through one tensor with a row per sample; none was found. "
         f"A loss with a penalty of the weights is no function of the outputs.\n  path: {recorded.path}"
     ).error()
+
+
+def _selected(goal: Objective, samples: slice) -> Objective:
+    """Return the objective of some of the samples, without the curvature of the head."""
+    head = goal.head if goal.head.dim() == 2 else goal.head[samples]
+    target = None if goal.target is None else goal.target[samples]
+    return Objective(goal.cut, goal.counted[samples], goal.logits[samples], head, goal.loss.select(samples), target)
 
 
 def _values(recorded: RecordedLayers, cut: Cut) -> Tensor:
