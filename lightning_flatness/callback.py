@@ -80,9 +80,10 @@ class FlatnessMonitor(Displayed):
         figure_every_n_validations: the loggers get the figure of the training (`figure()`) at every alert, in every
             n-th measured validation and at the end of `fit`, if matplotlib is installed. None: as often as drawing
             takes less than one percent of the training's time; 0: never.
-        chunk_bytes: how much memory the contraction over filters may take at once, in bytes: samples are contracted
-            in groups that fit, or one by one. It does not bound what the forward pass, its record and its derivatives
-            take, which grows with the batch. None: 64 MiB, on a CUDA device 512 MiB.
+        chunk_bytes: how much memory the contraction over filters (for `"jacobian"`, the derivatives) may take at once,
+            in bytes: samples are contracted in groups that fit, or one by one. It does not bound what the forward pass
+            and its record take, nor for the other methods the derivatives; that grows with the batch. None: 64 MiB, for
+            `"jacobian"` 256 MiB, on a CUDA device 512 MiB.
 
     Attributes:
         measured: what the last validation measured, in words; None: nothing.

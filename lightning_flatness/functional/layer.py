@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,8 +44,13 @@ def flatness_of_cotangents(
     count, groups = cotangents.shape[1], geometry.groups
     factors = gram_factors(inputs, _by_group(cotangents, groups), geometry)
     left, right = (_by_cotangent(factor, count, groups) for factor in factors)
-    trace = (left * right).sum((2, 3))
-    return trace, None if kernel_gram is None else ((kernel_gram @ left) * right).sum((2, 3))
+    if kernel_gram is None or left.shape[2] > left.shape[3]:
+        trace = (left * right).sum((2, 3))
+        if kernel_gram is None:
+            return trace, None
+        return trace, (torch.tensordot(left, kernel_gram, ([2], [0])) * right.mT).sum((2, 3))  # one product for all
+    gram = left @ right.mT  # smaller than its factors
+    return gram.diagonal(dim1=2, dim2=3).sum(2), (gram * kernel_gram).sum((2, 3))
 
 
 def gradients_of_cotangents(

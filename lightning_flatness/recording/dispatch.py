@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from lightning_flatness.errors import GraphError
-from lightning_flatness.recording.graph import OperationGraph, storage_of
+from lightning_flatness.recording.graph import OperationGraph
+from lightning_flatness.recording.nodes import storage_of
 from lightning_flatness.recording.operation import (
     Captured,
     Node,
@@ -36,15 +37,16 @@ class GraphTracer:
 
     Args:
         finds_functions: whether to note which operations run within a custom `torch.autograd.Function`.
+        keeps_maps: see `Nodes`.
 
     Attributes:
         graph: what has been recorded.
         is_convolving: whether the monitored convolution runs, which may read its weight.
     """
 
-    def __init__(self, finds_functions: bool = False) -> None:
+    def __init__(self, finds_functions: bool = False, keeps_maps: bool = True) -> None:
         """Start with an empty graph."""
-        self.graph = OperationGraph()
+        self.graph = OperationGraph(keeps_maps)
         self._finds_functions = finds_functions
         self._forbidden: dict[int, Tensor] = {}  # by storage; alive, or their memory would be given to others
         self._has_read_numbers = False

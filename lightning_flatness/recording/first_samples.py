@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,7 @@ def first_samples(recorded: RecordedPass, end: int, count: int) -> RecordedPass 
     """
     graph, samples = recorded.graph, len(recorded)
     operations = graph.operations[:end]
-    if samples <= count or not all(_is_by_sample(graph, operation, samples) for operation in operations):
+    if samples <= count or not all(is_by_sample(graph, operation, samples) for operation in operations):
         return None
     maps = {index for call in recorded.calls for index in (call.output, call.inputs)}
     rows = maps | {i for operation in operations for i in _with_rows(graph, operation, samples)}
@@ -42,10 +43,19 @@ def first_samples(recorded: RecordedPass, end: int, count: int) -> RecordedPass 
     return replace(recorded, graph=part)
 
 
-def _is_by_sample(graph: OperationGraph, operation: Operation, samples: int) -> bool:
-    """Return whether row i of the result is that of sample i, and depends on these rows of the arguments alone."""
+def is_by_sample(
+    graph: OperationGraph, operation: Operation, samples: int, constants: Container[int] = frozenset()
+) -> bool:
+    """Return whether row i of the result is that of sample i, and depends on these rows of the arguments alone.
+
+    Args:
+        graph: the record.
+        operation: one of its operations.
+        samples: n.
+        constants: nodes that depend on no sample.
+    """
     results = [r for r in map(graph.tensor_of, operation.results) if r.numel()]
-    read = [graph.tensor_of(node.index) for node in operation.nodes]
+    read = [graph.tensor_of(node.index) for node in operation.nodes if node.index not in constants]
     if Trait.BY_SAMPLE not in operation.traits or any(t.shape[:1] != (samples,) for t in (*results, *read)):
         return False
     if operation.name in _REDUCING:

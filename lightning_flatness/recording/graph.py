@@ -10,18 +10,10 @@ from torch import Tensor
 
 from lightning_flatness.errors import GraphError
 from lightning_flatness.precision import LOW_PRECISION, upcast
+from lightning_flatness.recording.nodes import Nodes, storage_of
 from lightning_flatness.recording.operation import Captured, Node, Operation, map_tree, tensors
 
 _SMALL = 2**14  # numbers; the parameters of a normalisation are fewer
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Return the address of the tensor's memory."""
-    return tensor.untyped_storage().data_ptr()
-
-
-def _view_of(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 class _Capture(NamedTuple):
@@ -131,25 +123,26 @@ class Cut(NamedTuple):
 class OperationGraph:
     """Every operation that depended on one of the inputs, in the order in which they ran.
 
+    Args:
+        keeps_maps: see `Nodes`.
+
     Attributes:
         operations: in order.
+        nodes: the tensors that depend on an input, and what is known of them.
         captures: the values that the operations used beside the nodes.
         functions: the custom `torch.autograd.Function` within which an operation ran, by the operation's number.
         inputs: index of the captured value of each input, by its node.
         out_of_memory: the exception that ended the record, if it was one; it says nothing about the network.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_maps: bool = True) -> None:
         """Start with no input."""
         self.operations: list[Operation] = []
         self.captures = Captures()
         self.functions: dict[int, str] = {}
         self.out_of_memory: torch.OutOfMemoryError | None = None
         self._gaps: list[tuple[int, str]] = []  # from which operation on, and why, the record is incomplete
-        self._nodes: dict[int, int] = {}  # id of a live tensor -> its node
-        self._alive: list[Tensor] = []  # keeps ids from being given to other tensors
-        self._storages: set[int] = set()
-        self._views: dict[tuple[Any, ...], int] = {}  # where a node's numbers lie in memory -> node
+        self.nodes = Nodes(keeps_maps)
         self.inputs: dict[int, int] = {}
 
     def add_input(self, tensor: Tensor) -> tuple[int, int]:
@@ -161,31 +154,22 @@ class OperationGraph:
 
     def add_node(self, tensor: Tensor) -> int:
         """Return the node of a tensor that depends on an input, a new one if it has none."""
-        node = self._nodes.setdefault(id(tensor), len(self._alive))
-        if node == len(self._alive):
-            self._alive.append(tensor)
-            if tensor.numel():
-                self._storages.add(storage_of(tensor))
-                self._views[_view_of(tensor)] = node
-        return node
+        return self.nodes.add(tensor)
 
     def node(self, tensor: Tensor) -> int | None:
         """Return the node of a tensor that depends on an input, else None.
 
         Another object for the same numbers in memory, as wrappers and subclasses of tensors make, is the same node.
         """
-        node = self._nodes.get(id(tensor))
-        if node is None and tensor is not None and tensor.numel() and self.shares_memory(tensor):
-            return self._views.get(_view_of(tensor))
-        return node
+        return self.nodes.of(tensor)
 
     def shares_memory(self, tensor: Tensor) -> bool:
         """Return whether the tensor lies in memory of a node."""
-        return storage_of(tensor) in self._storages
+        return self.nodes.first_in_memory(tensor) is not None
 
     def tensor_of(self, node: int) -> Tensor:
-        """Return the live tensor of a node, which the network may have changed since."""
-        return self._alive[node]
+        """Return the live tensor of a node, which the network may have changed since; without numbers if let go."""
+        return self.nodes.tensor(node)
 
     def mark_incomplete(self, reason: str) -> None:
         """Note that from here on the record is not all that the network did."""
@@ -207,26 +191,23 @@ class OperationGraph:
             if needed.intersection(operation.results) or self.writes_into(operation, needed):
                 found.append(number)
                 read = (argument.index for argument in operation.nodes)
-                needed.update(read if in_steps else filter(self._is_floating, read))
+                needed.update(read if in_steps else filter(self.nodes.is_floating, read))
         return found[::-1]
 
     def is_moved(self, node: int) -> bool:
         """Return whether a node depends on an input through floating numbers."""
-        if not self._is_floating(node):
+        if not self.nodes.is_floating(node):
             return False
         numbers = self.ancestry(node)
         read = {argument.index for number in numbers for argument in self.operations[number].nodes}
         return bool(self.inputs.keys() & (read | {node}))
 
-    def _is_floating(self, node: int) -> bool:
-        return self._alive[node].is_floating_point() or self._alive[node].is_complex()
-
     def writes_into(self, operation: Operation, nodes: set[int]) -> bool:
         """Return whether the operation changes one of the nodes through another view of its memory."""
         if not operation.function._schema.is_mutable:
             return False
-        written = {storage_of(self._alive[node]) for node in operation.results if self._alive[node].numel()}
-        return any(storage_of(self._alive[node]) in written for node in nodes if self._alive[node].numel())
+        written = set(map(self.nodes.memory, operation.results)) - {None}
+        return any(self.nodes.memory(node) in written for node in nodes)
 
     def cuts(self, inputs: Collection[int], output: int) -> list[Cut]:
         """Return the nodes through which all influence of the inputs on a node passes, in order.
@@ -237,7 +218,7 @@ class OperationGraph:
         last_use = {output: len(self.operations)}
         for number in numbers:
             read = (argument.index for argument in self.operations[number].nodes)
-            last_use.update(dict.fromkeys(filter(self._is_floating, read), number))
+            last_use.update(dict.fromkeys(filter(self.nodes.is_floating, read), number))
         last_use[output] = len(self.operations)
         alive = {node for node in inputs if node in last_use}
         cuts = [Cut(numbers[0] if numbers else 0, node) for node in alive if len(alive) == 1]
@@ -291,7 +272,7 @@ class OperationGraph:
         def decode(item: Any) -> Any:
             if isinstance(item, Node):
                 # A node that the inputs do not move, or only in steps, has the value that it had.
-                return known[item.index] if item.index in known else _cast(self._alive[item.index].detach(), dtype)
+                return known[item.index] if item.index in known else _cast(self.nodes.value(item.index), dtype)
             if isinstance(item, Captured):
                 if item.index not in values:
                     value = _cast(self.captures.value(item.index), dtype)
@@ -325,8 +306,8 @@ def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def sharing_memory(graph: OperationGraph, nodes: Collection[int], among: Collection[int]) -> list[int]:
     """Return those of some nodes that lie in memory of one of others."""
-    used = {storage_of(graph.tensor_of(node)) for node in nodes if graph.tensor_of(node).numel()}
-    return [n for n in among if graph.tensor_of(n).numel() and storage_of(graph.tensor_of(n)) in used]
+    used = set(map(graph.nodes.memory, nodes)) - {None}
+    return [node for node in among if graph.nodes.memory(node) in used]
 
 
 def is_overwritten(graph: OperationGraph, node: int, after: int) -> bool:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.builder import ended_by
 from lightning_flatness.recording.dispatch import GraphTracer, dispatcher
-from lightning_flatness.recording.graph import storage_of
 from lightning_flatness.recording.hooks import Wanted
 from lightning_flatness.recording.layers import CLASSIFIERS, program_kind, require_name
+from lightning_flatness.recording.nodes import storage_of
 from lightning_flatness.recording.recorded_layers import RecordedLayers
-from lightning_flatness.recording.recorder import ForwardRecorder, holders_of
+from lightning_flatness.recording.recorder import ForwardRecorder, depth_of, holders_of
 
 
 class LayersBuilder:
@@ -27,7 +27,7 @@ class LayersBuilder:
         tracer: of the operations; None as long as no module has run.
         layer: the layers in words.
         nodes: of the parameters, by name.
-        outputs: what the outer modules returned, by name, in order.
+        outputs: what the outermost module that has returned so far returned first, with its name.
         choice: None: the layers are named.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
@@ -47,7 +47,7 @@ class LayersBuilder:
     def before_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Start the record at the first module that runs."""
         if self.tracer is None:
-            tracer = GraphTracer()
+            tracer = GraphTracer(keeps_maps=False)  # all of them are computed anew from the parameters
             self.nodes = {name: tracer.graph.add_input(value)[0] for name, value in self._parameters.items()}
             self.tracer = tracer
             tracer.start()
@@ -58,8 +58,9 @@ class LayersBuilder:
             raise ValueError(f"A batch must hold at least one sample; `{name}` got none.")
 
     def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note what a module around the layers returned."""
-        self.outputs.append((name, output))
+        """Note what a module around the layers returned, if none further out has."""
+        if not self.outputs or depth_of(name) < depth_of(self.outputs[0][0]):
+            self.outputs = [(name, output)]
 
     def fail(self, error: Exception) -> None:
         """Record no more, because of this error."""

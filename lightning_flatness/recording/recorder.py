@@ -144,8 +144,8 @@ class ForwardRecorder:
     def output(self) -> Any:
         """What the outermost recorded module returned in the first pass since the last call; None if none has run."""
         outputs = self._builder.outputs
-        outermost = min((_depth(name) for name, _ in outputs), default=0)
-        return next((output for name, output in outputs if _depth(name) == outermost), None)
+        outermost = min((depth_of(name) for name, _ in outputs), default=0)
+        return next((output for name, output in outputs if depth_of(name) == outermost), None)
 
     def require_recorded(self) -> None:
         """Refuse a pass of which nothing could be recorded, or not all until now.
@@ -284,5 +284,6 @@ def weight_is_shared(layer: nn.Module, modules: dict[str, nn.Module]) -> bool:
     return sum(own is layer.weight for module in modules.values() for own in module._parameters.values()) > 1
 
 
-def _depth(name: str) -> int:
+def depth_of(name: str) -> int:
+    """Return how many modules are around a module of this name."""
     return len(name.split(".")) if name else 0

@@ -13,3 +13,4 @@ from lightning_flatness.curvature.chunks import chunk_bytes_on
 )
 def test_bytes_at_once(device: str, chosen: int | None, expected: int) -> None:
     assert chunk_bytes_on(torch.device(device), chosen) == expected
+    assert chunk_bytes_on(torch.device(device), chosen, on_cpu=9) == (9 if expected == 2**26 else expected)

@@ -118,3 +118,19 @@ def test_gram_factors_take_the_cheaper_way(way: str, channels: int, filters: int
         left, right = gram_factors(x, jacobian, geometry)
     assert_same(left @ right.mT, rows @ rows.mT)
     assert gram.called == (way == "gram")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize(
+    ("stride", "padding", "mode"), [(1, 1, "zeros"), (2, "valid", "zeros"), (1, "same", "circular")]
+)
+def test_rows_by_a_convolution_are_those_by_products(stride: int, padding: int | str, mode: str) -> None:
+    conv = nn.Conv2d(3, 4, (4, 3), stride, padding, dilation=(1, 2), padding_mode=mode)
+    x = torch.randn(2, 3, 34, 33)
+    jacobian, geometry = torch.randn(2, 4, conv(x).flatten(2).shape[2]), ConvGeometry.of(conv)
+    expected, _ = gram_factors(x.double(), jacobian.double(), geometry)
+    with mock.patch.object(MODULE, "conv2d_weight", wraps=MODULE.conv2d_weight) as convolved:
+        left, right = gram_factors(x, jacobian, geometry)
+    assert convolved.called
+    assert left is right
+    torch.testing.assert_close(left.double(), expected, rtol=1e-4, atol=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,17 @@ def test_the_pass_is_the_same_to_the_last_bit_and_nothing_stays(case: Case) -> N
     assert during.equal(before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert len(record.graph.operations) > 3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_maps_of_the_network_are_let_go(mode: Any) -> None:
+    model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Conv2d(2, 2, 1), nn.ReLU())), nn.Flatten())
+    x, y = torch.randn(3, 2, 32, 32), torch.arange(3)
+    with LayersRecorder(model) as recorder, mode():
+        graph = recorder.take_pass(F.cross_entropy(model(x), y)).graph
+    results = [graph.tensor_of(node) for operation in graph.operations for node in operation.results]
+    assert sum(result.is_meta for result in results) >= 8
+    assert sum(result.numel() for result in results if not result.is_meta) < 3 * x.numel()  # flattened, and the loss
 
 
 def test_only_one_of_two_branches_is_named() -> None:

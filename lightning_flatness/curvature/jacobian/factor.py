@@ -8,11 +8,13 @@ from torch import Tensor
 from lightning_flatness.curvature.objective import Objective
 from lightning_flatness.errors import Refusal
 from lightning_flatness.functional import longest_first, sign_probe, two_pass_cotangents
-from lightning_flatness.losses import CrossEntropy, cotangents
+from lightning_flatness.losses import CrossEntropy, Differentiated, cotangents
 
 
 def loss_factor(goal: Objective) -> tuple[Tensor, Tensor | None]:
     """Return `F` with `B = F^T diag(signs) F`, the curvature of the loss at the cut, shape (m, n, j), and the signs.
+
+    With more classes than numbers at the cut, the factor has as many rows as there are numbers.
 
     Args:
         goal: what the loss is as a function of the cut, which is where a curved head ends.
@@ -20,9 +22,16 @@ def loss_factor(goal: Objective) -> tuple[Tensor, Tensor | None]:
     Returns:
         The factor, and the signs of its rows, shape (m, n); None: all positive.
     """
+    rows, signs = _rows(goal)
+    if len(rows) > rows.shape[2] and not isinstance(goal.loss, Differentiated):
+        rows = torch.linalg.qr(rows.transpose(0, 1), mode="r").R.transpose(0, 1)
+    return rows, signs
+
+
+def _rows(goal: Objective) -> tuple[Tensor, Tensor | None]:
+    """Return a factor with a row for each class, or for each but one."""
     rows, signs = cotangents(goal.loss, goal.logits, goal.target)
-    rows = rows @ goal.head
-    return rows.transpose(0, 1), None if bool((signs > 0).all()) else signs.T
+    return (rows @ goal.head).transpose(0, 1), None if bool((signs > 0).all()) else signs.T
 
 
 def estimated_factor(goal: Objective, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -58,7 +67,7 @@ def longest_factor(goal: Objective, count: int) -> tuple[Tensor, None]:
     Raises:
         UnsupportedTailError: if some rows have negative signs.
     """
-    rows, signs = loss_factor(goal)
+    rows, signs = _rows(goal)
     if signs is not None:
         raise Refusal(
             "A lower bound needs a loss that is convex where the network ends; this one has negative curvature for "

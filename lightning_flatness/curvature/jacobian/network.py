@@ -18,6 +18,8 @@ from lightning_flatness.precision import upcast
 from lightning_flatness.recording.graph import Cut, is_overwritten
 from lightning_flatness.recording.recorded_layers import RecordedLayers
 
+_Factor: TypeAlias = Callable[[Objective], tuple[Tensor, Tensor | None]]
+
 
 @dataclass(frozen=True)
 class Network:
@@ -29,8 +31,8 @@ class Network:
         values: of the cut, shape (n, ...).
         goal: the loss as a function of the cut.
         plan: where the parameters are used.
-        factor: of the loss's curvature at the cut, shape (m, n, j).
-        signs: of the factor's rows, shape (m, n); None: all positive.
+        make_factor: makes the rows of the loss's curvature at the cut, see `factor.py`.
+        columns: how many there are for each sample.
         grams: `W W^T` by the name of the weight.
     """
 
@@ -39,29 +41,32 @@ class Network:
     values: Tensor
     goal: Objective
     plan: Plan
-    factor: Tensor
-    signs: Tensor | None
+    make_factor: _Factor
+    columns: int
     grams: dict[str, Tensor]
 
+    def factor(self, samples: slice) -> tuple[Tensor, Tensor | None]:
+        """Return the rows of some samples, shape (m, n, j), and their signs, shape (m, n); None: all positive."""
+        rows, signs = self.make_factor(_selected(self.goal, samples))
+        return rows.to(self.values.dtype), signs
 
-_Factor: TypeAlias = Callable[[Objective], tuple[Tensor, Tensor | None]]
 
-
-def network_of(recorded: RecordedLayers, factor: _Factor = loss_factor) -> Network:
+def network_of(recorded: RecordedLayers, factor: _Factor = loss_factor, columns: int | None = None) -> Network:
     """Return what a record is made of.
 
     Args:
         recorded: one pass.
         factor: makes the rows of the loss's curvature, see `factor.py`.
+        columns: how many rows it makes for each sample; None: as many as for the first one.
 
     Raises:
         UnsupportedTailError: if the logits or the uses of a layer's weight are not what they must be.
         NonFiniteError: if the logits hold NaN.
     """
-    return _network_up_to(recorded, network_end(recorded), factor)
+    return _network_up_to(recorded, network_end(recorded), factor, columns)
 
 
-def _network_up_to(recorded: RecordedLayers, cut: Cut, make_factor: _Factor) -> Network:
+def _network_up_to(recorded: RecordedLayers, cut: Cut, make_factor: _Factor, columns: int | None) -> Network:
     values = _values(recorded, cut)
     if broken := int(values.flatten(1).isnan().any(1).sum()):
         raise NonFiniteError(
@@ -77,7 +82,7 @@ def _network_up_to(recorded: RecordedLayers, cut: Cut, make_factor: _Factor) -> 
         identity = torch.eye(goal.head.shape[2]).to(goal.head)
         goal = Objective(cut, goal.counted, values.flatten(1).double(), identity, form)
     elif goal.head_curvature is not None:  # the same end whichever layers are measured
-        return _network_up_to(recorded, goal.cut, make_factor)
+        return _network_up_to(recorded, goal.cut, make_factor, columns)
     plan = Plan(recorded, cut, len(values))
     if not recorded.is_whole and not all(map(plan.is_weight, recorded.layers.values())):
         reasons = "; ".join(f"`{name}`: {plan.left_out.get(name, 'it is none')}" for name in recorded.layers.values())
@@ -85,11 +90,11 @@ def _network_up_to(recorded: RecordedLayers, cut: Cut, make_factor: _Factor) -> 
             f"Each layer to measure must use its weight in a linear layer or a convolution alone; {reasons}. "
             f"Name other layers.\n  path: {recorded.path}"
         ).error()
-    factor, signs = make_factor(goal)
+    columns = columns or len(make_factor(_selected(goal, slice(1)))[0])
     captures, inputs = recorded.graph.captures, recorded.graph.inputs
     weights = {name: upcast(captures.value(inputs[recorded.parameters[name]])) for name in recorded.layers.values()}
     grams = {name: rows @ rows.mT for name, rows in ((name, weight.flatten(1)) for name, weight in weights.items())}
-    return Network(recorded, cut, values, goal, plan, factor.to(values.dtype), signs, grams)
+    return Network(recorded, cut, values, goal, plan, make_factor, columns, grams)
 
 
 def network_end(recorded: RecordedLayers) -> Cut:
@@ -111,6 +116,13 @@ def network_end(recorded: RecordedLayers) -> Cut:
         "All influence of the layers on the loss must pass through one tensor with a row per sample; none was found. "
         f"A loss with a penalty of the weights is no function of the outputs.\n  path: {recorded.path}"
     ).error()
+
+
+def _selected(goal: Objective, samples: slice) -> Objective:
+    """Return the objective of some of the samples, without the curvature of the head."""
+    head = goal.head if goal.head.dim() == 2 else goal.head[samples]
+    target = None if goal.target is None else goal.target[samples]
+    return Objective(goal.cut, goal.counted[samples], goal.logits[samples], head, goal.loss.select(samples), target)
 
 
 def _values(recorded: RecordedLayers, cut: Cut) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from lightning_flatness.recording.first_samples import is_by_sample
 from lightning_flatness.recording.graph import Cut, is_overwritten, sharing_memory
 from lightning_flatness.recording.operation import Captured, Node, Operation, named_arguments
 from lightning_flatness.recording.operators import Trait
@@ -61,6 +62,8 @@ class Plan:
         left_out: why a parameter is not covered, by its name.
         overwritten: numbers of those operations whose result is changed in place later.
         ends: numbers of operations whose result is all that later ones depend on of the data so far.
+        keeps_samples_apart: whether each operation on data is known to have a row for each sample, which depends on
+            the same row of the data before it alone.
     """
 
     def __init__(self, recorded: RecordedLayers, cut: Cut, samples: int) -> None:
@@ -88,6 +91,8 @@ class Plan:
         graph = recorded.graph
         self.overwritten = {n for n in self.uses if is_overwritten(graph, graph.operations[n].results[0], n)}
         self.ends = self._found_ends()
+        steps = (graph.operations[number] for number in self.numbers)
+        self.keeps_samples_apart = all(step.results[0] in self._made_of or self._is_apart(step) for step in steps)
 
     def is_made(self, node: int) -> bool:
         """Return whether a node is made of parameters and constants alone."""
@@ -178,6 +183,21 @@ class Plan:
     def _is_plain(self, named: dict[str, Any]) -> bool:
         """Return whether an operation is a layer as it should be: not transposed, and its parts added as they are."""
         return not named.get("transposed") and named.get("alpha", 1) == named.get("beta", 1) == 1
+
+    def _is_apart(self, operation: Operation) -> bool:
+        """Return whether row i of the result depends on row i of the data alone."""
+        graph, n = self._recorded.graph, self._samples
+        if operation.name not in _ROLES:
+            return is_by_sample(graph, operation, n, self._made_of)
+        named = named_arguments(operation.function, operation.args, operation.kwargs)
+        x = named[_ROLES[operation.name][0]]
+        if any(node.index not in self._made_of and node != x for node in operation.nodes):
+            return False
+        before = (graph.tensor_of(x.index) if isinstance(x, Node) else graph.captures.peek(x.index)).shape
+        after = graph.tensor_of(operation.results[0]).shape
+        spatial = named["stride"] if operation.name in _CONVOLUTIONS else ()
+        own = len(before) - len(named.get("normalized_shape", ()))  # dimensions that are not normalised together
+        return before[:1] == after[:1] == (n,) and len(before) == len(after) > max(1, 1 + len(spatial)) and own > 0
 
     def _is_made(self, argument: Any) -> bool:
         return isinstance(argument, Node) and argument.index in self._made_of

@@ -28,23 +28,26 @@ _TAPS = 4  # at least so many are differentiated together
 def bytes_per_sample(network: Network) -> int:
     """Return an estimate of what the derivatives of one sample take."""
     graph, plan = network.recorded.graph, network.plan
-    sizes, together, largest = [], 0, 0
-    for number in sorted(plan.uses.keys() | plan.ends):
+    sizes, together, largest, held = [], 0, 0, 0
+    for number in plan.numbers:
+        result = graph.operations[number].results[0]
+        size = 0 if plan.is_made(result) else graph.tensor_of(result).numel()
+        held += size
         if number in plan.uses:
-            sizes.append(graph.tensor_of(graph.operations[number].results[0]).numel())
+            sizes.append(size)
         largest = max(largest, sum(sizes[together:]))
         if number in plan.ends and len(sizes) >= together + _TAPS:
             together = len(sizes)
-    numbers = 3 * sum(sizes) + 2 * (len(network.factor) + 1) * largest
-    return numbers // len(network.values) * network.values.element_size()
+    numbers = held + sum(sizes) + 2 * (network.columns + 1) * largest
+    factor = 4 * 8 * network.goal.logits.shape[1] ** 2  # while it is made, in float64
+    return numbers // len(network.values) * network.values.element_size() + factor
 
 
 def contributions(network: Network, part: slice, chunk_bytes: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Return what the samples of a part have of the trace and relative flatness of each parameter."""
     replay = _replay(network, part)
-    columns = network.factor[:, part]
-    signs = None if network.signs is None else network.signs[:, part]
-    per_column = bytes_per_sample(network) // (len(network.factor) + 1) * columns.shape[1]
+    columns, signs = network.factor(part)
+    per_column = bytes_per_sample(network) // (network.columns + 1) * columns.shape[1]
     step = max(1, chunk_bytes // max(1, per_column))
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for start in range(0, len(columns), step):
@@ -59,15 +62,22 @@ def contributions(network: Network, part: slice, chunk_bytes: int) -> dict[str, 
     return sums
 
 
-def gradients(network: Network, part: slice, weight: str) -> Tensor:
-    """Return the gradients of all rows with respect to a weight, for the samples of a part, shape (n, m, k, d)."""
+def gradients(network: Network, part: slice, weight: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of all rows with respect to a weight, shape (n, m, k, d), and the rows' signs (n, m).
+
+    Args:
+        network: what the record is made of.
+        part: the samples.
+        weight: name of the parameter.
+    """
+    columns, signs = network.factor(part)
     calls = [
         (tap, use, torch.stack(chosen, 1), layout)
-        for tap, layout, chosen in _cotangents(_replay(network, part), network.factor[:, part])
+        for tap, layout, chosen in _cotangents(_replay(network, part), columns, network.plan.keeps_samples_apart)
         for use in tap.uses
         if (use.parameter, use.role) == (weight, "weight")
     ]
-    return layer_gradients(calls)
+    return layer_gradients(calls), torch.ones_like(columns[..., 0].T) if signs is None else signs.T
 
 
 def _replay(network: Network, part: slice) -> Replay:
@@ -77,18 +87,31 @@ def _replay(network: Network, part: slice) -> Replay:
     return replay
 
 
-def _cotangents(replay: Replay, columns: Tensor) -> Iterator[tuple[Tap, Layout, list[Tensor]]]:
-    """Yield every tap with where the samples are, and the cotangents of all columns at it, shape (n, v, ...)."""
-    samples = columns.shape[1]
-    generator = torch.Generator().manual_seed(3)
-    drawn = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 for size in (len(columns), samples))
-    weights, factors = (values.to(columns) for values in drawn)
-    structure = Structure(weights, factors)
-    tested = (torch.tensordot(weights, columns, 1) * factors.unsqueeze(1)).unsqueeze(0)
-    for tap, cotangents in _pulled_back(replay, [*torch.cat([columns, tested]).reshape(-1, *replay.output.shape)]):
-        if (layout := structure.layout(cotangents, tap.has_channels)) is None:
+def _cotangents(replay: Replay, columns: Tensor, is_apart: bool) -> Iterator[tuple[Tap, Layout, list[Tensor]]]:
+    """Yield every tap with where the samples are, and the cotangents of all columns at it, shape (n, v, ...).
+
+    Args:
+        replay: of the samples.
+        columns: to pull back, shape (m, n, j).
+        is_apart: see `Plan.keeps_samples_apart`; if not, one column more proves that the samples are not coupled.
+    """
+    samples, rows = columns.shape[1], [*columns.reshape(-1, *replay.output.shape)]
+    structure = None
+    if not is_apart:
+        generator = torch.Generator().manual_seed(3)
+        drawn = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 for size in (len(columns), samples))
+        weights, factors = (values.to(columns) for values in drawn)
+        structure = Structure(weights, factors)
+        tested = torch.tensordot(weights, columns, 1) * factors.unsqueeze(1)
+        rows.append(tested.reshape(replay.output.shape))
+    for tap, cotangents in _pulled_back(replay, rows):
+        layout: Layout | None = "major"
+        if structure is not None:
+            layout = structure.layout(cotangents, tap.has_channels)
+            cotangents.pop()
+        if layout is None:
             raise GraphError("the logits of one sample depend on another sample")
-        yield tap, layout, [arranged(one, samples, layout) for one in cotangents[:-1]]
+        yield tap, layout, [arranged(one, samples, layout) for one in cotangents]
 
 
 def _of_columns(network: Network, replay: Replay, columns: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -97,7 +120,7 @@ def _of_columns(network: Network, replay: Replay, columns: Tensor) -> dict[str, 
     layers: dict[str, list[tuple[Tap, Use, Tensor, Layout]]] = {}
     vectors: dict[str, Tensor] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for tap, layout, chosen in _cotangents(replay, columns):
+    for tap, layout, chosen in _cotangents(replay, columns, plan.keeps_samples_apart):
         for use in tap.uses:
             if use.role == "weight":
                 layers.setdefault(use.parameter, []).append((tap, use, torch.stack(chosen, 1), layout))

@@ -24,7 +24,7 @@ SIGMOID = (PHI.sigmoid() * (-PHI).sigmoid()).diag_embed()
     ("loss", "curvature", "rows"),
     [
         (CrossEntropy(), SOFTMAX, 2),
-        (BinaryCrossEntropy(), SIGMOID, 3),
+        (BinaryCrossEntropy(), SIGMOID, 2),  # as many as there are numbers before the head
         (Differentiated(torch.zeros_like(PHI), OTHER), OTHER, 3),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from layer_cases import CASES, CLASSES, Case, Loss, Twice, gauss_newton, measure
 from recorded import Measured
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import lightning_flatness.functional as LF
 from lightning_flatness import JacobianMethod, UnsupportedTailError, oracle
 from lightning_flatness.functional import standard_error
 
@@ -270,3 +274,31 @@ def test_a_loss_behind_a_narrow_tensor_is_differentiated_there() -> None:
         assert quantities.curvature == "hessian"
     inputs = model[:3](x).square().sum(1)
     torch.testing.assert_close(found["3"].confidence * inputs, found["3"].hessian_trace, **close)
+
+
+class Largest(TorchDispatchMode):
+    """How many bytes the largest memory of a result has."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = (t.untyped_storage().nbytes() for t in tree_leaves(result) if isinstance(t, Tensor))
+        self.size = max(self.size, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize(("layers", "estimate"), [(("0",), False), (("2",), False), ("all", True)])
+def test_the_factor_of_many_classes_is_in_memory_for_one_sample_at_a_time(layers: Any, estimate: bool) -> None:
+    classes, n = 1000, 2
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, classes)).double(), torch.randn(n, 3).double()
+    record = recorded(model, x, torch.arange(n), layers=layers)
+    with Largest() as largest:
+        found = JacobianMethod(chunk_bytes=2**20, estimate=estimate).quantities(record)
+    assert largest.size <= 8 * classes**2
+    if layers == ("2",):
+        expected = LF.confidence(model(x)) * model[:2](x).square().sum(1)
+        torch.testing.assert_close(found.by_layer["2"].hessian_trace, expected.detach())
+    if layers == ("0",):
+        expected = oracle.hessian_trace(model, "0", x, torch.arange(n))
+        torch.testing.assert_close(found.by_layer["0"].hessian_trace, expected)

@@ -21,10 +21,12 @@ def test_it_ends_in_the_logits_and_has_one_row_fewer_than_classes(name: str) -> 
     model, (x, y) = NAMED[name].model(), NAMED[name].data()
     network = network_of(recorded(model, x, y))
     torch.testing.assert_close(network.values, model(x).detach())
-    assert (network.factor.shape, network.signs) == ((CLASSES - 1, len(x), CLASSES), None)
+    factor, signs = network.factor(slice(None))
+    assert (factor.shape, signs, network.columns) == ((CLASSES - 1, len(x), CLASSES), None, CLASSES - 1)
+    torch.testing.assert_close(network.factor(slice(1, 3))[0], factor[:, 1:3])
     assert network_end(network.recorded) == network.cut
     estimated = network_of(network.recorded, partial(estimated_factor, generator=torch.Generator()))
-    assert estimated.factor.shape == (2, len(x), CLASSES)
+    assert estimated.factor(slice(None))[0].shape == (2, len(x), CLASSES)
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
