@@ -9,6 +9,7 @@ the other half: another data set and another seed.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,9 @@ import pandas as pd
 import ruptures
 from tqdm import tqdm
 
+from experiments import costs
 from experiments.alerts import CHANGES, DISTURBED_AT, NAME, UNDISTURBED
+from experiments.layer_traces import KEYS as LAYER_TRACES
 from experiments.runs import RESULTS, results
 from experiments.statistics import share
 from lightning_flatness import AllOf, Rule, rules
@@ -109,7 +112,17 @@ def series(values: Values, key: str) -> np.ndarray:
 
 def cusum(key: str, threshold: float, values: Values) -> list[tuple[int, str]]:
     """Return when the textbook CUSUM of a key fires, in either direction; it starts anew after that."""
-    x, start, found, up, down = series(values, key), 0, [], 0.0, 0.0
+    return _cusum(series(values, key), threshold)
+
+
+def layer_cusum(threshold: float, values: Values) -> list[tuple[int, str]]:
+    """Return when the CUSUM of any layer's trace fires; estimates may be negative, so there are no logarithms."""
+    layers = [np.array([row[key] for row in values]) for key in LAYER_TRACES if key in values[0]]
+    return sorted(set().union(*(_cusum(x, threshold) for x in layers)))
+
+
+def _cusum(x: np.ndarray, threshold: float) -> list[tuple[int, str]]:
+    start, found, up, down = 0, [], 0.0, 0.0
     for now in range(len(x)):
         if now - start < WINDOW:
             continue
@@ -182,6 +195,7 @@ def candidates() -> Iterator[Candidate]:
             yield Candidate(f"{condition} {key}", f"{threshold}", partial(fired, rule))
         for key in KEYS:
             yield Candidate(f"CUSUM {key}", f"{threshold}", partial(cusum, key, threshold))
+        yield Candidate("Hutchinson per layer, CUSUM", f"{threshold}", partial(layer_cusum, threshold))
     for above in (0.3, 0.4, 0.5, 0.6, 0.7):
         yield Candidate("memorisation", f"{above}", partial(fired, memorisation(above)))
     for penalty in PENALTIES:
@@ -199,29 +213,36 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
         A row for each detector, threshold and run with `half`, `kind`, `validations`, `alerts` (before a disturbance
         they are those of the healthy run, and not counted), `delay` (of the first, in validations; the first validation
         after a disturbance is 1) and `named`: whether the first alerts name the cause. `detected`: an alert in time,
-        for `memorisation` at any time.
+        for `memorisation` at any time. `ms`: the detector's own time of the processor for a validation. The traces of
+        the layers were not recorded in all runs; their detector has no row where they were not.
     """
     recorded, found = curves(rows), []
     for candidate in tqdm(list(candidates()), desc="judging", unit="detector"):
         for run in recorded:
-            start = run.disturbed_at if run.kind in CHANGES else 0
-            alerts = [(number - start + 1, cause) for number, cause in candidate.detect(run.values) if number >= start]
-            delay = alerts[0][0] if alerts else math.nan
-            first = {cause for number, cause in alerts if number <= delay + 1}
+            if candidate.name.startswith("Hutchinson") and LAYER_TRACES[0] not in run.values[0]:
+                continue
+            begun = time.process_time()
+            alerts = candidate.detect(run.values)
+            ms = 1000 * (time.process_time() - begun) / len(run.values)
             found.append(
-                {
-                    "detector": candidate.name,
-                    "threshold": candidate.threshold,
-                    "half": run.half,
-                    "kind": run.kind,
-                    "validations": len(run.values) - start,
-                    "alerts": len(alerts),
-                    "delay": delay,
-                    "detected": delay <= (IN_TIME if run.kind in CHANGES else math.inf),
-                    "named": _cause(run.kind) in first,
-                }
+                {"detector": candidate.name, "threshold": candidate.threshold, "half": run.half, "kind": run.kind}
+                | _judgement(run, alerts)
+                | {"ms": float(f"{ms:.2g}")}
             )
     return pd.DataFrame(found)
+
+
+def _judgement(run: Curve, alerts: list[tuple[int, str]]) -> dict[str, object]:
+    start = run.disturbed_at if run.kind in CHANGES else 0
+    after = [(number - start + 1, cause) for number, cause in alerts if number >= start]
+    delay = after[0][0] if after else math.nan
+    return {
+        "validations": len(run.values) - start,
+        "alerts": len(after),
+        "delay": delay,
+        "detected": delay <= (IN_TIME if run.kind in CHANGES else math.inf),
+        "named": _cause(run.kind) in {cause for number, cause in after if number <= delay + 1},
+    }
 
 
 def _cause(kind: str) -> str:
@@ -239,8 +260,14 @@ def selected(judgements: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def table(judgements: pd.DataFrame, half: str) -> pd.DataFrame:
-    """Return what each detector with its selected threshold does on one half of the runs."""
+def table(judgements: pd.DataFrame, half: str, cost: pd.DataFrame) -> pd.DataFrame:
+    """Return what each detector with its selected threshold does on one half of the runs.
+
+    Args:
+        judgements: of `judged`.
+        half: `tuning` or `held out`.
+        cost: of `experiments.costs`.
+    """
     chosen, found = selected(judgements), []
     for name, threshold in chosen.items():
         runs = judgements[
@@ -258,12 +285,21 @@ def table(judgements: pd.DataFrame, half: str) -> pd.DataFrame:
         hit = runs[runs.detected & runs.kind.isin(CHANGES)]
         row["delay"] = hit.delay.median()
         row["named"] = str(share(hit.named.sum(), len(hit))) if name.startswith(BUILT_IN) else ""
+        row["ms per validation"] = cost.assign(free=0.0)[_source(name)].mean() + runs.ms.mean()
+        row["runs"] = len(runs)
         found.append(row)
     return pd.DataFrame(found).set_index("detector")
+
+
+def _source(name: str) -> str:
+    """Return the column of the costs of what a detector reads; `val_loss` and the predictions are there anyway."""
+    if name.startswith("Hutchinson"):
+        return "layer traces"
+    return "free" if "val_loss" in name or name == "Label Wave" else "monitor"
 
 
 if __name__ == "__main__":
     judgements = judged(results(NAME))
     judgements.to_csv(RESULTS / f"{JUDGED}.csv.gz", index=False)
     for part in ("tuning", "held out"):
-        print(f"\n{part}\n{table(judgements, part).to_string()}")
+        print(f"\n{part}\n{table(judgements, part, results(costs.NAME)).to_string()}")

@@ -15,10 +15,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments import acting, alerts, claims, detection, false_friend, margins, onset, ranking
+from experiments import (
+    ablation,
+    acting,
+    alerts,
+    choosing,
+    claims,
+    costs,
+    detection,
+    false_friend,
+    margins,
+    onset,
+    ranking,
+)
 from experiments.claims import Claim, as_markdown
 from experiments.runs import results
-from experiments.statistics import Estimate, mean
+from experiments.statistics import Estimate
 
 PAGES = Path(__file__).parents[1] / "docs" / "experiments"
 MARK = "<!-- results -->\n"
@@ -41,7 +53,7 @@ def of_alerts() -> tuple[Figure, str]:
         "detected in time; behind each name the false alarms per 100 healthy validations", fontsize=9
     )
     tables = [
-        f"### {half.capitalize()} half\n\n" + as_markdown(detection.table(judgements, half))
+        f"### {half.capitalize()} half\n\n" + as_markdown(detection.table(judgements, half, results(costs.NAME)))
         for half in ("tuning", "held out")
     ]
     return figure, "\n\n".join([counted(rows, [*alerts.GROUP, "kind"], alerts.GROUP), *tables])
@@ -59,6 +71,9 @@ def of_ranking() -> tuple[Figure, str]:
         learnt = f"{len(group)} networks, {len(ranking.fitted(group))} of which have learnt their training images."
         table = pd.DataFrame({ranking.full_name(key): found[key] for key in order}).T.rename_axis("key")
         parts.append(f"### {data}\n\n{learnt}\n\n{as_markdown(table)}")
+    rows = results(ablation.NAME)
+    found = as_markdown(ablation.summary(rows))
+    parts.append(f"### Pooling, shape and rescaling\n\n{counted(rows)}\n\n{found}")
     return figures[0], "\n\n".join(parts)
 
 
@@ -134,18 +149,30 @@ def of_onset() -> tuple[Figure, str]:
 
 def of_acting() -> tuple[Figure, str]:
     """Return figure and tables of acting and choosing."""
-    rows, trained = results(acting.NAME), results(ranking.NAME)
+    rows = results(acting.NAME)
     table = acting.gains(rows)
     shown = table[table.action != "none"]
     names = [f"{kind}, {action}" for kind, action in zip(shown.kind, shown.action, strict=True)]
     figure = dots(dict(zip(names, shown.gain, strict=True)), "gain of test accuracy over no action", 0.0)
     parts = [counted(rows), as_markdown(table, index=False)]
+    return figure, "\n\n".join(parts)
+
+
+def of_choosing() -> tuple[Figure, str]:
+    """Return figure and tables of choosing; the figure is that of the trials."""
+    rows, trained = results(choosing.NAME), results(ranking.NAME)
+    kept, chosen = (
+        choosing.table(errors, reference)
+        for errors, reference in zip(choosing.errors(rows), ("training loss", "val_loss"), strict=True)
+    )
+    ends = chosen["test error"].to_dict()
+    figure = dots(ends, "test error of the trial that is left", ends["any (mean)"].value)
+    parts = [counted(rows, ["data", "wrong_labels", "trial", "seed"])]
     for data, group in ranking.by_data(trained):
-        errors = acting.chosen_errors(group)
-        if len(errors):
-            chosen = {key: {"test error": mean(errors[key].to_numpy())} for key in errors}
-            table = pd.DataFrame(chosen).T.rename_axis("chosen by")
-            parts.append(f"### Choosing one of ten fitted networks: {data}\n\n{as_markdown(table)}")
+        if len(found := choosing.networks(group)):
+            parts.append(f"### One of ten fitted networks: {data}\n\n{as_markdown(found)}")
+    parts.append(f"### A checkpoint of a training\n\n{as_markdown(kept)}")
+    parts.append(f"### A trial of a search, by pruning\n\n{as_markdown(chosen)}")
     return figure, "\n\n".join(parts)
 
 
@@ -156,6 +183,7 @@ SECTIONS: dict[str, Callable[[], tuple[Figure, str]]] = {
     "false-friend": of_false_friend,
     "onset": of_onset,
     "acting": of_acting,
+    "choosing": of_choosing,
 }
 
 
@@ -166,9 +194,11 @@ def all_claims() -> list[Claim]:
         *claims.of_margins(results(margins.NAME)),
         *claims.of_false_friend(results(false_friend.NAME)),
         *claims.of_ranking(trained),
+        *claims.of_ablation(results(ablation.NAME)),
         *claims.of_onset(onset.with_proxy(results(onset.NAME))),
         *claims.of_alerts(results(detection.JUDGED)),
-        *claims.of_acting(results(acting.NAME), trained),
+        *claims.of_acting(results(acting.NAME)),
+        *claims.of_choosing(results(choosing.NAME), trained),
     ]
 
 
