@@ -88,7 +88,7 @@ class Evaluation(Callback):
 def tasks(smoke: bool = False, data: str | None = None, seeds: int | None = None) -> Iterator[Task]:
     """Yield the trials, search by search."""
     if smoke:
-        yield from (Task(data or "digits", 0.0, trial, 0, validations=3, steps=4) for trial in range(3))
+        yield from (Task(data or "digits", 0.0, trial, 0, validations=3, steps=4) for trial in range(2))
         return
     names = (data,) if data else DATA
     for seed, name, wrong, trial in product(range(seeds or SEEDS), names, WRONG_LABELS, range(TRIALS)):

@@ -21,7 +21,6 @@ from experiments import (
     alerts,
     choosing,
     claims,
-    costs,
     detection,
     false_friend,
     margins,
@@ -41,6 +40,7 @@ WIDTH, DPI = 8, 110
 def of_alerts() -> tuple[Figure, str]:
     """Return figure and tables of the alerts."""
     rows, judgements = results(alerts.NAME), results(detection.JUDGED)
+    cost = results(detection.SPENT).set_index("detector").ms
     chosen = detection.selected(judgements)
     kinds = [*alerts.CHANGES, "memorisation"]
     held = judgements[(judgements.half == "held out") & (judgements.threshold == judgements.detector.map(chosen))]
@@ -53,7 +53,7 @@ def of_alerts() -> tuple[Figure, str]:
         "detected in time; behind each name the false alarms per 100 healthy validations", fontsize=9
     )
     tables = [
-        f"### {half.capitalize()} half\n\n" + as_markdown(detection.table(judgements, half, results(costs.NAME)))
+        f"### {half.capitalize()} half\n\n" + as_markdown(detection.table(judgements, half, cost))
         for half in ("tuning", "held out")
     ]
     return figure, "\n\n".join([counted(rows, [*alerts.GROUP, "kind"], alerts.GROUP), *tables])
