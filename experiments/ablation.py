@@ -20,15 +20,15 @@ from torch import nn
 from experiments import ranking
 from experiments.ranking import FAMILIES, KEYS
 from experiments.runs import Options, Row, completed, options
-from experiments.statistics import Estimate
+from experiments.statistics import Estimate, bootstrapped
 from experiments.training import evaluated
 
 NAME = "ablation"
 DATA, SEEDS = "digits", 1
 SHAPES = ((16, 1), (11, 2), (8, 4))
 """Widths and depths with about as many parameters: those of a block grow with the square of the width."""
-EQUAL = "width against depth"
-"""Name of that comparison."""
+EQUAL, RESCALED = "width against depth", "factor of a rescaling"
+"""Names of a comparison, and of the median factor by which a rescaling moves a key."""
 SPREAD = 1.0
 """Standard deviation of the logarithm of a factor of the rescaling."""
 HOMOGENEOUS = nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten
@@ -108,10 +108,8 @@ def variants(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     rows = rows.assign(**dict.fromkeys(ranking.RIVALS, 1.0))
     equal = pd.MultiIndex.from_frame(rows[["width", "depth"]]).isin(SHAPES)
     shallow = rows[rows.depth == 1]
-    pooled = shallow[shallow.pooled]
     return {
-        "as trained": pooled,
-        "rescaled": pooled.assign(**{key: pooled[f"rescaled_{key}"] for key in KEYS}),
+        "as trained": shallow[shallow.pooled],
         "without pooling": shallow[~shallow.pooled],
         EQUAL: rows[rows.pooled & equal].assign(width=0),
     }
@@ -119,7 +117,7 @@ def variants(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the sign error of each key within a family in each comparison, and how far a rescaling moves the key."""
-    found: dict[str, dict[str, Estimate | float]] = {key: {} for key in KEYS}
+    found: dict[str, dict[str, Estimate]] = {key: {} for key in KEYS}
     for name, group in variants(rows).items():
         errors = ranking.sign_errors(ranking.fitted(group))
         # Networks of equal size differ in width and depth together; the other pairs are those of one family.
@@ -128,8 +126,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         for key in KEYS:
             found[key][name] = ranking.over_networks(errors, key)
     for key in KEYS:
-        moved = np.abs(np.log(np.abs(rows[f"rescaled_{key}"] / rows[key])))
-        found[key]["factor of a rescaling"] = float(np.exp(moved.median()))
+        moved = np.exp(np.abs(np.log(np.abs(rows[f"rescaled_{key}"] / rows[key])))).dropna()
+        found[key][RESCALED] = bootstrapped(np.median, moved.to_numpy())
     return pd.DataFrame(found).T.rename(index=ranking.full_name).rename_axis("key")
 
 

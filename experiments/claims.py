@@ -127,7 +127,6 @@ def of_ablation(rows: pd.DataFrame) -> Iterator[Claim]:
     texts = {
         "without pooling": "Without the global pooling, {} orders two networks of a family",
         "width against depth": "{} orders two networks of equal size, one wide and one deep,",
-        "rescaled": "After a rescaling that changes no prediction, {} orders two networks of a family",
     }
     for variant, text in texts.items():
         for key in ("flatness/relative", "flatness/trace", "flatness/scale_free", "margin/scale_free"):
@@ -138,6 +137,14 @@ def of_ablation(rows: pd.DataFrame) -> Iterator[Claim]:
                 found[variant][key],
                 lambda error: error < 0.5,
             )
+    for key in ("flatness/relative", "flatness/trace", "flatness/scale_free", "margin/scale_free"):
+        yield Claim(
+            "ranking",
+            f"A rescaling that changes no prediction leaves {key} as it is (median factor of the change)",
+            "none",
+            found[ablation.RESCALED][key],
+            lambda factor: factor < 1.001,
+        )
 
 
 def of_onset(rows: pd.DataFrame) -> Iterator[Claim]:

@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        if not self.n:
+        if not self.n or np.isnan(self.value):
             return "none"
         if np.isnan(self.low):
             return f"{self.value:.3f} (n = {self.n})"
