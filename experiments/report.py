@@ -21,6 +21,7 @@ from experiments import (
     alerts,
     choosing,
     claims,
+    costs,
     detection,
     false_friend,
     margins,
@@ -56,6 +57,11 @@ def of_alerts() -> tuple[Figure, str]:
         f"### {half.capitalize()} half\n\n" + as_markdown(detection.table(judgements, half, cost))
         for half in ("tuning", "held out")
     ]
+    shown = results(costs.NAME)[["data", "network", *costs.SOURCES]]
+    tables.append(
+        f"### Costs\n\nMilliseconds of the processor for a validation: without anything, and what comes on top.\n\n"
+        f"{as_markdown(shown, index=False)}"
+    )
     return figure, "\n\n".join([counted(rows, [*alerts.GROUP, "kind"], alerts.GROUP), *tables])
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
+import struct
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +39,7 @@ from experiments import (
     report,
     statistics,
 )
+from experiments import data as experiment_data
 from experiments.claims import Claim
 from experiments.data import Images, split
 from experiments.networks import POOLED, network
@@ -254,6 +259,61 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     data = split(str(tmp_path), 4, 2, 0)
     assert data.shape == (3, 32, 32)
     assert data.training.images[data.training.labels == 0][:, 0].min() > 0
+
+
+def write_mnist(folder: Path) -> None:
+    """Write 20 training and 20 test images of 28 x 28 in MNIST's format: big-endian sizes, then bytes."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        labels = np.arange(20, dtype=np.uint8) % 2
+        images = np.full((20, 28, 28), 1, dtype=np.uint8) * (1 + labels[:, None, None])
+        sizes = struct.pack(">IIII", 0x0803, *images.shape)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(sizes + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x0801, 20) + labels.tobytes())
+
+
+def write_cifar(folder: Path, kind: Any, labels_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write ten images a file in CIFAR's format: pickled rows of 1,024 red, green and blue bytes."""
+    base = folder / kind.base_folder
+    base.mkdir(parents=True)
+
+    def written(name: str, content: dict[str, Any]) -> str:
+        (base / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((base / name).read_bytes()).hexdigest()
+
+    labels = np.arange(10) % 2
+    data = np.repeat(np.stack([1 + labels, 0 * labels, 0 * labels], 1), 1024, 1).astype(np.uint8)
+    for part in ("train_list", "test_list"):
+        files = [[name, written(name, {"data": data, labels_name: labels.tolist()})] for name, _ in getattr(kind, part)]
+        monkeypatch.setattr(kind, part, files)
+    meta = kind.meta["filename"]
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": written(meta, {kind.meta["key"]: ["a", "b"]})})
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
+def test_the_formats_of_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setattr(experiment_data, "DOWNLOADS", tmp_path)
+    if name == "mnist":
+        write_mnist(tmp_path)
+    else:
+        kind, labels = {
+            "cifar10": (datasets.CIFAR10, "labels"),
+            "cifar100": (datasets.CIFAR100, "fine_labels"),
+        }[name]
+        write_cifar(tmp_path, kind, labels, monkeypatch)
+    try:
+        data = split(name, 8, 4, 0)
+    finally:
+        experiment_data._pool.cache_clear()
+    size = {"mnist": 40, "cifar10": 60, "cifar100": 20}[name]
+    assert data.shape == ((1, 28, 28) if name == "mnist" else (3, 32, 32))
+    assert [len(part) for part in (data.training, data.validation, data.test)] == [8, 4, size - 12]
+    # The first channel is brighter in the second class: images, channels and labels are where they belong.
+    first = data.test.images[:, 0].flatten(1)
+    assert first.std(1).max() == 0
+    assert first[data.test.labels == 1].min() > first[data.test.labels == 0].max()
 
 
 def test_verdicts_follow_from_the_interval() -> None:
