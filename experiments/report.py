@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib as mpl
 import numpy as np
@@ -58,17 +59,15 @@ def of_alerts() -> tuple[Figure, str]:
         for half in ("tuning", "held out")
     ]
     shown = results(costs.NAME)[["data", "network", *costs.SOURCES]]
-    tables.append(
-        f"### Costs\n\nMilliseconds of the processor for a validation: without anything, and what comes on top.\n\n"
-        f"{as_markdown(shown, index=False)}"
-    )
-    return figure, "\n\n".join([counted(rows, [*alerts.GROUP, "kind"], alerts.GROUP), *tables])
+    words = "Milliseconds of the processor for a validation: without anything, and what comes on top."
+    tables.append(f"### Costs\n\n{words}\n\n{as_markdown(shown, index=False)}")
+    return figure, "\n\n".join([counted(rows, alerts, [*alerts.GROUP, "kind"], alerts.GROUP), *tables])
 
 
 def of_ranking() -> tuple[Figure, str]:
     """Return figure and tables of the ranking; the figure is that of the first data set."""
     rows = results(ranking.NAME)
-    figures, parts = [], [counted(rows)]
+    figures, parts = [], [counted(rows, ranking)]
     for data, group in ranking.by_data(rows):
         found = ranking.summary(group)
         order = sorted(found, key=lambda key: found[key]["sign error"].value)
@@ -79,7 +78,7 @@ def of_ranking() -> tuple[Figure, str]:
         parts.append(f"### {data}\n\n{learnt}\n\n{as_markdown(table)}")
     rows = results(ablation.NAME)
     found = as_markdown(ablation.summary(rows))
-    parts.append(f"### Pooling, shape and rescaling\n\n{counted(rows)}\n\n{found}")
+    parts.append(f"### Pooling, shape and rescaling\n\n{counted(rows, ablation)}\n\n{found}")
     return figures[0], "\n\n".join(parts)
 
 
@@ -109,7 +108,7 @@ def of_margins() -> tuple[Figure, str]:
     ends = last.groupby(["network", "batch"], sort=False)[shown].mean()
     heading = "### At the end, small against large batches\n\n"
     return figure, "\n\n".join(
-        [counted(rows, ["data", "network", "batch", "seed"]), as_markdown(table), heading + as_markdown(ends)]
+        [counted(rows, margins, ["data", "network", "batch", "seed"]), as_markdown(table), heading + as_markdown(ends)]
     )
 
 
@@ -129,7 +128,7 @@ def of_false_friend() -> tuple[Figure, str]:
     ]
     ranks = ["layer_rank", "layer_rank_bound"]
     ways = rows.groupby(["network", "way"], sort=False)[[*shown, *ranks]].mean()
-    return figure, "\n\n".join([counted(rows), as_markdown(table), "### Means\n\n" + as_markdown(ways)])
+    return figure, "\n\n".join([counted(rows, false_friend), as_markdown(table), "### Means\n\n" + as_markdown(ways)])
 
 
 def of_onset() -> tuple[Figure, str]:
@@ -150,7 +149,7 @@ def of_onset() -> tuple[Figure, str]:
     figure.axes[0].legend(fontsize=6, loc="lower left")
     right.legend(fontsize=6, loc="lower right")
     table = onset.changes(rows).T.reset_index(names="from fitted to end: factor")
-    return figure, f"{counted(rows, ['data', 'start', 'seed'])}\n\n{as_markdown(table, index=False)}"
+    return figure, f"{counted(rows, onset, ['data', 'start', 'seed'])}\n\n{as_markdown(table, index=False)}"
 
 
 def of_acting() -> tuple[Figure, str]:
@@ -160,7 +159,7 @@ def of_acting() -> tuple[Figure, str]:
     shown = table[table.action != "none"]
     names = [f"{kind}, {action}" for kind, action in zip(shown.kind, shown.action, strict=True)]
     figure = dots(dict(zip(names, shown.gain, strict=True)), "gain of test accuracy over no action", 0.0)
-    parts = [counted(rows), as_markdown(table, index=False)]
+    parts = [counted(rows, acting), as_markdown(table, index=False)]
     return figure, "\n\n".join(parts)
 
 
@@ -173,7 +172,7 @@ def of_choosing() -> tuple[Figure, str]:
     )
     ends = chosen["test error"].to_dict()
     figure = dots(ends, "test error of the trial that is left", ends["any (mean)"].value)
-    parts = [counted(rows, ["data", "wrong_labels", "trial", "seed"])]
+    parts = [counted(rows, choosing, ["data", "wrong_labels", "trial", "seed"])]
     for data, group in ranking.by_data(trained):
         if len(found := choosing.networks(group)):
             parts.append(f"### One of ten fitted networks: {data}\n\n{as_markdown(found)}")
@@ -208,11 +207,14 @@ def all_claims() -> list[Claim]:
     ]
 
 
-def counted(rows: pd.DataFrame, run: list[str] | None = None, timed: list[str] | None = None) -> str:
-    """Return how many runs there are, of which seeds, with which versions, and their time.
+def counted(
+    rows: pd.DataFrame, experiment: ModuleType, run: list[str] | None = None, timed: list[str] | None = None
+) -> str:
+    """Return how many runs of the full design there are, of which seeds, with which versions, and their time.
 
     Args:
         rows: of a file.
+        experiment: whose file it is.
         run: columns that identify a run; None: a row is one.
         timed: columns that identify what was timed together; None: a run.
     """
@@ -220,8 +222,10 @@ def counted(rows: pd.DataFrame, run: list[str] | None = None, timed: list[str] |
     minutes = rows.drop_duplicates(timed).seconds.sum() / 60 if timed else runs.seconds.sum() / 60
     seeds = ", ".join(map(str, sorted(runs.seed.unique())))
     versions = "; ".join(rows.versions.unique())
+    designed = len(list(experiment.tasks())) * (len(alerts.KINDS) if experiment is alerts else 1)
     return (
-        f"{len(runs)} runs with the seeds {seeds} in {minutes:.0f} minutes of a core that others used too. {versions}."
+        f"{len(runs)} of {designed} runs, with the seeds {seeds}, in {minutes:.0f} minutes of a core that others used "
+        f"too. {versions}."
     )
 
 
