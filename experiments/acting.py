@@ -1,9 +1,8 @@
-"""Does acting help? Trainings of `experiments.alerts` to their end, with and without actions; and choosing by flatness.
+"""Does acting help? Trainings of `experiments.alerts` to their end, with and without actions.
 
     python -m experiments.acting [--smoke] [--data NAME] [--jobs 2] [--seeds N]
 
-The choice is among the networks of `experiments.ranking`: no validation image, only what is measured on the training
-images.
+The actions are those of the built-in rules; beside them stand their counterparts on `val_loss`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -22,7 +20,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from experiments.alerts import CHANGES, OPTIMIZERS, TRAINING, VALIDATION, WEIGHT_DECAY, Disturbance
 from experiments.data import split
 from experiments.networks import network
-from experiments.ranking import fitted, full_name, predictors
 from experiments.runs import Options, Row, completed, options
 from experiments.statistics import mean
 from experiments.training import Classifier, evaluated, fit, quiet_monitor
@@ -36,12 +33,6 @@ ACTIONS = ("none", "stop", "reduce", "early_stopping", "plateau")
 VALIDATIONS, DISTURBED_AT, STEPS, BATCH_SIZE = 30, 16, 15, 64
 PATIENCE = 5
 """Of `EarlyStopping` and `ReduceLROnPlateau`."""
-CHOICES, OUT_OF = 1000, 10
-"""Random choices, and networks in each."""
-KEYS = (
-    *"relative trace scale_free confidence mean scale_free_margin margin_share".split(),
-    *"training_loss squared_norm path_norm perturbation validation_loss".split(),
-)
 
 
 @dataclass(frozen=True)
@@ -142,23 +133,6 @@ def gains(rows: pd.DataFrame) -> pd.DataFrame:
 def _acted(group: pd.DataFrame) -> pd.Series:
     cut = group.final_rate < OPTIMIZERS["sgd"] * 0.99
     return (group.validations_run < group.validations) | cut
-
-
-def chosen_errors(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the test error of the fitted network that each key chooses out of a few, a row for each random draw.
-
-    Args:
-        rows: of `experiments.ranking`, of one data set.
-    """
-    learnt = fitted(rows)
-    if len(learnt) <= OUT_OF:
-        return pd.DataFrame()
-    generator, scores, error = np.random.default_rng(0), predictors(learnt), learnt.test_error.to_numpy()
-    drawn = np.stack([generator.choice(len(learnt), OUT_OF, replace=False) for _ in range(CHOICES)])
-    found = {"the best": error[drawn].min(1), "any (mean)": error[drawn].mean(1)}
-    for key in KEYS:
-        found[full_name(key)] = error[drawn[np.arange(CHOICES), scores[key].to_numpy()[drawn].argmin(1)]]
-    return pd.DataFrame(found)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from experiments.data import split
+from experiments.layer_traces import KEYS as LAYER_TRACES
+from experiments.layer_traces import LayerTraces
 from experiments.networks import network
 from experiments.runs import Options, Row, completed, options
 from experiments.training import Classifier, fit, quiet_monitor
@@ -171,11 +173,17 @@ def _curve(task: Task, kind: str, *callbacks: Callback, checkpoint: Path | None 
     rate *= UNNORMALISED_RATE if task.network == "unnormalised" else 1
     net = network(task.network, data.shape, data.classes, depth=2)
     module = Classifier(net, task.optimizer, rate, WEIGHT_DECAY, augmentation=True)
-    monitor = quiet_monitor()
-    fit(module, data, task.seed, task.validations, task.steps, BATCH_SIZE, [*callbacks, monitor], checkpoint)
+    monitor, traces = quiet_monitor(), LayerTraces(data.training, task.seed)
+    fit(module, data, task.seed, task.validations, task.steps, BATCH_SIZE, [*callbacks, monitor, traces], checkpoint)
     curves = monitor.history.values
     return [
-        {"kind": kind, "validation": number, **{key: series[number] for key, series in curves.items()}}
+        {
+            "kind": kind,
+            "validation": number,
+            **{key: series[number] for key, series in curves.items()},
+            **dict.fromkeys(LAYER_TRACES),
+            **traces.values[number],
+        }
         for number in range(len(monitor.history))
     ]
 

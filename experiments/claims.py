@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments import acting, detection, false_friend, onset, ranking
+from experiments import ablation, acting, choosing, detection, false_friend, onset, ranking
 from experiments.statistics import Estimate, mean, share
 
 STRONG, WEAK, FALSE_ALARMS = 0.98, 0.8, 0.001
@@ -121,6 +121,32 @@ def of_ranking(rows: pd.DataFrame) -> Iterator[Claim]:
                 )
 
 
+def of_ablation(rows: pd.DataFrame) -> Iterator[Claim]:
+    """Yield the claims of `experiments.ablation`."""
+    found = ablation.summary(rows)
+    texts = {
+        "without pooling": "Without the global pooling, {} orders two networks of a family",
+        "width against depth": "{} orders two networks of equal size, one wide and one deep,",
+    }
+    for variant, text in texts.items():
+        for key in ("flatness/relative", "flatness/trace", "flatness/scale_free", "margin/scale_free"):
+            yield Claim(
+                "ranking",
+                f"{text.format(key)} better than chance (sign error)",
+                "none",
+                found[variant][key],
+                lambda error: error < 0.5,
+            )
+    for key in ("flatness/relative", "flatness/trace", "flatness/scale_free", "margin/scale_free"):
+        yield Claim(
+            "ranking",
+            f"A rescaling that changes no prediction leaves {key} as it is (median factor of the change)",
+            "none",
+            found[ablation.RESCALED][key],
+            lambda factor: factor < 1.001,
+        )
+
+
 def of_onset(rows: pd.DataFrame) -> Iterator[Claim]:
     """Yield the claims of `experiments.onset`."""
     delayed = onset.changes(rows)
@@ -166,7 +192,7 @@ def of_alerts(judgements: pd.DataFrame) -> Iterator[Claim]:
     )
 
 
-def of_acting(rows: pd.DataFrame, trained: pd.DataFrame) -> Iterator[Claim]:
+def of_acting(rows: pd.DataFrame) -> Iterator[Claim]:
     """Yield the claims of `experiments.acting`."""
     runs = acting.with_gains(rows)
     is_healthy = runs.kind == "healthy"
@@ -182,17 +208,43 @@ def of_acting(rows: pd.DataFrame, trained: pd.DataFrame) -> Iterator[Claim]:
                 mean(group[group.action == action].gain.dropna().to_numpy()),
                 lambda gain: gain > 0,
             )
+
+
+def of_choosing(rows: pd.DataFrame, trained: pd.DataFrame) -> Iterator[Claim]:
+    """Yield the claims of `experiments.choosing`."""
+    page, text = "choosing", "has a smaller test error than"
     for data, group in ranking.by_data(trained):
-        errors = acting.chosen_errors(group)
-        for key in ("flatness/relative", "margin/scale_free") if len(errors) else ():
+        found = choosing.networks(group)
+        for key in ("flatness/relative", "flatness/scale_free", "margin/scale_free") if len(found) else ():
             yield Claim(
-                "acting",
-                f"Out of ten fitted networks on {data}, the one chosen by `{key}` has a smaller test error than "
-                "the one with the smallest training loss (mean difference)",
+                page,
+                f"Out of ten fitted networks on {data}, the one chosen by `{key}` {text} the one with the smallest "
+                "training loss (mean difference)",
                 "none",
-                mean((errors[key] - errors["training loss"]).to_numpy()),
+                found["less training loss"][key],
                 lambda gain: gain < 0,
             )
+    kept, chosen = choosing.errors(rows)
+    for metric, other in (("training accuracy", "the last"), ("val_accuracy", "val_accuracy")):
+        for key in ("flatness/relative", "flatness/scale_free", "margin/scale_free"):
+            yield Claim(
+                page,
+                f"The checkpoint chosen by {metric}, then `{key}`, {text} {_CHECKPOINTS[other]} (mean difference)",
+                "none",
+                mean((kept[f"{metric}, then {key}"] - kept[other]).to_numpy()),
+                lambda gain: gain < 0,
+            )
+    for key in ("flatness/relative", "flatness/scale_free", "margin/scale_free"):
+        yield Claim(
+            page,
+            f"The trial left by pruning with `{key}` {text} the one left by pruning with `val_loss` (mean difference)",
+            "none",
+            mean((chosen[key] - chosen["val_loss"]).to_numpy()),
+            lambda gain: gain < 0,
+        )
+
+
+_CHECKPOINTS = {"the last": "the last one", "val_accuracy": "the one with the best validation accuracy"}
 
 
 def as_markdown(table: pd.DataFrame, index: bool = True) -> str:

@@ -9,6 +9,7 @@ the other half: another data set and another seed.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,9 @@ import pandas as pd
 import ruptures
 from tqdm import tqdm
 
+from experiments import costs
 from experiments.alerts import CHANGES, DISTURBED_AT, NAME, UNDISTURBED
+from experiments.layer_traces import KEYS as LAYER_TRACES
 from experiments.runs import RESULTS, results
 from experiments.statistics import share
 from lightning_flatness import AllOf, Rule, rules
@@ -27,6 +30,8 @@ from lightning_flatness.rules import RuleTracker
 
 JUDGED = "detection"
 """Name of the file of the judgements."""
+SPENT, TIMED = "detectors", 3
+"""Name of the file of their costs, and the runs that they are timed on."""
 TUNED_ON = ("digits", 0)
 """Data set and seed of the half on which thresholds are chosen; the other half is the other data set and seed."""
 REPORTED_ON = ("mnist5k", 1)
@@ -109,7 +114,17 @@ def series(values: Values, key: str) -> np.ndarray:
 
 def cusum(key: str, threshold: float, values: Values) -> list[tuple[int, str]]:
     """Return when the textbook CUSUM of a key fires, in either direction; it starts anew after that."""
-    x, start, found, up, down = series(values, key), 0, [], 0.0, 0.0
+    return _cusum(series(values, key), threshold)
+
+
+def layer_cusum(threshold: float, values: Values) -> list[tuple[int, str]]:
+    """Return when the CUSUM of any layer's trace fires; estimates may be negative, so there are no logarithms."""
+    layers = [np.array([row[key] for row in values]) for key in LAYER_TRACES if key in values[0]]
+    return sorted(set().union(*(_cusum(x, threshold) for x in layers)))
+
+
+def _cusum(x: np.ndarray, threshold: float) -> list[tuple[int, str]]:
+    start, found, up, down = 0, [], 0.0, 0.0
     for now in range(len(x)):
         if now - start < WINDOW:
             continue
@@ -156,6 +171,12 @@ def label_wave(patience: int, values: Values) -> list[tuple[int, str]]:
     return []
 
 
+def two_conditions() -> AllOf:
+    """Return the rule for memorisation without its condition on the share of wrong samples."""
+    rule = rules.memorisation()
+    return replace(rule, rules=rule.rules[:2], name="memorisation, two conditions")
+
+
 def with_threshold(rule: AllOf | Rule, threshold: float) -> AllOf | Rule:
     """Return a rule with another threshold of its shifts."""
     if isinstance(rule, AllOf):
@@ -172,7 +193,7 @@ def memorisation(above: float) -> AllOf:
 def candidates() -> Iterator[Candidate]:
     """Yield the built-in rules as they are, and every detector with all its thresholds."""
     yield Candidate("built-in rules", "as they are", partial(any_fired, rules.default()))
-    for rule in rules.default():
+    for rule in (*rules.default(), two_conditions()):
         yield Candidate(f"{rule}, as it is", "as it is", partial(fired, rule))
     for threshold in THRESHOLDS:
         for rule in (rules.label_noise(), rules.divergence()):
@@ -182,6 +203,7 @@ def candidates() -> Iterator[Candidate]:
             yield Candidate(f"{condition} {key}", f"{threshold}", partial(fired, rule))
         for key in KEYS:
             yield Candidate(f"CUSUM {key}", f"{threshold}", partial(cusum, key, threshold))
+        yield Candidate("Hutchinson per layer, CUSUM", f"{threshold}", partial(layer_cusum, threshold))
     for above in (0.3, 0.4, 0.5, 0.6, 0.7):
         yield Candidate("memorisation", f"{above}", partial(fired, memorisation(above)))
     for penalty in PENALTIES:
@@ -199,29 +221,37 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
         A row for each detector, threshold and run with `half`, `kind`, `validations`, `alerts` (before a disturbance
         they are those of the healthy run, and not counted), `delay` (of the first, in validations; the first validation
         after a disturbance is 1) and `named`: whether the first alerts name the cause. `detected`: an alert in time,
-        for `memorisation` at any time.
+        for `memorisation` at any time. The traces of the layers were not recorded in all runs; their detector has
+        no row where they were not.
     """
     recorded, found = curves(rows), []
     for candidate in tqdm(list(candidates()), desc="judging", unit="detector"):
         for run in recorded:
-            start = run.disturbed_at if run.kind in CHANGES else 0
-            alerts = [(number - start + 1, cause) for number, cause in candidate.detect(run.values) if number >= start]
-            delay = alerts[0][0] if alerts else math.nan
-            first = {cause for number, cause in alerts if number <= delay + 1}
+            if candidate.name.startswith("Hutchinson") and LAYER_TRACES[0] not in run.values[0]:
+                continue
             found.append(
                 {
                     "detector": candidate.name,
                     "threshold": candidate.threshold,
                     "half": run.half,
                     "kind": run.kind,
-                    "validations": len(run.values) - start,
-                    "alerts": len(alerts),
-                    "delay": delay,
-                    "detected": delay <= (IN_TIME if run.kind in CHANGES else math.inf),
-                    "named": _cause(run.kind) in first,
+                    **_judgement(run, candidate.detect(run.values)),
                 }
             )
     return pd.DataFrame(found)
+
+
+def _judgement(run: Curve, alerts: list[tuple[int, str]]) -> dict[str, object]:
+    start = run.disturbed_at if run.kind in CHANGES else 0
+    after = [(number - start + 1, cause) for number, cause in alerts if number >= start]
+    delay = after[0][0] if after else math.nan
+    return {
+        "validations": len(run.values) - start,
+        "alerts": len(after),
+        "delay": delay,
+        "detected": delay <= (IN_TIME if run.kind in CHANGES else math.inf),
+        "named": _cause(run.kind) in {cause for number, cause in after if number <= delay + 1},
+    }
 
 
 def _cause(kind: str) -> str:
@@ -239,8 +269,14 @@ def selected(judgements: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def table(judgements: pd.DataFrame, half: str) -> pd.DataFrame:
-    """Return what each detector with its selected threshold does on one half of the runs."""
+def table(judgements: pd.DataFrame, half: str, cost: pd.Series) -> pd.DataFrame:
+    """Return what each detector with its selected threshold does on one half of the runs.
+
+    Args:
+        judgements: of `judged`.
+        half: `tuning` or `held out`.
+        cost: of `spent`, by detector.
+    """
     chosen, found = selected(judgements), []
     for name, threshold in chosen.items():
         runs = judgements[
@@ -258,12 +294,41 @@ def table(judgements: pd.DataFrame, half: str) -> pd.DataFrame:
         hit = runs[runs.detected & runs.kind.isin(CHANGES)]
         row["delay"] = hit.delay.median()
         row["named"] = str(share(hit.named.sum(), len(hit))) if name.startswith(BUILT_IN) else ""
+        row["ms"] = cost.get(name, math.nan)
+        row["runs"] = len(runs)
         found.append(row)
     return pd.DataFrame(found).set_index("detector")
+
+
+def spent(rows: pd.DataFrame, cost: pd.DataFrame) -> pd.Series:
+    """Return the milliseconds of the processor that each detector takes in a validation, with what it needs measured.
+
+    Args:
+        rows: of `experiments.alerts`; the detectors run on some of them.
+        cost: of `experiments.costs`.
+    """
+    sample, found = curves(rows)[-TIMED:], {}
+    for candidate in candidates():
+        begun = time.process_time()
+        for run in sample:
+            candidate.detect(run.values)
+        ms = 1000 * (time.process_time() - begun) / sum(len(run.values) for run in sample)
+        found.setdefault(candidate.name, []).append(ms)
+    own = {name: float(np.mean(times)) for name, times in found.items()}
+    return pd.Series({name: ms + cost.assign(free=0.0)[_source(name)].mean() for name, ms in own.items()}, name="ms")
+
+
+def _source(name: str) -> str:
+    """Return the column of the costs of what a detector reads; `val_loss` and the predictions are there anyway."""
+    if name.startswith("Hutchinson"):
+        return "layer traces"
+    return "free" if "val_loss" in name or name == "Label Wave" else "monitor"
 
 
 if __name__ == "__main__":
     judgements = judged(results(NAME))
     judgements.to_csv(RESULTS / f"{JUDGED}.csv.gz", index=False)
+    cost = spent(results(NAME), results(costs.NAME))
+    cost.rename_axis("detector").to_csv(RESULTS / f"{SPENT}.csv", float_format="%.2g")
     for part in ("tuning", "held out"):
-        print(f"\n{part}\n{table(judgements, part).to_string()}")
+        print(f"\n{part}\n{table(judgements, part, cost).to_string()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -85,7 +86,9 @@ POOLED = tuple(_BLOCKS)
 """Networks that end in a global average pooling and a linear classifier."""
 
 
-def network(name: str, shape: tuple[int, int, int], classes: int, width: int = 8, depth: int = 1) -> nn.Module:
+def network(
+    name: str, shape: tuple[int, int, int], classes: int, width: int = 8, depth: int = 1, pooled: bool = True
+) -> nn.Module:
     """Return an untrained network.
 
     Args:
@@ -94,6 +97,7 @@ def network(name: str, shape: tuple[int, int, int], classes: int, width: int = 8
         classes: number of classes.
         width: channels of the convolutions, or units of a hidden layer.
         depth: number of blocks, or of hidden layers.
+        pooled: whether the classifier of a network in `POOLED` sees the mean over the positions, or all of them.
     """
     channels, height, breadth = shape
     if name in _BLOCKS:
@@ -102,7 +106,10 @@ def network(name: str, shape: tuple[int, int, int], classes: int, width: int = 8
         if name == "unnormalised":
             stem = [_unnormalised(channels, width, stride), nn.ReLU()]
         blocks = [layer for _ in range(depth) for layer in _BLOCKS[name](width)]
-        tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
+        positions = 1 if pooled else math.ceil(height / stride) * math.ceil(breadth / stride)
+        tail = [nn.Flatten(), nn.Linear(width * positions, classes)]
+        if pooled:
+            tail.insert(0, nn.AdaptiveAvgPool2d(1))
         return nn.Sequential(*stem, *blocks, *_LAST.get(name, lambda _: [])(width), *tail)
     if name == "lenet":
         return _lenet(shape, classes)

@@ -22,7 +22,7 @@ from torch import nn
 from experiments.data import Images, Split, split
 from experiments.networks import network
 from experiments.runs import Options, Row, completed, options
-from experiments.statistics import Estimate, mean, pearson, spearman
+from experiments.statistics import Estimate, over_pairs, pearson, spearman
 from experiments.training import Classifier, evaluated, fit, measured
 
 NAME = "ranking"
@@ -84,17 +84,8 @@ def tasks(smoke: bool = False, data: str | None = None, seeds: int | None = None
 
 def run(task: Task) -> list[Row]:
     """Return the keys, the rivals and the errors of one trained network."""
-    whole = split(task.data, TRAINING, HUNDREDTH.get(task.data, 50), task.seed)
-    whole.training.randomise_labels(task.label_noise, task.seed)
-    torch.manual_seed(task.seed)
-    net = network(task.network, whole.shape, whole.classes, task.width, task.depth)
-    module = Classifier(net, "sgd_cosine", task.learning_rate, task.weight_decay, task.augmentation)
-    # The training images stand in for the validation ones: their loss ends the training.
-    on_training = Split(whole.training, whole.training, whole.test)
-    stop = EarlyStopping("val_loss", patience=task.validations, stopping_threshold=FITTED_LOSS, check_finite=False)
-    fit(module, on_training, task.seed, task.validations, task.steps, task.batch_size, [stop])
-    steps = module.global_step
-    last = {_short(key): value for key, value in measured(module, whole.training).items()}
+    module, whole = trained(task)
+    steps = module.global_step  # before `keys`, whose validation has another Trainer
     loss, accuracy = evaluated(module, whole.training)
     return [
         {
@@ -102,7 +93,7 @@ def run(task: Task) -> list[Row]:
             "training_accuracy": accuracy,
             "steps_taken": steps,
             "parameters": sum(p.numel() for p in module.parameters()),
-            **{key: last[key] for key in KEYS if key in last},
+            **keys(module, whole.training),
             "training_loss": loss,
             "validation_loss": evaluated(module, whole.validation)[0],
             "squared_norm": float(sum(p.detach().square().sum() for p in module.parameters())),
@@ -112,8 +103,29 @@ def run(task: Task) -> list[Row]:
     ]
 
 
-def _short(key: str) -> str:
-    return {"margin/scale_free": "scale_free_margin"}.get(key, key.split("/")[-1])
+def trained(task: Task, pooled: bool = True) -> tuple[Classifier, Split]:
+    """Return a network that has been trained, and its data.
+
+    Args:
+        task: the configuration.
+        pooled: whether the network ends in a global average pooling.
+    """
+    whole = split(task.data, TRAINING, HUNDREDTH.get(task.data, 50), task.seed)
+    whole.training.randomise_labels(task.label_noise, task.seed)
+    torch.manual_seed(task.seed)
+    net = network(task.network, whole.shape, whole.classes, task.width, task.depth, pooled)
+    module = Classifier(net, "sgd_cosine", task.learning_rate, task.weight_decay, task.augmentation)
+    # The training images stand in for the validation ones: their loss ends the training.
+    on_training = Split(whole.training, whole.training, whole.test)
+    stop = EarlyStopping("val_loss", patience=task.validations, stopping_threshold=FITTED_LOSS, check_finite=False)
+    fit(module, on_training, task.seed, task.validations, task.steps, task.batch_size, [stop])
+    return module, whole
+
+
+def keys(module: Classifier, images: Images) -> Row:
+    """Return the keys that are compared, on some images."""
+    found = measured(module, images)
+    return {key: found[full_name(key)] for key in KEYS if full_name(key) in found}
 
 
 @torch.no_grad()
@@ -186,14 +198,19 @@ def pairs(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sign_errors(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return whether each key orders each pair wrongly: 1, 0, or a half where it says nothing."""
+    """Return the table of `pairs`, with whether each key orders a pair wrongly: 1, 0, or a half if it says nothing."""
     chosen, scores = pairs(rows), predictors(rows)
     one, other = chosen["first"].to_numpy(), chosen["second"].to_numpy()
     truth = np.sign(rows.test_error.to_numpy()[one] - rows.test_error.to_numpy()[other])
     wrong = {
         key: (1 - truth * np.sign(scores[key].to_numpy()[one] - scores[key].to_numpy()[other])) / 2 for key in scores
     }
-    return pd.DataFrame({"hyperparameter": chosen.hyperparameter, **wrong})
+    return chosen.assign(**wrong)
+
+
+def over_networks(wrong: pd.DataFrame, key: str) -> Estimate:
+    """Return the sign error of a key over some rows of `sign_errors`, with its interval over the networks."""
+    return over_pairs(wrong[key].to_numpy(), wrong["first"].to_numpy(), wrong["second"].to_numpy())
 
 
 def full_name(key: str) -> str:
@@ -219,14 +236,14 @@ def summary(rows: pd.DataFrame) -> dict[str, dict[str, Estimate | str]]:
     groups = {name: group for name, group in wrong.groupby("hyperparameter") if len(group) >= FEWEST}
     found: dict[str, dict[str, Estimate | str]] = {}
     for key in scores:
-        by = {name: mean(group[key].to_numpy()) for name, group in groups.items()}
+        by = {name: over_networks(group, key) for name, group in groups.items()}
         worst = max(by, key=lambda name: by[name].value, default="")
         found[key] = {
             "r, all": pearson(everything[key].to_numpy(), rows.test_error.to_numpy()),
             "r, fitted": pearson(scores[key].to_numpy(), learnt.test_error.to_numpy()),
             "Spearman, fitted": spearman(scores[key].to_numpy(), learnt.test_error.to_numpy()),
-            "sign error": mean(wrong[key].to_numpy()),
-            "within a family": mean(wrong[key][wrong.hyperparameter != "network"].to_numpy()),
+            "sign error": over_networks(wrong, key),
+            "within a family": over_networks(wrong[wrong.hyperparameter != "network"], key),
             "worst": f"{by[worst]} ({worst})" if worst else "none",
             **by,
         }

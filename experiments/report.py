@@ -9,16 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments import acting, alerts, claims, detection, false_friend, margins, onset, ranking
+from experiments import (
+    ablation,
+    acting,
+    alerts,
+    choosing,
+    claims,
+    costs,
+    detection,
+    false_friend,
+    margins,
+    onset,
+    ranking,
+)
 from experiments.claims import Claim, as_markdown
 from experiments.runs import results
-from experiments.statistics import Estimate, mean
+from experiments.statistics import Estimate
 
 PAGES = Path(__file__).parents[1] / "docs" / "experiments"
 MARK = "<!-- results -->\n"
@@ -29,6 +42,7 @@ WIDTH, DPI = 8, 110
 def of_alerts() -> tuple[Figure, str]:
     """Return figure and tables of the alerts."""
     rows, judgements = results(alerts.NAME), results(detection.JUDGED)
+    cost = results(detection.SPENT).set_index("detector").ms
     chosen = detection.selected(judgements)
     kinds = [*alerts.CHANGES, "memorisation"]
     held = judgements[(judgements.half == "held out") & (judgements.threshold == judgements.detector.map(chosen))]
@@ -41,16 +55,19 @@ def of_alerts() -> tuple[Figure, str]:
         "detected in time; behind each name the false alarms per 100 healthy validations", fontsize=9
     )
     tables = [
-        f"### {half.capitalize()} half\n\n" + as_markdown(detection.table(judgements, half))
+        f"### {half.capitalize()} half\n\n" + as_markdown(detection.table(judgements, half, cost))
         for half in ("tuning", "held out")
     ]
-    return figure, "\n\n".join([counted(rows, [*alerts.GROUP, "kind"], alerts.GROUP), *tables])
+    shown = results(costs.NAME)[["data", "network", *costs.SOURCES]]
+    words = "Milliseconds of the processor for a validation: without anything, and what comes on top."
+    tables.append(f"### Costs\n\n{words}\n\n{as_markdown(shown, index=False)}")
+    return figure, "\n\n".join([counted(rows, alerts, [*alerts.GROUP, "kind"], alerts.GROUP), *tables])
 
 
 def of_ranking() -> tuple[Figure, str]:
     """Return figure and tables of the ranking; the figure is that of the first data set."""
     rows = results(ranking.NAME)
-    figures, parts = [], [counted(rows)]
+    figures, parts = [], [counted(rows, ranking)]
     for data, group in ranking.by_data(rows):
         found = ranking.summary(group)
         order = sorted(found, key=lambda key: found[key]["sign error"].value)
@@ -59,6 +76,9 @@ def of_ranking() -> tuple[Figure, str]:
         learnt = f"{len(group)} networks, {len(ranking.fitted(group))} of which have learnt their training images."
         table = pd.DataFrame({ranking.full_name(key): found[key] for key in order}).T.rename_axis("key")
         parts.append(f"### {data}\n\n{learnt}\n\n{as_markdown(table)}")
+    rows = results(ablation.NAME)
+    found = as_markdown(ablation.summary(rows))
+    parts.append(f"### Pooling, shape and rescaling\n\n{counted(rows, ablation)}\n\n{found}")
     return figures[0], "\n\n".join(parts)
 
 
@@ -88,7 +108,7 @@ def of_margins() -> tuple[Figure, str]:
     ends = last.groupby(["network", "batch"], sort=False)[shown].mean()
     heading = "### At the end, small against large batches\n\n"
     return figure, "\n\n".join(
-        [counted(rows, ["data", "network", "batch", "seed"]), as_markdown(table), heading + as_markdown(ends)]
+        [counted(rows, margins, ["data", "network", "batch", "seed"]), as_markdown(table), heading + as_markdown(ends)]
     )
 
 
@@ -108,7 +128,7 @@ def of_false_friend() -> tuple[Figure, str]:
     ]
     ranks = ["layer_rank", "layer_rank_bound"]
     ways = rows.groupby(["network", "way"], sort=False)[[*shown, *ranks]].mean()
-    return figure, "\n\n".join([counted(rows), as_markdown(table), "### Means\n\n" + as_markdown(ways)])
+    return figure, "\n\n".join([counted(rows, false_friend), as_markdown(table), "### Means\n\n" + as_markdown(ways)])
 
 
 def of_onset() -> tuple[Figure, str]:
@@ -129,23 +149,35 @@ def of_onset() -> tuple[Figure, str]:
     figure.axes[0].legend(fontsize=6, loc="lower left")
     right.legend(fontsize=6, loc="lower right")
     table = onset.changes(rows).T.reset_index(names="from fitted to end: factor")
-    return figure, f"{counted(rows, ['data', 'start', 'seed'])}\n\n{as_markdown(table, index=False)}"
+    return figure, f"{counted(rows, onset, ['data', 'start', 'seed'])}\n\n{as_markdown(table, index=False)}"
 
 
 def of_acting() -> tuple[Figure, str]:
     """Return figure and tables of acting and choosing."""
-    rows, trained = results(acting.NAME), results(ranking.NAME)
+    rows = results(acting.NAME)
     table = acting.gains(rows)
     shown = table[table.action != "none"]
     names = [f"{kind}, {action}" for kind, action in zip(shown.kind, shown.action, strict=True)]
     figure = dots(dict(zip(names, shown.gain, strict=True)), "gain of test accuracy over no action", 0.0)
-    parts = [counted(rows), as_markdown(table, index=False)]
+    parts = [counted(rows, acting), as_markdown(table, index=False)]
+    return figure, "\n\n".join(parts)
+
+
+def of_choosing() -> tuple[Figure, str]:
+    """Return figure and tables of choosing; the figure is that of the trials."""
+    rows, trained = results(choosing.NAME), results(ranking.NAME)
+    kept, chosen = (
+        choosing.table(errors, reference)
+        for errors, reference in zip(choosing.errors(rows), ("training loss", "val_loss"), strict=True)
+    )
+    ends = chosen["test error"].to_dict()
+    figure = dots(ends, "test error of the trial that is left", ends["any (mean)"].value)
+    parts = [counted(rows, choosing, ["data", "wrong_labels", "trial", "seed"])]
     for data, group in ranking.by_data(trained):
-        errors = acting.chosen_errors(group)
-        if len(errors):
-            chosen = {key: {"test error": mean(errors[key].to_numpy())} for key in errors}
-            table = pd.DataFrame(chosen).T.rename_axis("chosen by")
-            parts.append(f"### Choosing one of ten fitted networks: {data}\n\n{as_markdown(table)}")
+        if len(found := choosing.networks(group)):
+            parts.append(f"### One of ten fitted networks: {data}\n\n{as_markdown(found)}")
+    parts.append(f"### A checkpoint of a training\n\n{as_markdown(kept)}")
+    parts.append(f"### A trial of a search, by pruning\n\n{as_markdown(chosen)}")
     return figure, "\n\n".join(parts)
 
 
@@ -156,6 +188,7 @@ SECTIONS: dict[str, Callable[[], tuple[Figure, str]]] = {
     "false-friend": of_false_friend,
     "onset": of_onset,
     "acting": of_acting,
+    "choosing": of_choosing,
 }
 
 
@@ -166,17 +199,22 @@ def all_claims() -> list[Claim]:
         *claims.of_margins(results(margins.NAME)),
         *claims.of_false_friend(results(false_friend.NAME)),
         *claims.of_ranking(trained),
+        *claims.of_ablation(results(ablation.NAME)),
         *claims.of_onset(onset.with_proxy(results(onset.NAME))),
         *claims.of_alerts(results(detection.JUDGED)),
-        *claims.of_acting(results(acting.NAME), trained),
+        *claims.of_acting(results(acting.NAME)),
+        *claims.of_choosing(results(choosing.NAME), trained),
     ]
 
 
-def counted(rows: pd.DataFrame, run: list[str] | None = None, timed: list[str] | None = None) -> str:
-    """Return how many runs there are, of which seeds, with which versions, and their time.
+def counted(
+    rows: pd.DataFrame, experiment: ModuleType, run: list[str] | None = None, timed: list[str] | None = None
+) -> str:
+    """Return how many runs of the full design there are, of which seeds, with which versions, and their time.
 
     Args:
         rows: of a file.
+        experiment: whose file it is.
         run: columns that identify a run; None: a row is one.
         timed: columns that identify what was timed together; None: a run.
     """
@@ -184,8 +222,10 @@ def counted(rows: pd.DataFrame, run: list[str] | None = None, timed: list[str] |
     minutes = rows.drop_duplicates(timed).seconds.sum() / 60 if timed else runs.seconds.sum() / 60
     seeds = ", ".join(map(str, sorted(runs.seed.unique())))
     versions = "; ".join(rows.versions.unique())
+    designed = len(list(experiment.tasks())) * (len(alerts.KINDS) if experiment is alerts else 1)
     return (
-        f"{len(runs)} runs with the seeds {seeds} in {minutes:.0f} minutes of a core that others used too. {versions}."
+        f"{len(runs)} of {designed} runs, with the seeds {seeds}, in {minutes:.0f} minutes of a core that others used "
+        f"too. {versions}."
     )
 
 

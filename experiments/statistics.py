@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        if not self.n:
+        if not self.n or np.isnan(self.value):
             return "none"
         if np.isnan(self.low):
             return f"{self.value:.3f} (n = {self.n})"
@@ -56,6 +56,42 @@ def bootstrapped(statistic: Callable[..., float], *series: np.ndarray) -> Estima
 def mean(values: np.ndarray) -> Estimate:
     """Return the mean of a series with its bootstrap interval."""
     return bootstrapped(np.mean, np.asarray(values, dtype=float))
+
+
+def over_pairs(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Return the mean over pairs, with a bootstrap interval over what the pairs are made of.
+
+    Pairs that share a network are not independent. So the networks are drawn with replacement, and a pair counts as
+    often as the product of how often its two networks were drawn.
+
+    Args:
+        values: shape (pairs,).
+        first: which network is one of the pair, shape (pairs,).
+        second: which is the other one, shape (pairs,).
+    """
+    values, n = np.asarray(values, dtype=float), len(values)
+    if n < FEWEST:
+        return Estimate(float(values.mean()) if n else np.nan, np.nan, np.nan, n)
+    members, places = np.unique(np.concatenate([first, second]), return_inverse=True)
+    size = len(members)
+    drawn = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), RESAMPLES)
+    weights = drawn[:, places[:n]] * drawn[:, places[n:]]
+    weights = weights[weights.any(1)]
+    low, high = np.percentile(weights @ values / weights.sum(1), [50 - 50 * LEVEL, 50 + 50 * LEVEL])
+    return Estimate(float(values.mean()), float(low), float(high), n)
+
+
+def over_members(statistics: Callable[[np.ndarray], np.ndarray], n: int) -> list[Estimate]:
+    """Return several numbers with their bootstrap intervals over the things that they are computed from.
+
+    Args:
+        statistics: returns the numbers for some of the things, given by their indices.
+        n: how many things there are.
+    """
+    generator = np.random.default_rng(0)
+    drawn = [statistics(generator.integers(n, size=n)) for _ in range(RESAMPLES)]
+    low, high = np.percentile(drawn, [50 - 50 * LEVEL, 50 + 50 * LEVEL], axis=0)
+    return [Estimate(*map(float, each), n) for each in zip(statistics(np.arange(n)), low, high, strict=True)]
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> Estimate:

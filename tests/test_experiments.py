@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
+import struct
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +21,30 @@ pytest.importorskip("pandas")
 pytest.importorskip("ruptures")
 pytest.importorskip("sklearn")
 
+import numpy as np
 import pandas as pd
 
-from experiments import acting, alerts, detection, false_friend, margins, onset, ranking, report, statistics
+from experiments import (
+    ablation,
+    acting,
+    alerts,
+    choosing,
+    costs,
+    detection,
+    false_friend,
+    layer_traces,
+    margins,
+    onset,
+    ranking,
+    report,
+    statistics,
+)
+from experiments import data as experiment_data
 from experiments.claims import Claim
 from experiments.data import Images, split
 from experiments.networks import POOLED, network
 from experiments.runs import options
+from experiments.training import measured
 from lightning_flatness import measure
 
 CHANGES = ("labels_30", "rate_x10", "no_augmentation", "corrupted_inputs")
@@ -35,11 +57,26 @@ def check_alerts(rows: pd.DataFrame) -> pd.DataFrame:
     assert set(runs) == {"healthy", "slow", "memorisation", *CHANGES}
     assert all(runs[kind][:at] == runs["healthy"][:at] and len(runs[kind]) == 8 for kind in CHANGES)
     assert len({runs[kind][-1] for kind in ("healthy", *CHANGES)}) == 5
-    return detection.table(detection.judged(rows), "tuning")
+    cost = detection.spent(rows, pd.DataFrame({"monitor": [100.0], "layer traces": [200.0]}))
+    found = detection.table(detection.judged(rows), "tuning", cost)
+    assert found.ms["EarlyStopping val_loss"] < 100 < found.ms["label_noise"] < 200
+    assert found.ms["Hutchinson per layer, CUSUM"] > 200
+    return found
+
+
+def check_choosing(rows: pd.DataFrame) -> pd.DataFrame:
+    """A search of two trials leaves one of them, and each rule keeps a checkpoint."""
+    kept, chosen = choosing.errors(rows)
+    assert kept.shape[0] == chosen.shape[0] == 1
+    assert set(chosen.iloc[0, 1:]) <= {*rows[rows.validation == 2].test_error, chosen["any (mean)"][0]}
+    return choosing.table(chosen, "val_loss")
 
 
 TABLES = {
+    ablation: ablation.summary,
     alerts: check_alerts,
+    choosing: check_choosing,
+    costs: lambda rows: rows[["monitor", "layer traces"]],
     ranking: lambda rows: pd.DataFrame(ranking.summary(rows)),
     margins: lambda rows: rows.dropna(subset="network_trace"),
     onset: onset.changes,
@@ -129,6 +166,37 @@ def test_pairs_differ_in_one_hyperparameter() -> None:
     assert ranking.sign_errors(rows.assign(relative=-rows.test_error)).relative.tolist() == [1, 1]
 
 
+def test_a_key_is_recorded_under_its_own_name() -> None:
+    module, data = ranking.trained(ranking.Task("digits", "plain", 4, validations=1, steps=5))
+    found, keys = measured(module, data.training), ranking.keys(module, data.training)
+    assert keys == {key: found[ranking.full_name(key)] for key in ranking.KEYS}
+    assert keys["scale_free"] != keys["scale_free_margin"]
+
+
+@pytest.mark.parametrize("name", ranking.FAMILIES)
+def test_a_rescaling_changes_the_trace_and_not_the_function(name: str) -> None:
+    data = split("digits", 40, 20, 0)
+    torch.manual_seed(0)
+    net = network(name, data.shape, data.classes, 4, 2)
+    net(data.training.images)  # statistics of batch norm
+    other, batches = ablation.rescaled(net, 0), [(data.training.images, data.training.labels)]
+    torch.testing.assert_close(net.eval()(data.test.images), other(data.test.images), rtol=1e-3, atol=1e-4)
+    before, after = (measure(each, batches, loss="cross_entropy") for each in (net, other))
+    assert after.relative_flatness == pytest.approx(before.relative_flatness, rel=1e-3)
+    assert abs(math.log(after.hessian_trace / before.hessian_trace)) > 0.1
+
+
+def test_layer_traces_are_those_of_the_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False), nn.Tanh(), nn.Linear(3, 2, bias=False))
+    images = Images(torch.randn(20, 1, 2, 2), torch.arange(20) % 2)
+    exact = false_friend.hessian(net, images).diagonal().split([12, 6])
+    monkeypatch.setattr(layer_traces, "PROBES", 1000)
+    found = layer_traces.layer_traces(net, images, torch.Generator().manual_seed(0))
+    assert found == pytest.approx([float(each.sum()) for each in exact], rel=0.1)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
 def test_path_norm_counts_paths() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2, 3))
     net[1].running_var.copy_(torch.tensor([4.0, 0.25]))
@@ -193,6 +261,61 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert data.training.images[data.training.labels == 0][:, 0].min() > 0
 
 
+def write_mnist(folder: Path) -> None:
+    """Write 20 training and 20 test images of 28 x 28 in MNIST's format: big-endian sizes, then bytes."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        labels = np.arange(20, dtype=np.uint8) % 2
+        images = np.full((20, 28, 28), 1, dtype=np.uint8) * (1 + labels[:, None, None])
+        sizes = struct.pack(">IIII", 0x0803, *images.shape)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(sizes + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x0801, 20) + labels.tobytes())
+
+
+def write_cifar(folder: Path, kind: Any, labels_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write ten images a file in CIFAR's format: pickled rows of 1,024 red, green and blue bytes."""
+    base = folder / kind.base_folder
+    base.mkdir(parents=True)
+
+    def written(name: str, content: dict[str, Any]) -> str:
+        (base / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((base / name).read_bytes()).hexdigest()
+
+    labels = np.arange(10) % 2
+    data = np.repeat(np.stack([1 + labels, 0 * labels, 0 * labels], 1), 1024, 1).astype(np.uint8)
+    for part in ("train_list", "test_list"):
+        files = [[name, written(name, {"data": data, labels_name: labels.tolist()})] for name, _ in getattr(kind, part)]
+        monkeypatch.setattr(kind, part, files)
+    meta = kind.meta["filename"]
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": written(meta, {kind.meta["key"]: ["a", "b"]})})
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
+def test_the_formats_of_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setattr(experiment_data, "DOWNLOADS", tmp_path)
+    if name == "mnist":
+        write_mnist(tmp_path)
+    else:
+        kind, labels = {
+            "cifar10": (datasets.CIFAR10, "labels"),
+            "cifar100": (datasets.CIFAR100, "fine_labels"),
+        }[name]
+        write_cifar(tmp_path, kind, labels, monkeypatch)
+    try:
+        data = split(name, 8, 4, 0)
+    finally:
+        experiment_data._pool.cache_clear()
+    size = {"mnist": 40, "cifar10": 60, "cifar100": 20}[name]
+    assert data.shape == ((1, 28, 28) if name == "mnist" else (3, 32, 32))
+    assert [len(part) for part in (data.training, data.validation, data.test)] == [8, 4, size - 12]
+    # The first channel is brighter in the second class: images, channels and labels are where they belong.
+    first = data.test.images[:, 0].flatten(1)
+    assert first.std(1).max() == 0
+    assert first[data.test.labels == 1].min() > first[data.test.labels == 0].max()
+
+
 def test_verdicts_follow_from_the_interval() -> None:
     estimates = {
         "held": (0.6, 0.9),
@@ -210,6 +333,41 @@ def test_intervals_cover_what_they_should() -> None:
     estimate = statistics.mean([1.0, 2.0, 3.0, 4.0])
     assert estimate.low <= estimate.value == 2.5 <= estimate.high
     assert math.isnan(statistics.mean([1.0]).low)
+
+
+def test_intervals_over_pairs_know_that_networks_are_shared() -> None:
+    # The first of six networks is ordered wrongly against all others, the others are not.
+    first, second = map(np.array, zip(*combinations(range(6), 2), strict=True))
+    wrong = (first == 0).astype(float)
+    found, independent = statistics.over_pairs(wrong, first, second), statistics.mean(wrong)
+    assert found.value == independent.value == pytest.approx(1 / 3)
+    assert found.low == 0  # the first network may not be drawn at all
+    assert found.high > independent.high
+    assert statistics.over_pairs(np.ones(3), np.arange(3), np.arange(3, 6))[:3] == (1, 1, 1)
+
+
+def test_the_expected_choice_is_the_mean_over_all_choices() -> None:
+    scores, errors = np.random.default_rng(0).permutation(12).astype(float), np.random.default_rng(1).random(12)
+    choices = [list(chosen) for chosen in combinations(range(12), choosing.OUT_OF)]
+    slow = np.mean([errors[chosen][scores[chosen].argmin()] for chosen in choices])
+    assert choosing.expected(scores, errors) == pytest.approx(slow)
+
+
+def test_pruning_and_checkpoints() -> None:
+    def curve(errors: list[float], **keys: list[float]) -> pd.DataFrame:
+        usual = dict.fromkeys((*choosing.SIGNS, "test_error"), errors)
+        accuracies = {name: [0.5, 1.0, 1.0] for name in ("training_accuracy", "val_accuracy")}
+        return pd.DataFrame({**usual, **accuracies, **keys})
+
+    # The first trial is better in the end, and looks worse to the margin when half of the trials are pruned.
+    trials = [curve([0.9, 0.5, 0.1], **{"margin/mean": [0.0, 1.0, 9.0]})]
+    trials.append(curve([0.9, 0.6, 0.4], **{"margin/mean": [0.0, 2.0, 3.0]}))
+    found = choosing.pruned(trials)
+    assert (found["the best"], found["val_loss"], found["margin/mean"]) == (0.1, 0.1, 0.4)
+    # The first checkpoint is the flattest, and not accurate enough.
+    kept = choosing.checkpoints(curve([0.9, 0.2, 0.3], **{"flatness/relative": [0.0, 3.0, 2.0]}))
+    assert kept["training accuracy, then flatness/relative"] == kept["the last"] == 0.3
+    assert kept["training loss"] == kept["the best"] == 0.2
 
 
 def test_every_experiment_has_a_page_and_a_figure() -> None:

@@ -71,6 +71,13 @@ _RATE = Advice(
     "a learning rate that became too high (a warm restart, a schedule resumed wrongly), or a few very large gradients",
     "learning rate, training loss and gradient norm since the onset; a checkpoint from before it",
 )
+# What throws a training back: the likelier cause first, never alone; see docs/experiments/alerts.md.
+_THROWN_BACK_BY_LABELS = Advice(
+    f"{_LABELS.causes}; or a learning rate that became too high", f"{_LABELS.look_at}; the learning rate"
+)
+_THROWN_BACK_BY_RATE = Advice(
+    f"{_RATE.causes}; or labels that turned wrong", f"{_RATE.look_at}; training images with their labels"
+)
 _MEMORISED = Advice(
     "wrong training labels that the network learns by heart, or too little data; a healthy training that is slow and "
     "still unsure looks the same",
@@ -197,7 +204,7 @@ def advice(rule_name: str, violations: Sequence[Violation]) -> Advice:
         return _NONFINITE
     changes = _own_changes(violations[0]) if violations else {}
     if rule_name == "divergence":
-        return _LABELS if changes.get(SCALE_FREE, 0.0) > _SHARPENED else _RATE
+        return _THROWN_BACK_BY_LABELS if changes.get(SCALE_FREE, 0.0) > _SHARPENED else _THROWN_BACK_BY_RATE
     if rule_name in ("label_noise", "memorisation"):
         return _LABELS if rule_name == "label_noise" else _MEMORISED
     if not violations:

@@ -30,7 +30,8 @@ def divergence(action: Action | Sequence[Action] | None = None, suffix: str = ""
     """Return the rule for a training that loses what it had learned, for instance when the learning rate is too high.
 
     The features shrink within one or two epochs and stay small, even after the margins have recovered:
-    `flatness/features` shifts down. Labels that turn wrong have the same effect; `label_noise` then fires as well.
+    `flatness/features` shifts down. Labels that turn wrong can have the same effect, and `label_noise` does not always
+    fire then: the alert names both causes.
 
     Args:
         action: what to do; None: only record the alert.
