@@ -9,11 +9,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_flatness.keys import RELATIVE
+from lightning_flatness.keys import KEYS, RELATIVE, quantity
 
 
 class _Candidate(NamedTuple):
-    """A checkpoint by its two values, of which higher is better in the first and lower in the second."""
+    """A checkpoint by its two values, signed: higher is better in the first, lower in the second."""
 
     score: float
     flatness: float
@@ -37,7 +37,8 @@ class FlattestCheckpoint(ModelCheckpoint):
         monitor: key of the metric that decides first, such as `val_acc`.
         mode: `"max"` if higher is better, `"min"` if lower is.
         tolerance: how far from the best value a checkpoint may be, in the unit of the metric.
-        flatness: key of the tie-break; lower is flatter.
+        flatness: key of the tie-break. The lowest value is chosen, of a key for which higher is better the highest; see
+            `docs/keys.md`.
         **options: of Lightning's `ModelCheckpoint`, such as `dirpath` and `filename`; not `save_top_k`.
 
     Raises:
@@ -71,6 +72,8 @@ class FlattestCheckpoint(ModelCheckpoint):
         self.tolerance = tolerance
         self.flatness = flatness
         self._sign = 1 if mode == "max" else -1
+        known = KEYS.get(quantity(flatness))
+        self._flatness_sign = -1 if known is not None and known.better == "higher" else 1
         self._next = _Candidate(-inf, inf)
         self._candidates: dict[str, _Candidate] = {}  # by path
 
@@ -84,7 +87,7 @@ class FlattestCheckpoint(ModelCheckpoint):
         if current is None:
             return False
         value = trainer.callback_metrics.get(self.flatness)
-        found = self._sign * float(current), inf if value is None else float(value)
+        found = self._sign * float(current), inf if value is None else self._flatness_sign * float(value)
         score, flatness = trainer.strategy.broadcast(found)
         self._next = _Candidate(-inf if isnan(score) else score, inf if isnan(flatness) else flatness)
         best = max((each.score for each in self._candidates.values()), default=-inf)

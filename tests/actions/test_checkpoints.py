@@ -20,9 +20,9 @@ NAN = float("nan")
 class Scores(LightningModule):
     """Logs these metrics and flatnesses, one pair in each validation; its weight counts the steps."""
 
-    def __init__(self, scores: list[tuple[float, float | None]]) -> None:
+    def __init__(self, scores: list[tuple[float, float | None]], key: str = "flatness/relative") -> None:
         super().__init__()
-        self.weight, self.scores = nn.Parameter(torch.zeros(1)), scores
+        self.weight, self.scores, self.key = nn.Parameter(torch.zeros(1)), scores, key
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return -self.weight.sum()
@@ -31,7 +31,7 @@ class Scores(LightningModule):
         score, flatness = self.scores[self.current_epoch]
         self.log("val_acc", score)
         if flatness is not None:
-            self.log("flatness/relative", flatness)
+            self.log(self.key, flatness)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1.0)
@@ -52,7 +52,7 @@ def fitted(folder: Path, scores: list[Any], checkpoint: ModelCheckpoint, **optio
         num_sanity_val_steps=0,
         default_root_dir=folder,
     )
-    trainer.fit(Scores(scores), **options)
+    trainer.fit(Scores(scores, getattr(checkpoint, "flatness", "flatness/relative")), **options)
     return trainer
 
 
@@ -82,6 +82,15 @@ def test_which_checkpoint_is_kept(name: str, mode: Any, tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.ckpt")} == {f"epoch={epoch}" for epoch in kept}
     weights = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]["weight"]
     assert weights.item() == chosen + 1
+
+
+@pytest.mark.parametrize(
+    ("key", "chosen"), [("flatness/trace", 1), ("margin/scale_free", 2), ("margin/mean/mine", 2), ("my/own", 1)]
+)
+def test_the_better_value_breaks_the_tie(key: str, chosen: int, tmp_path: Path) -> None:
+    checkpoint = FlattestCheckpoint("val_acc", "max", 0.02, flatness=key, dirpath=tmp_path, filename="{epoch}")
+    fitted(tmp_path, [(0.9, 2.0), (0.895, 1.0), (0.89, 3.0), (0.5, 9.0)], checkpoint)
+    assert Path(checkpoint.best_model_path).stem == f"epoch={chosen}"
 
 
 def test_a_resumed_training_goes_on_with_its_candidates(tmp_path: Path) -> None:
