@@ -99,15 +99,16 @@ def allclose_for_dtype(computed: Tensor, observed: Tensor) -> bool:
 def allclose_at_scale(computed: Tensor, expected: Tensor, scale: Tensor) -> bool:
     """Return whether two results agree up to rounding, at least that of numbers as large as `scale`.
 
-    The bound of each number is `1e4 eps` of its expected value plus `1e2 eps` of the largest one or of `scale`.
+    The bound of each number is `1e4 eps` of its expected value plus `1e2 eps` of `scale`, or of the largest one if that
+    is larger and the scale a scalar.
 
     Args:
         computed: the result.
         expected: the result as it should be.
-        scale: a magnitude, a scalar.
+        scale: a magnitude, a scalar; or one for each number, such as that of its map, of a shape that broadcasts.
     """
     eps = torch.finfo(expected.dtype).eps
     bound = expected.abs()
-    largest = torch.maximum(bound.max(), scale)
+    largest = torch.maximum(bound.max(), scale) if scale.dim() == 0 else scale
     bound.mul_(1e4 * eps).add_(1e2 * eps * largest)
     return bool(((computed - expected).abs() <= bound).all())

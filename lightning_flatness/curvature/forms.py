@@ -19,6 +19,8 @@ from lightning_flatness.recording.recorded_pass import RecordedLoss
 EXACT = 1e-8
 """Relative error of a derivative in float64 that is still taken for rounding."""
 
+_CACHED = 2**18  # numbers of one random point that are kept, 2 MB
+
 
 class RecordedFunction:
     """A part of the record as a function of one node, in float64 and with `detach` as a constant."""
@@ -104,7 +106,9 @@ def proved_form(
 
 def drawn_points(tail: RecordedFunction, samples: int) -> tuple[Tensor, Tensor]:
     """Return two random points of moderate size: nothing depends on the recorded values."""
-    return _drawn(samples, tail.shape.numel() // samples, tail.device)
+    size = tail.shape.numel() // samples
+    draw = _drawn if samples * size <= _CACHED else _drawn.__wrapped__
+    return draw(samples, size, tail.device)
 
 
 @lru_cache(maxsize=2)  # all batches have the same size but the last one

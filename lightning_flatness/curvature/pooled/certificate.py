@@ -90,8 +90,8 @@ class Certificate:
         assert self.code is not None
         shares = self.code[self.feature_index].where(self.is_fed, 0.0).unflatten(0, (-1, self.features_per_filter))
         pairs = zip(parts, shares.unbind(1), strict=False)
-        expected = torch.stack([part.flatten(2) * share.unsqueeze(1) for part, share in pairs]).sum(0)
-        return allclose_at_scale(gradient.flatten(2), expected, expected.new_zeros(()))
+        terms = torch.stack([part.flatten(2) * share.unsqueeze(1) for part, share in pairs])
+        return allclose_at_scale(gradient.flatten(2), terms.sum(0), terms.abs().sum(0).amax(2, keepdim=True))
 
     def differentiates_as(self, other: Certificate) -> bool:
         """Return whether the derivatives that one certificate asks for are those of the other."""
@@ -263,7 +263,7 @@ def _found_with(
     """Return what holds at all points, for known slots or for one feature each; None if a feature is mixed."""
     generator = torch.Generator().manual_seed(0)
     if not at_random_points:
-        return _found_at(recorded, pooled, recorded.points(), generator, slots)
+        return _found_at(recorded, pooled, recorded.points(), generator, slots, is_recorded=True)
     findings: list[_Finding] = []
     for points in random_points(recorded, generator):
         # If every unit is inactive at a point, its derivatives are pure rounding error: they are judged against the
@@ -312,6 +312,7 @@ def _found_at(
     generator: torch.Generator,
     slots: Tensor | None,
     scales: tuple[Tensor, Tensor] | None = None,
+    is_recorded: bool = False,
 ) -> _Finding | Refusal | None:
     features = features_at(recorded, pooled, points)
     used = _used(features, points)
@@ -320,7 +321,7 @@ def _found_at(
         return _refusal(recorded, reason)
     point = list(points.values())[used[0]]
     first, second = scales or (point.new_zeros(()), point.new_zeros(()))
-    found, inactive, first = traced(features, point, generator, first, slots)
+    found, inactive, first = traced(features, point, generator, first, slots, is_recorded)
     if found is None:
         return None
     is_curved = not all(operation.is_piecewise_linear for operation in recorded.graph.operations[: pooled.end])

@@ -20,11 +20,13 @@ from lightning_flatness.recording.recorded_pass import RecordedPass
 # How far samples are moved, in multiples of the map's spread: units become active at different heights, and may
 # become inactive again further up.
 _OFFSETS = torch.tensor([1.0, 5.0, 30.0])
-# Steps that pass nothing on above or below some value, those that do so between two values only, and further kinks.
+# Steps that pass nothing on above or below some value, those that do so between two values only, and further kinks. The
+# derivative of a smooth step may round to zero where it saturates.
 _HALF_OPEN = frozenset(
-    "clamp_max clamp_min hardshrink hardswish max maximum min minimum relu softshrink threshold".split()
+    "celu clamp_max clamp_min elu exp expm1 gelu hardshrink hardswish log_sigmoid_forward max maximum min minimum mish "
+    "relu selu silu softplus softshrink threshold".split()
 )
-_WINDOWS = frozenset("clamp hardsigmoid hardtanh relu6".split())
+_WINDOWS = frozenset("clamp erf hardsigmoid hardtanh relu6 sigmoid tanh".split())
 _KINKED = frozenset("abs leaky_relu prelu _prelu_kernel rrelu rrelu_with_noise where".split())
 
 
@@ -136,7 +138,12 @@ def cotangents_of(slots: Tensor, features: int) -> Tensor:
 
 
 def traced(
-    output: Tensor, point: Tensor, generator: torch.Generator, scale: Tensor, slots: Tensor | None = None
+    output: Tensor,
+    point: Tensor,
+    generator: torch.Generator,
+    scale: Tensor,
+    slots: Tensor | None = None,
+    is_recorded: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Prove which channels of `output` each channel of `point` feeds.
 
@@ -146,6 +153,7 @@ def traced(
         generator: of the random cotangents.
         scale: the largest derivative seen before.
         slots: the channels that each feeds, as `slots_of` returns them; None: one each, found here.
+        is_recorded: whether the point is that of a batch. Then each map of each sample has to agree at its own scale.
 
     Returns:
         The slots, None if an output depends on other channels as well; which of them are inactive; the largest
@@ -174,15 +182,17 @@ def traced(
         slots, parts = numbers.argsort().to(point.device)[position].unsqueeze(1), iter([ones])
     else:
         parts = map(pulled_back, cotangents_of(slots, channels))
-    expected, reaches = torch.zeros(()).to(output), []
+    expected, size, reaches = torch.zeros(()).to(output), torch.zeros(()).to(output), []
     for column, part in zip(slots.unbind(1), parts, strict=False):
         own = torch.where(column < 0, 0.0, code[column]).reshape(1, -1, 1)
-        expected = expected + by_sample.reshape(n, 1, 1) * own * part
+        share = by_sample.reshape(n, 1, 1) * own * part
+        expected, size = expected + share, size + share.abs()
         reaches.append(part.abs().amax((0, 2)))
     reach = torch.stack(reaches, 1)
     scale = torch.maximum(reach.max(), scale)
     inactive = reach <= torch.finfo(reach.dtype).eps * scale
-    consistent = allclose_at_scale(pulled_back(code, by_sample), expected, scale)
+    least = size.amax(2, keepdim=True) if is_recorded else scale
+    consistent = allclose_at_scale(pulled_back(code, by_sample), expected, least)
     return (slots if consistent and is_injective(slots, inactive) else None), inactive, scale
 
 
