@@ -130,7 +130,7 @@ class MeasuredValidation:
     ) -> None:
         """Start with no samples."""
         self._failures, self._tools, self._trainer, self._module = failures, tools, trainer, pl_module
-        self._request, self._state, self._data = request, state, request.data
+        self._request, self._state = request, state
         self._logged = LoggedValues(pl_module)
         self._count = loader_count(trainer, request.data)
         self._batches = [0] * self._count
@@ -154,8 +154,8 @@ class MeasuredValidation:
 
     def before_batch(self, loader: int, is_first: bool) -> None:
         """Record the pass of the batch that comes, or run the own passes before the first one."""
-        if not _rides(self._data):
-            own = is_first and not (self._trainer.sanity_checking and self._data == "train")
+        if not _rides(self._request.data):
+            own = is_first and not (self._trainer.sanity_checking and self._request.data == "train")
             if own and not self._failures.excludes(0):
                 with self._failures.contained(self.close, 0):
                     self._measure_own_batches()
@@ -173,7 +173,7 @@ class MeasuredValidation:
     def after_batch(self, outputs: Any, batch: Any, loader: int) -> None:
         """Measure the batch that has just passed through the network."""
         self._logged.stop()
-        if not _rides(self._data) or self._failures.excludes(loader):
+        if not _rides(self._request.data) or self._failures.excludes(loader):
             return
         with self._failures.contained(self.close, loader):
             if (left := self._samples_left(loader)) != 0:
@@ -217,7 +217,7 @@ class MeasuredValidation:
         """
         if self._samples is not None:
             for index in loaders:
-                given = self._data, self._trainer, index
+                given = self._request.data, self._trainer, index
                 indices = partial(sample_indices, *given, self._request.max_samples)
                 self._samples.finish(index, ordered_source(*given), indices)
         values = {index: self._evaluations[index].compute() for index in loaders}
@@ -241,7 +241,7 @@ class MeasuredValidation:
 
         Lightning leaves batches out where it goes on from a checkpoint that was saved amid a validation.
         """
-        expected = batch_counts(self._trainer) if _rides(self._data) else ()
+        expected = batch_counts(self._trainer) if _rides(self._request.data) else ()
         return any(isfinite(n) and seen < n for seen, n in zip(self._batches, expected, strict=False))
 
     def close(self) -> None:
@@ -283,7 +283,7 @@ class MeasuredValidation:
         own = next(iter(quantities.by_layer.values())) if isinstance(quantities, LayerQuantities) else quantities
         if self._samples is not None:
             self._samples.add(loader, own)
-        self._state.churn.add(loader, own.prediction, ordered_source(self._data, self._trainer, loader))
+        self._state.churn.add(loader, own.prediction, ordered_source(self._request.data, self._trainer, loader))
 
     def _loss_of(self, recorder: Recorder, outputs: Any, batch: Any) -> Tensor | None:
         """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
@@ -299,7 +299,7 @@ class MeasuredValidation:
     def _measure_own_batches(self) -> None:
         recorder, method = self._tools(self._state.choice)
         with preserved_state(self._module):
-            batches, limit = batches_for_rank(self._data, self._trainer, self._request.max_samples)
+            batches, limit = batches_for_rank(self._request.data, self._trainer, self._request.max_samples)
             if description := getattr(batches, "description", ""):
                 self._assumed = f", on {description}"
                 self.facts["data"] = description
