@@ -9,9 +9,11 @@ import sys
 import time as clocks
 from copy import deepcopy
 from functools import partial
+from statistics import median
 
 import networks
 import torch
+from sizes import MONITORED, SIZES, UNMONITORED, validations
 from timing import THREADS, best_ratio, interleaved, own_peak_megabytes, ratio, seconds
 from validation import SETTINGS, validation
 from whole_network import jacobian, network, ways
@@ -69,7 +71,23 @@ def layer_memory(name: str) -> tuple[float]:
     return (own_peak_megabytes() - before,)
 
 
+def compiled(max_samples: str, rounds: str) -> tuple[float, float, float]:
+    """Return what a validation of a compiled ResNet-20 takes, in unmonitored ones: median, lowest and highest pair.
+
+    It has ten batches of 64, and is processor time of one thread; `max_samples` is a number, or 0 for all.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    size = SIZES["resnet20"]._replace(batch=64)
+    pairs: dict[int, dict[str, float]] = {}
+    for number, _, what, took in validations(size, True, int(rounds), batches=10, max_samples=int(max_samples) or None):
+        pair = pairs.setdefault(number, dict.fromkeys((MONITORED, UNMONITORED), 0.0))
+        pair[what] += took
+    ratios = sorted(pair[MONITORED] / pair[UNMONITORED] for pair in pairs.values())
+    return median(ratios), ratios[0], ratios[-1]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    functions = {each.__name__: each for each in (memory, time, samples, layers, layer_memory)}
+    functions = {each.__name__: each for each in (memory, time, samples, layers, layer_memory, compiled)}
     print(*functions[sys.argv[1]](*sys.argv[2:]))

@@ -129,6 +129,14 @@ def four_sizes(rounds: int) -> Rows:
     yield from sizes.table()
 
 
+def compiled(rounds: int) -> Rows:
+    """Yield what a whole validation of a compiled network takes, as a multiple of an unmonitored one."""
+    yield "compiled ResNet-20, 10 batches of 64", "ratio", "lowest and highest pair", "target"
+    for title, max_samples, target in (("all samples", 0, 1.20), ("`max_samples` of one batch in ten", 64, 1.10)):
+        middle, low, high = printed(ALONE, "compiled", max_samples, rounds, **KEPT)
+        yield title, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{target:.2f}"
+
+
 def large_tail(rounds: int) -> Rows:
     """Yield what 1000 classes and 2048 filters cost, as multiples of a forward pass, that pass included."""
     yield "ResNet-50, 224 x 224, C = 1000, K = 2048", "x fwd", "shortest", "counted", "target"
@@ -217,6 +225,7 @@ PARTS: dict[str, tuple[str, Callable[[int], Rows]]] = {
     "validation": ("A whole validation by a Trainer, with the monitor / without", validations),
     "peers": ("Against other packages", against_peers),
     "sizes": ("Networks of four sizes, eager and compiled", four_sizes),
+    "compiled": ("A whole validation of a compiled network", compiled),
     "layers": ("Any layer and the whole network", any_layer),
     "large": ("Many classes, many filters", large_tail),
     "growth": ("Growth of the cost of one sample", growth),

@@ -108,13 +108,15 @@ class Trained(Validated):
         return torch.optim.SGD([self.unused])
 
 
-def validations(size: Size, is_compiled: bool, pairs: int) -> Iterator[tuple[int, int, str, float]]:
+def validations(
+    size: Size, is_compiled: bool, pairs: int, batches: int = BATCHES, max_samples: int | None = None
+) -> Iterator[tuple[int, int, str, float]]:
     """Yield round, batch, whether it is monitored, and seconds: of one training, in which every other validation is."""
     warnings.filterwarnings("ignore", module="lightning")
     network = networks.lively(size.network(10))
     skipped = 2 if is_compiled else 1  # pairs that do not count; in the second one a compiled network is split
     if is_compiled:
-        network.compile()
+        network = torch.compile(network)  # `network.compile()` compiles each child of a bare `Sequential` by itself
     first = Stopwatch()
     last = Stopwatch(first.started)
     trainer = L.Trainer(
@@ -125,9 +127,9 @@ def validations(size: Size, is_compiled: bool, pairs: int) -> Iterator[tuple[int
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[first, FlatnessMonitor(strict=True, every_n_validations=2), last],
+        callbacks=[first, FlatnessMonitor(strict=True, every_n_validations=2, max_samples=max_samples), last],
     )
-    loader = DataLoader(size.data(BATCHES * size.batch), size.batch)
+    loader = DataLoader(size.data(batches * size.batch), size.batch)
     trainer.fit(Trained(network), DataLoader(torch.zeros(1, 1)), loader)
     for number, seconds in enumerate(last.seconds[2 * skipped :]):
         for batch, took in enumerate(seconds):

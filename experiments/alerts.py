@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,6 +32,7 @@ NAME = "alerts"
 GROUP = ["data", "network", "optimizer", "validations", "steps", "seed"]
 """Columns that identify a group of runs."""
 DATA, SEEDS = ("digits", "mnist5k"), 2
+"""Data sets, and seeds of each; no seed serves both of them."""
 NETWORKS = ("residual", "plain", "unnormalised")
 OPTIMIZERS = {"sgd": 0.05, "sgd_cosine": 0.05, "sgd_restarts": 0.05, "adamw_onecycle": 0.01}
 """Settings with their learning rates."""
@@ -48,12 +51,20 @@ SLOW = 10
 """`slow` has the learning rate divided by this."""
 NOISE = 1.0
 """Standard deviation of the noise of `corrupted_inputs`, in that of the training pixels."""
-LENGTHS = {24: 15, 40: 14, 100: 8}
+LENGTHS = {24: 15, 40: 14, 100: 8, 200: 5}
 """Validations of a run, and training steps before each."""
 DISTURBED_AT, AFTER = 0.6, 5
 """Share of the validations of a run before its disturbance, and the number of those after it."""
 TRAINING, VALIDATION, BATCH_SIZE = 1000, 200, 64
-"""Numbers of images."""
+"""Numbers of images; as many training images as validation images are measured."""
+ON_TRAINING = tuple(
+    f"{key}/train"
+    for key in (
+        *"flatness/relative flatness/trace flatness/scale_free flatness/confidence flatness/features".split(),
+        *"margin/mean margin/q05 margin/negative margin/scale_free".split(),
+    )
+)
+"""Keys that are recorded on training images as well."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,30 @@ class Disturbance(Callback):
             trainer.should_stop = True
 
 
+class TrainingLoss(Callback):
+    """Keeps, after each validation, the mean training loss of the batches since the one before, in `values`."""
+
+    def __init__(self) -> None:
+        self.values, self._batches = list[float](), list[float]()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Keep the loss of a batch."""
+        self._batches.append(float(outputs["loss"]))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the mean."""
+        self.values.append(fmean(self._batches))
+        self._batches.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
+        return {"values": list(self.values)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was saved."""
+        self.values = state_dict["values"]
+
+
 class Fork(Callback):
     """Saves a checkpoint after a number of validations.
 
@@ -136,20 +171,20 @@ def scale_learning_rate(trainer: Trainer, factor: float) -> None:
 
 
 def tasks(smoke: bool = False, data: str | None = None, seeds: int | None = None) -> Iterator[Task]:
-    """Yield the groups of runs; first those with different seeds on the data sets: rules are tuned on one of them.
+    """Yield the groups of runs, in rounds of a seed on each data set.
 
     The groups of a round come in a random order: a part of them is a sample of all.
     """
     if smoke:
         yield Task(data or "digits", "plain", "sgd_cosine", validations=8, steps=2, seed=0)
         return
-    names, seeds = (data,) if data else DATA, seeds or SEEDS
+    names, seeds, settings = (data,) if data else DATA, seeds or SEEDS, list(product(NETWORKS, OPTIMIZERS))
     for first in range(seeds):
-        groups = list(product(enumerate(names), NETWORKS, OPTIMIZERS))
-        random.Random(first).shuffle(groups)
-        for number, ((shift, name), net, optimizer) in enumerate(groups):
-            length = 100 if number % 12 == 5 else 40 if number % 4 == 3 else 24
-            yield Task(name, net, optimizer, length, LENGTHS[length], (first + shift) % seeds)
+        orders = [random.Random(f"{name} {first}").sample(settings, len(settings)) for name in names]
+        for number, round_ in enumerate(zip(*orders, strict=True)):
+            length = {5: 100, 11: 200}.get(number, 40 if number % 4 == 3 else 24)
+            for shift, (name, (net, optimizer)) in enumerate(zip(names, round_, strict=True)):
+                yield Task(name, net, optimizer, length, LENGTHS[length], first * len(names) + shift)
 
 
 def run(task: Task) -> list[Row]:
@@ -173,14 +208,18 @@ def _curve(task: Task, kind: str, *callbacks: Callback, checkpoint: Path | None 
     rate *= UNNORMALISED_RATE if task.network == "unnormalised" else 1
     net = network(task.network, data.shape, data.classes, depth=2)
     module = Classifier(net, task.optimizer, rate, WEIGHT_DECAY, augmentation=True)
-    monitor, traces = quiet_monitor(), LayerTraces(data.training, task.seed)
-    fit(module, data, task.seed, task.validations, task.steps, BATCH_SIZE, [*callbacks, monitor, traces], checkpoint)
+    monitor, on_training = quiet_monitor(), quiet_monitor(data="train", max_samples=VALIDATION)
+    losses, traces = TrainingLoss(), LayerTraces(data.training, task.seed)
+    callbacks = (*callbacks, monitor, on_training, losses, traces)
+    fit(module, data, task.seed, task.validations, task.steps, BATCH_SIZE, callbacks, checkpoint)
     curves = monitor.history.values
     return [
         {
             "kind": kind,
             "validation": number,
             **{key: series[number] for key, series in curves.items()},
+            **{key: on_training.history.values[key][number] for key in ON_TRAINING},
+            "training_loss": losses.values[number],
             **dict.fromkeys(LAYER_TRACES),
             **traces.values[number],
         }

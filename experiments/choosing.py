@@ -20,8 +20,10 @@ import pandas as pd
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
 
-from experiments.data import Split, split
+from experiments.data import Images, Split, split
 from experiments.networks import network
 from experiments.ranking import FAMILIES, fitted, full_name, predictors
 from experiments.runs import Options, Row, completed, options
@@ -32,11 +34,13 @@ NAME = "choosing"
 DATA, SEEDS = ("digits", "mnist5k"), 3
 WRONG_LABELS = (0.0, 0.3)
 """Shares of the training labels that are random."""
-TRIALS, VALIDATIONS, STEPS = 8, 16, 25
+TRIALS, VALIDATIONS, STEPS = 8, 16, 75
 """Trials of a search, and validations of a trial with the training steps before each."""
 TRAINING, VALIDATION = 300, 100
 TOLERANCE = 0.005
 """Of `FlattestCheckpoint` on the training accuracy."""
+CHUNK = 50
+"""Images whose gradients are computed together."""
 RUNGS = (2, 4, 8)
 """Validations after which the worse half of the trials is pruned."""
 SIGNS = {
@@ -47,9 +51,12 @@ SIGNS = {
     "margin/mean": -1,
     "margin/scale_free": -1,
     "training_loss": 1,
+    "information_criterion": 1,
     "val_loss": 1,
 }
 """The keys that choose; of those with -1 a large value is chosen."""
+EVALUATED = ("training_loss", "information_criterion")
+"""Those of them that the monitor does not measure."""
 OUT_OF = 10
 """Random networks of `experiments.ranking` that one is chosen out of."""
 CHOOSE_NETWORKS = (
@@ -73,7 +80,7 @@ class Task:
 
 
 class Evaluation(Callback):
-    """Keeps, after each validation, the loss and accuracy on the training images and the test error."""
+    """Keeps, after each validation, what is known of the training images, and the test error."""
 
     def __init__(self, data: Split) -> None:
         self.data, self.values = data, list[Row]()
@@ -82,7 +89,35 @@ class Evaluation(Callback):
         """Evaluate once more."""
         loss, accuracy = evaluated(pl_module, self.data.training)
         error = 1 - evaluated(pl_module, self.data.test)[1]
-        self.values.append({"test_error": error, "training_loss": loss, "training_accuracy": accuracy})
+        criterion = information_criterion(pl_module, self.data.training)
+        names = "test_error", "training_loss", "training_accuracy", "information_criterion"
+        self.values.append(dict(zip(names, (error, loss, accuracy, criterion), strict=True)))
+
+
+def information_criterion(module: nn.Module, images: Images) -> float:
+    """Return Takeuchi's information criterion, with the traces of its matrices in place of the matrices.
+
+    It is `loss + tr(C) / (n tr(F))` (nats), where `C` is the second moment of the gradients of the samples' losses and
+    `F` the Gauss-Newton matrix of the loss, both over all parameters; `tr(F^-1 C) / n` is what the criterion adds.
+
+    Args:
+        module: maps images to logits, in eval mode.
+        images: the training images with their labels.
+    """
+    parameters = {name: each.detach() for name, each in module.named_parameters()}
+
+    def losses(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return -functional_call(module, parameters, (image[None],))[0].log_softmax(0)
+
+    def norms(image: Tensor, label: Tensor) -> Tensor:
+        jacobian = jacrev(losses)(parameters, image).values()  # what the loss would be with each label
+        squares = sum(each.flatten(1).square().sum(1) for each in jacobian)
+        values = losses(parameters, image)
+        return torch.stack([values[label], squares[label], squares @ torch.exp(-values)])
+
+    with torch.inference_mode(False):
+        loss, covariance, gauss_newton = vmap(norms, chunk_size=CHUNK)(images.images, images.labels).mean(0)
+    return float(loss + covariance / (len(images) * gauss_newton))
 
 
 def tasks(smoke: bool = False, data: str | None = None, seeds: int | None = None) -> Iterator[Task]:
@@ -125,7 +160,7 @@ def run(task: Task) -> list[Row]:
 
 
 def _row(curves: Any, number: int) -> Row:
-    keys = [*(key for key in SIGNS if key != "training_loss"), "val_accuracy"]
+    keys = [*(key for key in SIGNS if key not in EVALUATED), "val_accuracy"]
     return {key: curves[key][number] for key in keys}
 
 
@@ -150,7 +185,7 @@ def checkpoints(curve: pd.DataFrame) -> dict[str, float]:
     """
     error = curve.test_error.to_numpy()
     found = {"the best": error.min(), "any (mean)": error.mean(), "the last": error[-1]}
-    for key in ("training_loss", "val_loss"):
+    for key in (*EVALUATED, "val_loss"):
         found[_words(key)] = error[curve[key].to_numpy().argmin()]
     found["val_accuracy"] = error[curve.val_accuracy.to_numpy().argmax()]
     best = curve.val_accuracy.max()
@@ -183,7 +218,7 @@ def pruned(curves: Sequence[pd.DataFrame]) -> dict[str, float]:
 
 
 def _words(key: str) -> str:
-    return key.replace("training_", "training ")
+    return key.replace("training_", "training ").replace("information_", "information ")
 
 
 def errors(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -3,7 +3,7 @@
     python -m experiments.detection
 
 Thresholds are chosen on one half of the runs as the lowest without a false alarm there. The table says what they do on
-the other half: another data set and another seed.
+the other half: another data set and other seeds.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ JUDGED = "detection"
 """Name of the file of the judgements."""
 SPENT, TIMED = "detectors", 3
 """Name of the file of their costs, and the runs that they are timed on."""
-TUNED_ON = ("digits", 0)
-"""Data set and seed of the half on which thresholds are chosen; the other half is the other data set and seed."""
-REPORTED_ON = ("mnist5k", 1)
+HALVES = {"digits": "tuning", "mnist5k": "held out"}
+"""Data sets, each with its own seeds; thresholds are chosen on the tuning half, what is found is said of the other."""
 IN_TIME = 5
 """Validations after a disturbance within which an alert counts as a detection."""
 GROUPS = {
@@ -45,12 +44,13 @@ GROUPS = {
 WINDOW, DRIFT = 8, 0.5
 """Of the textbook CUSUM: validations that its mean and deviation come from, and what it does not accumulate."""
 KEYS = ("flatness/relative", "flatness/scale_free", "flatness/trace", "flatness/confidence", "flatness/features")
-KEYS += ("margin/mean", "val_loss")
+KEYS += ("margin/mean", "val_loss", "training_loss")
 SHIFTS = {
     "flatness/confidence": "shift_up",
     "flatness/scale_free": "shift_up",
     "margin/mean": "shift_down",
     "val_loss": "shift_up",
+    "training_loss": "shift_up",
 }
 """Single rules that no built-in one is, for comparison."""
 BUILT_IN = ("built-in", "label_noise", "divergence", "memorisation")
@@ -82,16 +82,15 @@ class Candidate(NamedTuple):
 
 def curves(rows: pd.DataFrame) -> list[Curve]:
     """Return the recorded runs."""
-    keys, found = [name for name in rows if "/" in name or name.startswith("val_")], []
-    for (data, *_, validations, seed, kind), run in rows.groupby(
+    keys, found = [name for name in rows if "/" in name or name.endswith(("_loss", "_accuracy"))], []
+    for (data, *_, validations, _, kind), run in rows.groupby(
         ["data", "network", "optimizer", "validations", "seed", "kind"], sort=False
     ):
-        half = {TUNED_ON: "tuning", REPORTED_ON: "held out"}.get((data, seed), "further")
         values = [
             {key: value for key, value in zip(keys, row, strict=True) if not math.isnan(value)}
             for row in run.sort_values("validation")[keys].to_numpy(dtype=float)
         ]
-        found.append(Curve(half, kind, round(DISTURBED_AT * validations), values))
+        found.append(Curve(HALVES.get(data, "further"), kind, round(DISTURBED_AT * validations), values))
     return found
 
 
@@ -319,10 +318,10 @@ def spent(rows: pd.DataFrame, cost: pd.DataFrame) -> pd.Series:
 
 
 def _source(name: str) -> str:
-    """Return the column of the costs of what a detector reads; `val_loss` and the predictions are there anyway."""
+    """Return the column of the costs of what a detector reads; the losses and the predictions are there anyway."""
     if name.startswith("Hutchinson"):
         return "layer traces"
-    return "free" if "val_loss" in name or name == "Label Wave" else "monitor"
+    return "free" if "_loss" in name or name == "Label Wave" else "monitor"
 
 
 if __name__ == "__main__":

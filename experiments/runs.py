@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
@@ -62,7 +64,7 @@ def completed(
     Args:
         name: of the file.
         tasks: data classes that hold the whole configuration of a run.
-        run: returns the rows of a task, one or more; importable, as other processes call it.
+        run: a module's function of this name, which returns the rows of one of the module's `Task`.
         options: of the command line.
         ending: `".csv"` or, for long results, `".csv.gz"`.
     """
@@ -72,7 +74,7 @@ def completed(
     done = _done(path, tasks)
     missing = [task for task in tasks if _key(asdict(task)) not in done]
     parallel = joblib.Parallel(n_jobs=options.jobs, return_as="generator_unordered")
-    finished = parallel(joblib.delayed(_timed)(run, task) for task in missing)
+    finished = parallel(joblib.delayed(_timed)(_module(run), asdict(task)) for task in missing)
     for rows in tqdm(finished, total=len(missing), desc=name, unit="run"):
         if path.exists():
             rows = rows[list(pd.read_csv(path, nrows=0))]
@@ -99,11 +101,17 @@ def _key(values: Row) -> str:
     return "|".join(numbers)
 
 
-def _timed(run: Callable[[Any], list[Row]], task: Any) -> pd.DataFrame:
+def _module(run: Callable[..., Any]) -> str:
+    """Return the name of a function's module; what runs as `__main__` is another module to other processes."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if run.__module__ == "__main__" and spec else run.__module__
+
+
+def _timed(module: str, config: Row) -> pd.DataFrame:
+    """Run a task of a module's class `Task` by its function `run`."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
-    rows = pd.DataFrame(run(task))
-    config = asdict(task)
+    experiment, start = import_module(module), time.perf_counter()
+    rows = pd.DataFrame(experiment.run(experiment.Task(**config)))
     rows = rows.assign(**config)[[*config, *(name for name in rows if name not in config)]]
     return rows.assign(seconds=round(time.perf_counter() - start, 2), versions=_versions())
 

@@ -6,6 +6,8 @@ import hashlib
 import math
 import pickle
 import struct
+import subprocess
+import sys
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
@@ -105,14 +107,24 @@ def test_smoke(experiment: ModuleType, tmp_path: Path, monkeypatch: pytest.Monke
         pd.testing.assert_frame_equal(experiment.record(chosen), rows)
 
 
+def test_command_in_two_processes(tmp_path: Path) -> None:
+    """The experiment is then `__main__` here, and imported there."""
+    command = [sys.executable, "-m", "experiments.costs", "--smoke", "--jobs", "2", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=report.PAGES.parents[1])
+    assert len(pd.read_csv(tmp_path / "costs.csv")) == len(list(costs.tasks(smoke=True)))
+
+
 def test_full_designs() -> None:
-    """No configuration comes twice, and the halves of the alerts come first."""
+    """No configuration comes twice, and the halves of the alerts share no seed."""
     for experiment in (*TABLES, false_friend):
         tasks = list(experiment.tasks())
         assert len(set(tasks)) == len(tasks)
         assert {task.data for task in experiment.tasks(data="cifar10")} == {"cifar10"}
-    groups = [(task.data, task.seed) for task in alerts.tasks()]
-    assert set(groups[: len(groups) // 2]) == {detection.TUNED_ON, detection.REPORTED_ON}
+    groups = list(alerts.tasks())
+    seeds = [{task.seed for task in groups if detection.HALVES[task.data] == half} for half in ("tuning", "held out")]
+    assert [len(each) for each in seeds] == [alerts.SEEDS] * 2
+    assert not seeds[0] & seeds[1]
+    assert {task.validations for task in groups} == set(alerts.LENGTHS)
     assert len(groups) * len(alerts.KINDS) >= 300
     assert len(list(ranking.tasks())) >= 150
 
@@ -195,6 +207,23 @@ def test_layer_traces_are_those_of_the_hessian(monkeypatch: pytest.MonkeyPatch) 
     found = layer_traces.layer_traces(net, images, torch.Generator().manual_seed(0))
     assert found == pytest.approx([float(each.sum()) for each in exact], rel=0.1)
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_information_criterion_is_made_of_gradients() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    images, weights = Images(torch.randn(7, 1, 2, 2), torch.arange(7) % 3), list(net.parameters())
+    losses = -net(images.images).log_softmax(1)
+    squares = torch.tensor(
+        [
+            [sum(float(g.square().sum()) for g in torch.autograd.grad(each, weights, retain_graph=True)) for each in row]
+            for row in losses
+        ]
+    )
+    rows = torch.arange(7)
+    covariance, gauss_newton = squares[rows, images.labels].mean(), (squares * (-losses).exp()).sum(1).mean()
+    expected = losses[rows, images.labels].mean() + covariance / gauss_newton / 7
+    assert choosing.information_criterion(net, images) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_path_norm_counts_paths() -> None:
