@@ -22,7 +22,7 @@ OUTPUT = Path(__file__).with_name("rules.csv")
 IN_TIME = 3
 """Validations after a disturbance within which it is to be detected."""
 DISTURBANCES = ("healthy", "label_noise", "lr_x10", "noise_from_start")
-NAMES = ("label_noise", "divergence", "memorisation", "default")
+NAMES = ("label_noise", "divergence", "misclassification", "memorisation", "default")
 
 
 Judged = tuple[Row, dict[str, list[int]]]
@@ -46,12 +46,12 @@ class Result(NamedTuple):
 
 
 def alerts(rows: list[Row]) -> dict[str, list[int]]:
-    """Return the epochs at which each built-in rule fires in a run; `default`: any of them."""
+    """Return the epochs at which each built-in rule fires in a run; `default`: any of the default ones."""
     found: dict[str, list[int]] = {}
     for name in NAMES[:-1]:
         tracker = RuleTracker(getattr(rules, name)())
         found[name] = [row.epoch for row in rows if tracker.observe(row.values, step=row.epoch, epoch=row.epoch)]
-    found["default"] = sorted(epoch for epochs in found.values() for epoch in epochs)
+    found["default"] = sorted(epoch for rule in rules.default() for epoch in found[str(rule)])
     return found
 
 

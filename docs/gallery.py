@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lightning_flatness import FlatnessMonitor, FlattestCheckpoint, demo, measure
+from lightning_flatness import FlatnessMonitor, FlattestCheckpoint, demo, measure, rules
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
 from lightning_flatness.keys import CONFIDENCE, KEYS, MARGIN, RELATIVE, SCALE_FREE
 from lightning_flatness.reporting.style import BLUE, GREEN, LIGHT, ORANGE, VERMILION, panel, title
@@ -133,7 +133,8 @@ def trained(name: str) -> tuple[FlatnessMonitor, FlatnessMonitor, DigitsClassifi
     """Train a run, and return its monitor, that of its training data, and the module."""
     run = RUNS[name]
     L.seed_everything(0, verbose=False)
-    monitor, training = FlatnessMonitor(rules="default"), FlatnessMonitor(data="train")
+    monitor = FlatnessMonitor(rules=[*rules.default(), rules.memorisation()])
+    training = FlatnessMonitor(data="train")
     callbacks = [monitor, training, *([run.disturbance] if run.disturbance else [])]
     trainer = L.Trainer(max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=False, **QUIET, **run.options)
     module = DigitsClassifier()

@@ -26,7 +26,7 @@ from experiments.training import Classifier, evaluated, fit, quiet_monitor
 from lightning_flatness import ReduceLR, StopTraining, rules
 
 NAME = "acting"
-DATA, SEEDS = "digits", 3
+DATA, SEEDS = "digits", 6
 NETWORKS, KINDS = ("residual", "plain"), ("healthy", "labels_30", "rate_x10")
 ACTIONS = ("none", "stop", "reduce", "early_stopping", "plateau")
 """Nothing; the built-in rules with `StopTraining` and with `ReduceLR`; their counterparts on `val_loss`."""

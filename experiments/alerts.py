@@ -31,7 +31,7 @@ from experiments.training import Classifier, fit, quiet_monitor
 NAME = "alerts"
 GROUP = ["data", "network", "optimizer", "validations", "steps", "seed"]
 """Columns that identify a group of runs."""
-DATA, SEEDS = ("digits", "mnist5k"), 2
+DATA, SEEDS = ("digits", "mnist5k"), 4
 """Data sets, and seeds of each; no seed serves both of them."""
 NETWORKS = ("residual", "plain", "unnormalised")
 OPTIMIZERS = {"sgd": 0.05, "sgd_cosine": 0.05, "sgd_restarts": 0.05, "adamw_onecycle": 0.01}
@@ -120,20 +120,24 @@ class Disturbance(Callback):
             trainer.should_stop = True
 
 
-class TrainingLoss(Callback):
-    """Keeps, after each validation, the mean training loss of the batches since the one before, in `values`."""
+class Progress(Callback):
+    """Keeps what a Trainer knows after each validation, in `values`.
+
+    That is the learning rate, and the mean training loss of the batches since the validation before.
+    """
 
     def __init__(self) -> None:
-        self.values, self._batches = list[float](), list[float]()
+        self.values, self._losses = list[Row](), list[float]()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Keep the loss of a batch."""
-        self._batches.append(float(outputs["loss"]))
+        self._losses.append(float(outputs["loss"]))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the mean."""
-        self.values.append(fmean(self._batches))
-        self._batches.clear()
+        """Keep both."""
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.values.append({"learning_rate": rate, "training_loss": fmean(self._losses)})
+        self._losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs."""
@@ -209,8 +213,8 @@ def _curve(task: Task, kind: str, *callbacks: Callback, checkpoint: Path | None 
     net = network(task.network, data.shape, data.classes, depth=2)
     module = Classifier(net, task.optimizer, rate, WEIGHT_DECAY, augmentation=True)
     monitor, on_training = quiet_monitor(), quiet_monitor(data="train", max_samples=VALIDATION)
-    losses, traces = TrainingLoss(), LayerTraces(data.training, task.seed)
-    callbacks = (*callbacks, monitor, on_training, losses, traces)
+    progress, traces = Progress(), LayerTraces(data.training, task.seed)
+    callbacks = (*callbacks, monitor, on_training, progress, traces)
     fit(module, data, task.seed, task.validations, task.steps, BATCH_SIZE, callbacks, checkpoint)
     curves = monitor.history.values
     return [
@@ -219,7 +223,7 @@ def _curve(task: Task, kind: str, *callbacks: Callback, checkpoint: Path | None 
             "validation": number,
             **{key: series[number] for key, series in curves.items()},
             **{key: on_training.history.values[key][number] for key in ON_TRAINING},
-            "training_loss": losses.values[number],
+            **progress.values[number],
             **dict.fromkeys(LAYER_TRACES),
             **traces.values[number],
         }

@@ -31,7 +31,7 @@ from experiments.statistics import Estimate, mean, over_members
 from experiments.training import Classifier, evaluated, fit, quiet_monitor
 
 NAME = "choosing"
-DATA, SEEDS = ("digits", "mnist5k"), 3
+DATA, SEEDS = ("digits", "mnist5k"), 6
 WRONG_LABELS = (0.0, 0.3)
 """Shares of the training labels that are random."""
 TRIALS, VALIDATIONS, STEPS = 8, 16, 75

@@ -1,4 +1,4 @@
-"""What a validation costs: nothing besides, the monitor, and the layers' traces of `experiments.layer_traces`.
+"""What a validation costs: nothing besides, a monitor, one on training images, and `experiments.layer_traces`.
 
     python -m experiments.costs [--smoke] [--data NAME] [--jobs 1] [--seeds N]
 
@@ -14,6 +14,7 @@ from itertools import product
 
 import pandas as pd
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from experiments.alerts import BATCH_SIZE, DATA, NETWORKS, TRAINING, VALIDATION
 from experiments.data import split
@@ -24,13 +25,13 @@ from experiments.training import Classifier, fit, quiet_monitor
 
 NAME = "costs"
 SEEDS, VALIDATIONS = 1, 20
-SOURCES = ("nothing", "monitor", "layer traces")
+SOURCES = ("nothing", "monitor", "on training images", "layer traces")
 """What a validation is made with besides."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The configuration of the three trainings that are compared."""
+    """The configuration of the trainings that are compared."""
 
     data: str
     network: str
@@ -54,7 +55,11 @@ def run(task: Task) -> list[Row]:
         torch.manual_seed(task.seed)
         net = network(task.network, data.shape, data.classes, depth=2)
         module = Classifier(net, "sgd", 0.05, 0.0)
-        made = {"monitor": [quiet_monitor()], "layer traces": [LayerTraces(data.training, task.seed)]}
+        made: dict[str, list[Callback]] = {
+            "monitor": [quiet_monitor()],
+            "on training images": [quiet_monitor(data="train", max_samples=VALIDATION)],
+            "layer traces": [LayerTraces(data.training, task.seed)],
+        }
         start = time.process_time()
         fit(module, data, task.seed, task.validations, 1, BATCH_SIZE, made.get(source, []))
         found[source] = 1000 * (time.process_time() - start) / task.validations

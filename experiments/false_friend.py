@@ -30,7 +30,7 @@ from experiments.training import Classifier, evaluated, fit, measured
 from lightning_flatness import measure, spectrum
 
 NAME = "false_friend"
-DATA, SEEDS = "digits", 3
+DATA, SEEDS = "digits", 10
 NETWORKS = {"logistic": (0, 0), "mlp": (12, 1), "plain": (8, 1), "vgg": (8, 2), "preactivated": (6, 1), "wide": (9, 1)}
 """Networks with width and depth; `wide` is a pre-activated one."""
 WAYS = ("plain", "l2", "averaging", "augmentation", "sam")

@@ -31,7 +31,7 @@ from experiments.training import Classifier, fit, quiet_monitor
 from lightning_flatness import measure
 
 NAME = "margins"
-DATA, SEEDS = "mnist5k", 3
+DATA, SEEDS = "mnist5k", 6
 NETWORKS = {"logistic": 0, "lenet": 0, "mlp_norm": 64}
 """An affine predictor, the paper's LeNet-5, and its fully connected network with batch norm, with their widths."""
 BATCH_SIZES = {"small": 16, "large": 128}

@@ -48,11 +48,11 @@ def of_alerts() -> tuple[Figure, str]:
     held = judgements[(judgements.half == "held out") & (judgements.threshold == judgements.detector.map(chosen))]
     detected = held.pivot_table(index="detector", columns="kind", values="detected", sort=False)[kinds].reindex(chosen)
     healthy = held[held.kind.isin(alerts.UNDISTURBED)].groupby("detector")
-    alarms = 100 * healthy.alerts.sum() / healthy.validations.sum()
+    alarms = 1000 * healthy.alerts.sum() / healthy.validations.sum()
     figure = heat_map(detected, "share detected")
     figure.axes[0].set_yticks(range(len(chosen)), [f"{name}   {alarms[name]:.1f}" for name in chosen], fontsize=7)
     figure.axes[0].set_title(
-        "detected in time; behind each name the false alarms per 100 healthy validations", fontsize=9
+        "detected in time; behind each name the false alarms per 1,000 healthy validations", fontsize=9
     )
     tables = [
         f"### {half.capitalize()} half\n\n" + as_markdown(detection.table(judgements, half, cost))
@@ -193,7 +193,7 @@ SECTIONS: dict[str, Callable[[], tuple[Figure, str]]] = {
 
 
 def all_claims() -> list[Claim]:
-    """Return all claims, in the order of the issue's experiments."""
+    """Return all claims, in the order of the papers."""
     trained = results(ranking.NAME)
     return [
         *claims.of_margins(results(margins.NAME)),

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_flatness.actions import escalation
-from lightning_flatness.keys import CHURN, LABELLED, OF_LAYER, keys_of, keys_of_layers
+from lightning_flatness.keys import CHURN, LABELLED, LEARNING_RATE, OF_LAYER, keys_of, keys_of_layers
 from lightning_flatness.reporting.console import say
 from lightning_flatness.reporting.loggers import Loggers, log_step
 from lightning_flatness.rules import Action, Alert, AllOf, AnyOf, Rule, RuleTracker, Violation, default
@@ -128,10 +128,10 @@ class RuleRunner:
             if key not in fresh and not key.startswith(CHURN)  # which the first validation lacks
             if _LOADER.sub("", key) not in self._absent
         ]
-        fired: list[Alert] = []
+        fired, rate = list[Alert](), _learning_rate(trainer)
         for tracker in self._trackers:
             try:
-                alert = tracker.observe(fresh, step=log_step(trainer), epoch=trainer.current_epoch)
+                alert = tracker.observe({**fresh, **rate}, step=log_step(trainer), epoch=trainer.current_epoch)
             except Exception as error:  # the other rules must see the values all the same
                 errors.append(error)
                 continue
@@ -263,6 +263,13 @@ def _act(alert: Alert, trainer: Trainer, pl_module: LightningModule) -> tuple[st
         return str(failed), [failed]
     say(f"Flatness action: {done}")
     return done, []
+
+
+def _learning_rate(trainer: Trainer) -> dict[str, float]:
+    """Return the largest learning rate, for alerts to tell how it changed; nothing where nothing is trained."""
+    rates = [group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    known = [float(rate) for rate in rates if rate is not None]  # some optimizers find their own
+    return {LEARNING_RATE: max(known)} if known else {}
 
 
 def _unknown(key: str, logged: Sequence[str]) -> ValueError:

@@ -26,6 +26,8 @@ SOFTMAX_MARGIN = "margin/softmax_mean"
 MARGIN_BOUND = "margin/bound"
 SCALE_FREE_MARGIN = "margin/scale_free"
 CHURN = "margin/churn"
+LEARNING_RATE = "learning_rate"
+"""Not logged: an alert says how the learning rate has changed."""
 NETWORK = "network"
 """Stands in the place of a layer's name."""
 OF_LAYER = (RELATIVE, TRACE)

@@ -48,6 +48,34 @@ def test_a_cut_learning_rate_stays_cut(tmp_path: Any) -> None:
     assert cut == pytest.approx([full[0], full[1] * 0.1, full[2] * 0.1, full[3] * 0.1])
 
 
+@pytest.mark.parametrize("knows_its_rate", [True, False])
+def test_an_alert_knows_how_the_learning_rate_changed(tmp_path: Any, knows_its_rate: bool) -> None:
+    """It has the rate of the validation before; an optimizer that finds its own rate, as Adafactor does, has none."""
+
+    class Raise(Values):
+        def on_train_epoch_end(self, run: Any, module: Any) -> None:
+            (group,) = run.optimizers[0].param_groups
+            group["lr"] = 10 * group["lr"]
+
+        def on_validation_start(self, run: Any, module: Any) -> None:
+            (group,) = run.optimizers[0].param_groups
+            self.seen.append(group["lr"])
+            group["lr"] = group["lr"] if knows_its_rate else None
+
+        def on_validation_end(self, run: Any, module: Any) -> None:
+            run.optimizers[0].param_groups[0]["lr"] = self.seen[-1]
+
+    class Constant(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+    raised = Raise()
+    monitor = FlatnessMonitor(rules=[Rule(**ALWAYS)])
+    trainer(tmp_path, monitor, raised, max_epochs=3, num_sanity_val_steps=0).fit(Constant())
+    rates = [alert.violations[0].after.get("learning_rate") for alert in monitor.alerts]
+    assert rates == ([None, pytest.approx(1e-6), pytest.approx(1e-5)] if knows_its_rate else [None] * 3)
+
+
 def test_min_epochs_is_respected(tmp_path: Any) -> None:
     run = trainer(tmp_path, FlatnessMonitor(rules=[Rule(**ALWAYS, action=StopTraining())]), max_epochs=9, min_epochs=4)
     run.fit(Classifier())

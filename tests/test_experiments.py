@@ -33,6 +33,7 @@ from experiments import (
     choosing,
     costs,
     detection,
+    detectors,
     false_friend,
     layer_traces,
     margins,
@@ -47,9 +48,12 @@ from experiments.data import Images, split
 from experiments.networks import POOLED, network
 from experiments.runs import options
 from experiments.training import measured
-from lightning_flatness import measure
+from lightning_flatness import Rule, measure
 
 CHANGES = ("labels_30", "rate_x10", "no_augmentation", "corrupted_inputs")
+
+
+HALVES = ("tuning", "held out", "further")
 
 
 def check_alerts(rows: pd.DataFrame) -> pd.DataFrame:
@@ -59,9 +63,11 @@ def check_alerts(rows: pd.DataFrame) -> pd.DataFrame:
     assert set(runs) == {"healthy", "slow", "memorisation", *CHANGES}
     assert all(runs[kind][:at] == runs["healthy"][:at] and len(runs[kind]) == 8 for kind in CHANGES)
     assert len({runs[kind][-1] for kind in ("healthy", *CHANGES)}) == 5
-    cost = detection.spent(rows, pd.DataFrame({"monitor": [100.0], "layer traces": [200.0]}))
+    each = {"monitor": [100.0], "layer traces": [200.0], "on training images": [1000.0]}
+    cost = detection.spent(rows, pd.DataFrame({"nothing": [1.0], **each}))
     found = detection.table(detection.judged(rows), "tuning", cost)
     assert found.ms["EarlyStopping val_loss"] < 100 < found.ms["label_noise"] < 200
+    assert 1100 < found.ms[detectors.BOTH] < 1200
     assert found.ms["Hutchinson per layer, CUSUM"] > 200
     return found
 
@@ -78,7 +84,7 @@ TABLES = {
     ablation: ablation.summary,
     alerts: check_alerts,
     choosing: check_choosing,
-    costs: lambda rows: rows[["monitor", "layer traces"]],
+    costs: lambda rows: rows[list(costs.SOURCES)],
     ranking: lambda rows: pd.DataFrame(ranking.summary(rows)),
     margins: lambda rows: rows.dropna(subset="network_trace"),
     onset: onset.changes,
@@ -91,9 +97,9 @@ if hasattr(callbacks, "WeightAveraging"):  # since Lightning 2.6
 @pytest.mark.parametrize("experiment", TABLES, ids=lambda module: module.NAME)
 def test_smoke(experiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
-    monkeypatch.setattr(detection, "THRESHOLDS", (4,))
-    monkeypatch.setattr(detection, "PENALTIES", (3,))
-    monkeypatch.setattr(detection, "PATIENCES", (3,))
+    monkeypatch.setattr(detectors, "THRESHOLDS", (4,))
+    monkeypatch.setattr(detectors, "PENALTIES", (3,))
+    monkeypatch.setattr(detectors, "PATIENCES", (3,))
     monkeypatch.setattr(alerts, "CHANGES", CHANGES)
     chosen = options(None, ["--smoke", "--jobs", "1", "--output", str(tmp_path)])
     rows = experiment.record(chosen)
@@ -121,41 +127,61 @@ def test_full_designs() -> None:
         assert len(set(tasks)) == len(tasks)
         assert {task.data for task in experiment.tasks(data="cifar10")} == {"cifar10"}
     groups = list(alerts.tasks())
-    seeds = [{task.seed for task in groups if detection.HALVES[task.data] == half} for half in ("tuning", "held out")]
-    assert [len(each) for each in seeds] == [alerts.SEEDS] * 2
-    assert not seeds[0] & seeds[1]
+    halves = {
+        half: {task.seed for task in groups if detection.half_of(task.data, task.seed) == half} for half in HALVES
+    }
+    assert not halves["tuning"] & halves["held out"]
+    assert halves["further"] == set(detection.SEEN)
     assert {task.validations for task in groups} == set(alerts.LENGTHS)
     assert len(groups) * len(alerts.KINDS) >= 300
     assert len(list(ranking.tasks())) >= 150
 
 
-def series(*values: float) -> detection.Values:
+def series(*values: float) -> detectors.Values:
     return [{"val_loss": value, "flatness/scale_free": value, "margin/churn": value} for value in values]
 
 
 @pytest.mark.parametrize(
     ("detect", "curve", "first"),
     [
-        (lambda v: detection.cusum("flatness/scale_free", 20, v), [1, 1.1] * 8 + [3] * 6, 16),
-        (lambda v: detection.cusum("flatness/scale_free", 20, v), [1, 1.1] * 11, None),
-        (lambda v: detection.pelt("flatness/scale_free", 5, v), [1, 1.1] * 8 + [3] * 6, 16),
-        (lambda v: detection.early_stopping(3, v), [4, 3, 2, 2.5, 2.5, 2.5, 1], 5),
-        (lambda v: detection.early_stopping(3, v), [4, 3, 2, 2.5, 2.5, 1.9, 1], None),
-        (lambda v: detection.label_wave(2, v), [0.5, 0.4, 0.3, 0.2, 0.3, 0.4, 0.5], 6),
+        (lambda v: detectors.cusum("flatness/scale_free", 20, v), [1, 1.1] * 8 + [3] * 6, 16),
+        (lambda v: detectors.cusum("flatness/scale_free", 20, v), [1, 1.1] * 11, None),
+        (lambda v: detectors.pelt("flatness/scale_free", 5, v), [1, 1.1] * 8 + [3] * 6, 16),
+        (lambda v: detectors.early_stopping(3, v), [4, 3, 2, 2.5, 2.5, 2.5, 1], 5),
+        (lambda v: detectors.early_stopping(3, v), [4, 3, 2, 2.5, 2.5, 1.9, 1], None),
+        (lambda v: detectors.label_wave(2, v), [0.5, 0.4, 0.3, 0.2, 0.3, 0.4, 0.5], 6),
     ],
 )
-def test_detectors(detect: detection.Detector, curve: list[float], first: int | None) -> None:
+def test_detectors(detect: detectors.Detector, curve: list[float], first: int | None) -> None:
     alarms = detect(series(*curve))
     assert (alarms[0][0] if alarms else None) == first
 
 
 def test_thresholds_come_from_the_tuning_half_alone() -> None:
+    """They are the lowest at which a detector gives no more false alarms there than the built-in rules."""
+    counts = {
+        detectors.BUILT_IN: {"as it is": (1, 0)},
+        "one": {"2": (3, 0), "4": (1, 5), "8": (0, 5)},
+        "loud": {"2": (9, 0), "4": (2, 0)},
+    }
     rows = [
-        {"detector": "one", "threshold": threshold, "half": half, "kind": "healthy", "alerts": alarms}
-        for half, counts in (("tuning", (3, 0, 0)), ("held out", (0, 5, 5)))
-        for threshold, alarms in zip(("2", "4", "8"), counts, strict=True)
+        {"detector": name, "threshold": threshold, "half": half, "kind": "healthy", "alerts": alarms}
+        for name, thresholds in counts.items()
+        for threshold, pair in thresholds.items()
+        for half, alarms in zip(("tuning", "held out"), pair, strict=True)
     ]
-    assert detection.selected(pd.DataFrame(rows)) == {"one": "4"}
+    assert detection.selected(pd.DataFrame(rows)) == {detectors.BUILT_IN: "as it is", "one": "4", "loud": "4"}
+
+
+def test_rules_that_fire_together_are_one_event_and_the_first_names_the_cause() -> None:
+    falls = Rule("flatness/features", shift_down=4.0, name="divergence")
+    rises = Rule("flatness/kernel", above=0.5)
+    curve = [{"flatness/features": 1.0, "flatness/kernel": 0.1, "learning_rate": 0.1}] * 10
+    thrown = {"flatness/features": 0.1, "flatness/kernel": 0.2, "learning_rate": 1.0}
+    after = [thrown, thrown, {**thrown, "flatness/kernel": 0.9}, {**thrown, "flatness/kernel": 0.9}]
+    assert detectors.any_fired([rises, falls], curve + after) == [(11, detectors.RATE), (13, "")]
+    unraised = [{**each, "learning_rate": 0.1, "flatness/scale_free": 1.0} for each in curve + after[:2]]
+    assert detectors.any_fired([falls], unraised) == [(11, detectors.LABELS)]
 
 
 def test_pairs_differ_in_one_hyperparameter() -> None:
@@ -214,12 +240,8 @@ def test_information_criterion_is_made_of_gradients() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
     images, weights = Images(torch.randn(7, 1, 2, 2), torch.arange(7) % 3), list(net.parameters())
     losses = -net(images.images).log_softmax(1)
-    squares = torch.tensor(
-        [
-            [sum(float(g.square().sum()) for g in torch.autograd.grad(each, weights, retain_graph=True)) for each in row]
-            for row in losses
-        ]
-    )
+    gradients = [[torch.autograd.grad(each, weights, retain_graph=True) for each in row] for row in losses]
+    squares = torch.tensor([[sum(float(g.square().sum()) for g in each) for each in row] for row in gradients])
     rows = torch.arange(7)
     covariance, gauss_newton = squares[rows, images.labels].mean(), (squares * (-losses).exp()).sum(1).mean()
     expected = losses[rows, images.labels].mean() + covariance / gauss_newton / 7

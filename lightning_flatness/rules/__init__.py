@@ -1,7 +1,7 @@
 """Rules: when a monitored value calls for an alert, and what the alert says. Standard library only."""
 
 from lightning_flatness.rules.alert import Action, Alert, Violation
-from lightning_flatness.rules.presets import default, divergence, label_noise, memorisation
+from lightning_flatness.rules.presets import default, divergence, label_noise, memorisation, misclassification
 from lightning_flatness.rules.rule import AllOf, AnyOf, Rule
 from lightning_flatness.rules.tracker import RuleTracker
 
@@ -17,4 +17,5 @@ __all__ = [
     "divergence",
     "label_noise",
     "memorisation",
+    "misclassification",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lightning_flatness.keys import (
@@ -14,6 +14,7 @@ from lightning_flatness.keys import (
     FEATURES,
     HEAD,
     KERNEL,
+    LEARNING_RATE,
     MARGIN,
     NEGATIVE,
     RELATIVE,
@@ -142,7 +143,7 @@ def context_keys(key: str) -> tuple[str, ...]:
         ('flatness/relative/train', 'flatness/scale_free/train')
     """
     suffix = key_suffix(key)
-    return tuple(f"{name}{suffix}" for name in (RELATIVE, SCALE_FREE, MARGIN, *FACTORS))
+    return (*(f"{name}{suffix}" for name in (RELATIVE, SCALE_FREE, MARGIN, *FACTORS)), LEARNING_RATE)
 
 
 def reason(violations: Sequence[Violation]) -> str:
@@ -203,8 +204,8 @@ def advice(rule_name: str, violations: Sequence[Violation]) -> Advice:
     if any(each.condition == "nonfinite" for each in violations):
         return _NONFINITE
     changes = _own_changes(violations[0]) if violations else {}
-    if rule_name == "divergence":
-        return _THROWN_BACK_BY_LABELS if changes.get(SCALE_FREE, 0.0) > _SHARPENED else _THROWN_BACK_BY_RATE
+    if rule_name in ("divergence", "misclassification"):
+        return _THROWN_BACK_BY_RATE if _rate_is_likelier(violations[0], changes) else _THROWN_BACK_BY_LABELS
     if rule_name in ("label_noise", "memorisation"):
         return _LABELS if rule_name == "label_noise" else _MEMORISED
     if not violations:
@@ -279,6 +280,9 @@ def explanation(violations: Sequence[Violation]) -> list[str]:
             continue
         moved = f"{_change(title, first.before[key], first.after[key], digits=2)}{since}."
         sentences.append(_capital(moved if name == MARGIN else f"{_WORDS[name][changes[name] < 0]}: {moved}"))
+    if abs(first.changes.get(LEARNING_RATE, 0.0)) >= _NOTICEABLE:
+        before, after = first.before[LEARNING_RATE], first.after[LEARNING_RATE]
+        sentences.append(f"{_capital(_change('the learning rate', before, after, digits=2))}{since}.")
     if (only := _only(first)) == "confidence":
         less = "less" if changes[first.key.removesuffix(suffix)] > 0 else "more"
         sentences.append(f"The network only became {less} sure: everything else together stayed nearly the same.")
@@ -307,6 +311,13 @@ def _statement(violation: Violation) -> str:
     words = _WORDS.get(key.removesuffix(key_suffix(key)))
     meaning = f"{words[value < before]}: " if words and value != before else ""
     return f"{meaning}{_change(key, before, value, digits=4)} since step {violation.onset_step} ({why})"
+
+
+def _rate_is_likelier(violation: Violation, changes: Mapping[str, float]) -> bool:
+    """Return whether the learning rate threw a training back: it rose; where that is not known, flatness did not."""
+    if LEARNING_RATE in violation.changes:
+        return violation.changes[LEARNING_RATE] > _NOTICEABLE
+    return changes.get(SCALE_FREE, 0.0) <= _SHARPENED
 
 
 def _only(violation: Violation) -> Literal["weights", "logits", "confidence"] | None:

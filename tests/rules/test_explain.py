@@ -149,6 +149,21 @@ PRESETS: dict[str, tuple[str, list[dict[str, float]], list[str]]] = {
         [*[LEVEL] * 12, NOISY_LABELS, NOISY_LABELS],
         ["Smaller features: ", "usual causes: labels that turned wrong"],
     ),
+    "a raised rate": (
+        "divergence",
+        [*[{**LEVEL, "learning_rate": 0.01}] * 12, *[{**NOISY_LABELS, "learning_rate": 0.1}] * 2],
+        ["The learning rate rose from 0.01 to 0.1", "usual causes: a learning rate that became too high"],
+    ),
+    "features lost at the same rate": (
+        "divergence",
+        [*[{**LEVEL, "learning_rate": 0.01}] * 12, *[{**HIGH_RATE, "learning_rate": 0.01}] * 2],
+        ["usual causes: labels that turned wrong", "look at: training images with their labels"],
+    ),
+    "misclassified": (
+        "misclassification",
+        [*[{**LEVEL, "margin/negative": 0.01}] * 12, *[{**NOISY_LABELS, "margin/negative": 0.2}] * 2],
+        ["More samples misclassified: margin/negative rose from 0.01 to 0.2", "usual causes: labels that turned wrong"],
+    ),
     "thrown back": ("divergence", [*[LEVEL] * 12, THROWN_BACK, THROWN_BACK], ["divergence: critical at step 1300"]),
     "learnt by heart": (
         "memorisation",
@@ -174,10 +189,10 @@ PRESETS: dict[str, tuple[str, list[dict[str, float]], list[str]]] = {
 def test_a_built_in_rule_explains_its_alert(
     name: str, history: list[dict[str, float]], said: list[str], suffix: str
 ) -> None:
-    (rule,) = (each for each in rules.default(suffix=suffix) if str(each) == name)
-    tracker = RuleTracker(rule)
+    tracker = RuleTracker(getattr(rules, name)(suffix=suffix))
+    keys = {key: key if key == "learning_rate" else f"{key}{suffix}" for values in history for key in values}
     alerts = [
-        tracker.observe({f"{key}{suffix}": value for key, value in values.items()}, step=100 * epoch, epoch=epoch)
+        tracker.observe({keys[key]: value for key, value in values.items()}, step=100 * epoch, epoch=epoch)
         for epoch, values in enumerate(history)
     ]
     (alert,) = filter(None, alerts)
