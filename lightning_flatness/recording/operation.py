@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_flatness.errors import GraphError, UnrepeatableError
 from lightning_flatness.recording.operators import Trait, traits
 
-_Argument = TypeVar("_Argument")
+_Leaf = TypeVar("_Leaf")
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,12 @@ class Operation(NamedTuple):
     @property
     def nodes(self) -> list[Node]:
         """The arguments that depend on an input of the graph."""
-        return self._arguments(Node)
+        return _of_kind(Node, (self.args, self.kwargs))
 
     @property
     def captured(self) -> list[Captured]:
         """The arguments that are tensors and do not depend on an input of the graph."""
-        return self._arguments(Captured)
-
-    def _arguments(self, kind: type[_Argument]) -> list[_Argument]:
-        found: list[_Argument] = []
-        map_tree((self.args, self.kwargs), lambda item: found.append(item) if isinstance(item, kind) else None)
-        return found
+        return _of_kind(Captured, (self.args, self.kwargs))
 
     @property
     def is_piecewise_linear(self) -> bool:
@@ -162,17 +157,21 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 def tensors(tree: Any) -> list[Tensor]:
     """Return the tensors in nested lists, tuples and dictionaries."""
-    found: list[Tensor] = []
-    _collect(tree, found)
+    return _of_kind(Tensor, tree)
+
+
+def _of_kind(kind: type[_Leaf], tree: Any) -> list[_Leaf]:
+    found: list[_Leaf] = []
+    _collect(kind, tree, found)
     return found
 
 
-def _collect(tree: Any, found: list[Tensor]) -> None:
-    if isinstance(tree, Tensor):
+def _collect(kind: type[_Leaf], tree: Any, found: list[_Leaf]) -> None:
+    if isinstance(tree, kind):
         found.append(tree)
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            _collect(item, found)
+            _collect(kind, item, found)
     elif isinstance(tree, dict):
         for item in tree.values():
-            _collect(item, found)
+            _collect(kind, item, found)
