@@ -97,7 +97,7 @@ def rescaled(module: nn.Module, seed: int) -> nn.Module:
 
 def record(chosen: Options) -> pd.DataFrame:
     """Return a row for each trained network."""
-    return completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen)
+    return completed(__spec__.name, tasks(chosen.smoke, chosen.data, chosen.seeds), chosen)
 
 
 def variants(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -192,17 +192,18 @@ def tasks(smoke: bool = False, data: str | None = None, seeds: int | None = None
 
 
 def run(task: Task) -> list[Row]:
-    """Return the curves of the runs of all kinds, a row for each validation."""
+    """Return the curves of the runs of all kinds, a row for each validation; a fork has no row of what is before it."""
     with TemporaryDirectory() as folder:
         fork = Path(folder) / "fork.ckpt"
-        rows = _curve(task, "healthy", Fork(task.disturbed_at, fork))
-        rows += [row for kind in ("slow", "memorisation") for row in _curve(task, kind)]
+        rows = curve(task, "healthy", Fork(task.disturbed_at, fork))
+        rows += [row for kind in ("slow", "memorisation") for row in curve(task, kind)]
         for kind in CHANGES:
-            rows += _curve(task, kind, Disturbance(kind, task.disturbed_at, task.seed, AFTER), checkpoint=fork)
+            forked = curve(task, kind, Disturbance(kind, task.disturbed_at, task.seed, AFTER), checkpoint=fork)
+            rows += forked[task.disturbed_at :]
     return rows
 
 
-def _curve(task: Task, kind: str, *callbacks: Callback, checkpoint: Path | None = None) -> list[Row]:
+def curve(task: Task, kind: str, *callbacks: Callback, checkpoint: Path | None = None) -> list[Row]:
     """Return the values of all validations of one run."""
     data = split(task.data, TRAINING, VALIDATION, task.seed)
     if kind == "memorisation":
@@ -233,7 +234,7 @@ def _curve(task: Task, kind: str, *callbacks: Callback, checkpoint: Path | None 
 
 def record(chosen: Options) -> pd.DataFrame:
     """Return the curves of all runs, as a table with a row for each validation."""
-    return completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen, ".csv.gz")
+    return completed(__spec__.name, tasks(chosen.smoke, chosen.data, chosen.seeds), chosen, ".csv.gz")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def _row(curves: Any, number: int) -> Row:
 
 def record(chosen: Options) -> pd.DataFrame:
     """Return a row for each validation of each trial."""
-    return completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen)
+    return completed(__spec__.name, tasks(chosen.smoke, chosen.data, chosen.seeds), chosen)
 
 
 def trials(rows: pd.DataFrame) -> Iterator[tuple[str, list[pd.DataFrame]]]:

@@ -68,7 +68,7 @@ def run(task: Task) -> list[Row]:
 
 def record(chosen: Options) -> pd.DataFrame:
     """Return a row for each network."""
-    return completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen)
+    return completed(__spec__.name, tasks(chosen.smoke, chosen.data, chosen.seeds), chosen)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m experiments.detection
 
 Thresholds are chosen on one half of the runs: the lowest with no more false alarms there than the default rules give.
-The table says what they do on the other half: another data set and other seeds.
+The table says what they do on the other half: another data set and other seeds. Trainings with warm restarts, which
+throw back healthy networks as well, count apart.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from experiments import costs
-from experiments.alerts import CHANGES, DISTURBED_AT, NAME, UNDISTURBED
-from experiments.detectors import BUILT_IN, IN_TIME, LABELS, ON_TRAINING, RATE, Values, candidates
+from experiments.alerts import CHANGES, DISTURBED_AT, GROUP, NAME, UNDISTURBED
+from experiments.detectors import DEFAULT, IN_TIME, LABELS, LOSSES, RATE, Values, candidates
 from experiments.runs import RESULTS, results
-from experiments.statistics import share
+from experiments.statistics import Estimate, share
 
 JUDGED = "detection"
 """Name of the file of the judgements."""
@@ -40,7 +41,9 @@ CAUSES = dict.fromkeys(("labels_5", "labels_10", "labels_30", "corrupted_inputs"
 CAUSES |= dict.fromkeys(("rate_x2", "rate_x3", "rate_x10"), RATE)
 """What an alert is to name; what no longer matches the inputs and what is wrong are one cause."""
 RESTARTS = "sgd_restarts"
-"""Setting in which healthy trainings are thrown back, too."""
+"""Setting in which healthy trainings are thrown back, too, and some within the time of a detection."""
+OTHERS = ("CUSUM", "PELT", "Hutchinson", "EarlyStopping", "Label Wave", *(f"shift_up {loss}" for loss in LOSSES))
+"""How the detectors begin that are none of this package, or read a loss."""
 
 
 class Curve(NamedTuple):
@@ -49,22 +52,30 @@ class Curve(NamedTuple):
     half: str
     optimizer: str
     kind: str
+    group: str
     disturbed_at: int
     values: Values
 
 
 def curves(rows: pd.DataFrame) -> list[Curve]:
-    """Return the recorded runs."""
+    """Return the recorded runs; what is before a disturbance is that of the healthy run."""
     keys, found = [name for name in rows if "/" in name or name.endswith(("_loss", "_rate"))], []
-    for (data, _, optimizer, validations, seed, kind), run in rows.groupby(
-        ["data", "network", "optimizer", "validations", "seed", "kind"], sort=False
-    ):
-        values = [
-            {key: value for key, value in zip(keys, row, strict=True) if not math.isnan(value)}
-            for row in run.sort_values("validation")[keys].to_numpy(dtype=float)
-        ]
-        found.append(Curve(half_of(data, seed), optimizer, kind, round(DISTURBED_AT * validations), values))
+    for (data, _, optimizer, validations, _, seed), group in rows.groupby(GROUP, sort=False):
+        start = round(DISTURBED_AT * int(validations))
+        values = {kind: _values(run, keys) for kind, run in group.groupby("kind", sort=False)}
+        for kind, own in values.items():
+            whole = [*values["healthy"][:start], *own] if kind in CHANGES else own
+            name = " ".join(map(str, group[GROUP].iloc[0]))
+            found.append(Curve(half_of(data, seed), optimizer, str(kind), name, start, whole))
     return found
+
+
+def _values(run: pd.DataFrame, keys: list[str]) -> Values:
+    """Return what there is in each validation."""
+    return [
+        {key: value for key, value in zip(keys, row, strict=True) if not math.isnan(value)}
+        for row in run.sort_values("validation")[keys].to_numpy(dtype=float)
+    ]
 
 
 def half_of(data: str, seed: int) -> str:
@@ -82,10 +93,10 @@ def judged(rows: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
         jobs: processes.
 
     Returns:
-        A row for each run, detector and threshold with `half`, `optimizer`, `kind`, `validations`, `alerts` (before a
-        disturbance they are those of the healthy run, and not counted), `delay` (of the first, in validations; the
-        first validation after a disturbance is 1) and `named`: whether the first alert names the cause. `detected`: an
-        alert in time, for `memorisation` at any time.
+        A row for each run, detector and threshold with `half`, `optimizer`, `kind`, `group` (of the runs that have a
+        common beginning), `validations`, `alerts` (before a disturbance they are those of the healthy run, and not
+        counted), `delay` (of the first, in validations; the first validation after a disturbance is 1) and `named`:
+        the cause that the first alert names first. `detected`: an alert in time, for `memorisation` at any time.
     """
     recorded = curves(rows)
     found = joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(judgements_of)(run) for run in recorded)
@@ -101,6 +112,7 @@ def judgements_of(run: Curve) -> pd.DataFrame:
             "half": run.half,
             "optimizer": run.optimizer,
             "kind": run.kind,
+            "group": run.group,
             **_judgement(run, candidate.detect(run.values)),
         }
         for candidate in candidates()
@@ -117,22 +129,44 @@ def _judgement(run: Curve, alerts: list[tuple[int, str]]) -> dict[str, object]:
         "alerts": len(after),
         "delay": delay,
         "detected": delay <= (IN_TIME if run.kind in CHANGES else math.inf),
-        "named": bool(after) and after[0][1] == CAUSES.get(run.kind),
+        "named": after[0][1] if after else "",
     }
 
 
 def selected(judgements: pd.DataFrame) -> dict[str, str]:
-    """Return the threshold of each detector, chosen on the tuning half.
+    """Return the threshold of each detector, chosen on the tuning half without warm restarts.
 
-    It is the lowest with no more false alarms there than the built-in rules give, else the highest.
+    It is the lowest with no more false alarms there than the default rules give, else the highest.
     """
-    tuning = judgements[(judgements.half == "tuning") & judgements.kind.isin(UNDISTURBED)]
-    allowed, found = tuning[tuning.detector == BUILT_IN].alerts.sum(), {}
+    tuning = undisturbed(judgements[judgements.half == "tuning"])
+    allowed, found = tuning[tuning.detector == DEFAULT].alerts.sum(), {}
     for name, group in tuning.groupby("detector", sort=False):
         alarms = group.groupby("threshold", sort=False).alerts.sum()
         quiet = alarms[alarms <= allowed]
         found[str(name)] = str((quiet if len(quiet) else alarms.tail(1)).index[0])
     return found
+
+
+def undisturbed(runs: pd.DataFrame, restarts: bool = False) -> pd.DataFrame:
+    """Return the healthy runs without warm restarts, or those with them."""
+    return runs[runs.kind.isin(UNDISTURBED) & ((runs.optimizer == RESTARTS) == restarts)]
+
+
+def disturbed(runs: pd.DataFrame, group: str) -> pd.DataFrame:
+    """Return the runs with disturbances of one of the `GROUPS`, without warm restarts."""
+    return runs[runs.kind.isin(GROUPS[group]) & (runs.optimizer != RESTARTS)]
+
+
+def of_selected(judgements: pd.DataFrame, half: str) -> pd.DataFrame:
+    """Return what the detectors with their selected thresholds do on one half."""
+    is_chosen = judgements.threshold == judgements.detector.map(selected(judgements))
+    return judgements[is_chosen & (judgements.half == half)]
+
+
+def best_other(judgements: pd.DataFrame, group: str) -> str:
+    """Return the detector of `OTHERS` that finds most disturbances of a group on the tuning half."""
+    runs = disturbed(of_selected(judgements, "tuning"), group)
+    return str(runs[runs.detector.str.startswith(OTHERS)].groupby("detector", sort=False).detected.mean().idxmax())
 
 
 def table(judgements: pd.DataFrame, half: str, cost: pd.Series) -> pd.DataFrame:
@@ -143,29 +177,30 @@ def table(judgements: pd.DataFrame, half: str, cost: pd.Series) -> pd.DataFrame:
         half: `tuning` or `held out`.
         cost: of `spent`, by detector.
     """
-    chosen, found = selected(judgements), []
-    for name, threshold in chosen.items():
-        runs = judgements[
-            (judgements.detector == name) & (judgements.threshold == threshold) & (judgements.half == half)
-        ]
-        healthy = runs[runs.kind.isin(UNDISTURBED)]
-        row: dict[str, object] = {"detector": name, "threshold": threshold}
+    chosen, found, runs_of = selected(judgements), [], of_selected(judgements, half).groupby("detector", sort=False)
+    for name, runs in runs_of:
+        healthy = undisturbed(runs)
+        row: dict[str, object] = {"detector": name, "threshold": chosen[str(name)]}
         row["false alarms per 1,000"] = per_thousand(healthy)
-        row["without warm restarts"] = per_thousand(healthy[healthy.optimizer != RESTARTS])
+        row["with warm restarts"] = per_thousand(undisturbed(runs, restarts=True))
         row["healthy runs with one"] = str(share((healthy.alerts > 0).sum(), len(healthy)))
-        for group, kinds in GROUPS.items():
-            disturbed = runs[runs.kind.isin(kinds)]
-            row[group] = str(share(disturbed.detected.sum(), len(disturbed)))
-        late = runs[runs.kind == "memorisation"]
+        for group in GROUPS:
+            of_group = disturbed(runs, group)
+            row[group] = str(share(of_group.detected.sum(), len(of_group)))
+        late = runs[(runs.kind == "memorisation") & (runs.optimizer != RESTARTS)]
         row["memorisation"] = str(share(late.detected.sum(), len(late)))
-        hit = runs[runs.detected & runs.kind.isin(CHANGES)]
+        hit = runs[runs.detected & runs.kind.isin(CHANGES) & (runs.optimizer != RESTARTS)]
         row["delay"] = hit.delay.median()
-        hit = hit[hit.kind.isin(CAUSES)]
-        row["named"] = str(share(hit.named.sum(), len(hit))) if hit.named.any() else ""
-        row["ms"] = cost.get(name, math.nan)
-        row["runs"] = len(runs)
+        row["named"] = str(named(hit)) if (hit.named != "").any() else ""
+        row["ms"] = cost.get(str(name), math.nan)
         found.append(row)
     return pd.DataFrame(found).set_index("detector")
+
+
+def named(detected: pd.DataFrame) -> Estimate:
+    """Return the share of detections whose first alert names the cause first, if it is one of `CAUSES`."""
+    known = detected[detected.kind.isin(CAUSES)]
+    return share((known.named == known.kind.map(CAUSES)).sum(), len(known))
 
 
 def per_thousand(healthy: pd.DataFrame) -> float:
@@ -186,24 +221,15 @@ def spent(rows: pd.DataFrame, cost: pd.DataFrame) -> pd.Series:
         for run in sample:
             candidate.detect(run.values)
         ms = 1000 * (time.process_time() - begun) / sum(len(run.values) for run in sample)
-        found.setdefault(candidate.name, []).append(ms)
-    own, each = {name: float(np.mean(times)) for name, times in found.items()}, cost[list(costs.SOURCES[1:])].mean()
-    return pd.Series({name: ms + sum(each[source] for source in _sources(name)) for name, ms in own.items()}, name="ms")
-
-
-def _sources(name: str) -> list[str]:
-    """Return the columns of the costs of what a detector reads; the losses and the predictions are there anyway."""
-    if name.startswith("Hutchinson"):
-        return ["layer traces"]
-    if "_loss" in name or name == "Label Wave":
-        return []
-    if ON_TRAINING in name:
-        return ["on training images", *(["monitor"] if name.startswith(f"{BUILT_IN}, and") else [])]
-    return ["monitor"]
+        measured = sum(cost[source].mean() for source in candidate.reads)
+        found.setdefault(candidate.name, []).append(ms + measured)
+    return pd.Series({name: float(np.mean(times)) for name, times in found.items()}, name="ms")
 
 
 if __name__ == "__main__":
     judgements = judged(results(NAME), jobs=2)
+    is_chosen = judgements.threshold == judgements.detector.map(selected(judgements))
+    judgements = judgements[is_chosen]
     judgements.to_csv(RESULTS / f"{JUDGED}.csv.gz", index=False)
     cost = spent(results(NAME), results(costs.NAME))
     cost.rename_axis("detector").to_csv(RESULTS / f"{SPENT}.csv", float_format="%.2g")

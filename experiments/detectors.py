@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -30,12 +30,15 @@ SHIFTS = {
     "training_loss": "shift_up",
 }
 """Single rules that no built-in one is, for comparison."""
-ON_TRAINING = "on training images"
-"""Part of the name of a detector that reads a monitor with `data="train"`."""
-SUFFIXES = {"": "", f" {ON_TRAINING}": "/train"}
-BUILT_IN, BOTH = "built-in rules", f"built-in rules, and misclassification {ON_TRAINING}"
+VALIDATION, TRAINING = ("monitor",), ("on training images",)
+"""Columns of `experiments.costs`: what a monitor takes. The losses and the predictions are there anyway."""
+PLACES = (("", "", VALIDATION), (" on training images", "/train", TRAINING))
+"""Where the rules read: words, how the keys end, and the costs."""
+DEFAULT = "default rules"
+BOTH = f"{DEFAULT}, and misclassification on training images"
 LABELS, RATE = "labels", "learning rate"
-"""Causes that an alert of a rule may name."""
+"""Causes that an alert of a built-in rule may name."""
+LOSSES = ("val_loss", "training_loss")
 AS_IT_IS = "as it is"
 THRESHOLDS = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
 PENALTIES = (5, 12, 30, 80, 200, 500)
@@ -46,30 +49,42 @@ Detector = Callable[[Values], list[tuple[int, str]]]
 
 
 class Candidate(NamedTuple):
-    """A detector with one threshold."""
+    """A detector with one threshold, and what has to be measured for it: columns of `experiments.costs`."""
 
     name: str
     threshold: str
     detect: Detector
+    reads: tuple[str, ...] = ()
 
 
 def fired(rule: Rule | AllOf, values: Values) -> list[tuple[int, str]]:
-    """Return when a rule fires, and the cause that its alert names first."""
+    """Return when a rule fires, and the cause that its alert names first, if it is a built-in rule."""
     tracker, found = RuleTracker(rule), []
     for number, row in enumerate(values):
         if alert := tracker.observe(row, step=number):
-            is_rate, is_labels = alert.causes.startswith("a learning rate"), "labels" in alert.causes.split(",")[0]
-            found.append((number, RATE if is_rate else LABELS if is_labels else ""))
+            cause = RATE if alert.causes.startswith("a learning rate") else LABELS
+            found.append((number, cause if rule.name in rules.__all__ else ""))
     return found
 
 
 def any_fired(chosen: Sequence[Rule | AllOf], values: Values) -> list[tuple[int, str]]:
-    """Return when any of several rules fires; as in a monitor, those of the next validation are the same event."""
-    events: list[tuple[int, str]] = []
-    for number, cause in sorted((alert for rule in chosen for alert in fired(rule, values)), key=lambda each: each[0]):
-        if not events or number > events[-1][0] + 1:
-            events.append((number, cause))
-    return events
+    """Return when any of the rules of a monitor fires."""
+    return events(alert for rule in chosen for alert in fired(rule, values))
+
+
+def both_fired(values: Values) -> list[tuple[int, str]]:
+    """Return when the default rules fire, or `misclassification` in a second monitor, which has alerts of its own."""
+    second = fired(rules.misclassification(suffix="/train"), values)
+    return sorted((*any_fired(rules.default(), values), *second), key=lambda alert: alert[0])
+
+
+def events(alerts: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Return the first of alerts in the same validation or the next: they are one event, as in a monitor."""
+    found: list[tuple[int, str]] = []
+    for alert in sorted(alerts, key=lambda each: each[0]):
+        if not found or alert[0] > found[-1][0] + 1:
+            found.append(alert)
+    return found
 
 
 def series(values: Values, key: str) -> np.ndarray:
@@ -86,7 +101,7 @@ def cusum(key: str, threshold: float, values: Values) -> list[tuple[int, str]]:
 def layer_cusum(threshold: float, values: Values) -> list[tuple[int, str]]:
     """Return when the CUSUM of any layer's trace fires; estimates may be negative, so there are no logarithms."""
     layers = [np.array([row[key] for row in values]) for key in LAYER_TRACES if key in values[0]]
-    return sorted(set().union(*(_cusum(x, threshold) for x in layers)))
+    return events(alert for x in layers for alert in _cusum(x, threshold))
 
 
 def _cusum(x: np.ndarray, threshold: float) -> list[tuple[int, str]]:
@@ -148,26 +163,28 @@ def with_threshold(rule: AllOf | Rule, threshold: float) -> AllOf | Rule:
 
 def candidates() -> Iterator[Candidate]:
     """Yield the built-in rules as they are, and every detector with all its thresholds."""
-    for words, suffix in SUFFIXES.items():
+    for words, suffix, reads in PLACES:
         for rule in (*rules.default(suffix=suffix), rules.memorisation(suffix=suffix)):
-            yield Candidate(f"{rule}{words}, as it is", AS_IT_IS, partial(fired, rule))
-        yield Candidate(f"{BUILT_IN}{words}", AS_IT_IS, partial(any_fired, rules.default(suffix=suffix)))
-    both = (*rules.default(), rules.misclassification(suffix="/train"))
-    yield Candidate(BOTH, AS_IT_IS, partial(any_fired, both))
-    for threshold in THRESHOLDS:
-        for words, suffix in SUFFIXES.items():
+            yield Candidate(f"{rule}{words}, as it is", AS_IT_IS, partial(fired, rule), reads)
+        yield Candidate(f"{DEFAULT}{words}", AS_IT_IS, partial(any_fired, rules.default(suffix=suffix)), reads)
+    yield Candidate(BOTH, AS_IT_IS, both_fired, (*VALIDATION, *TRAINING))
+    for threshold in map(str, THRESHOLDS):
+        for words, suffix, reads in PLACES:
             for make in (rules.label_noise, rules.divergence, rules.misclassification):
-                rule = with_threshold(make(suffix=suffix), threshold)
-                yield Candidate(f"{rule}{words}", f"{threshold}", partial(fired, rule))
+                rule = with_threshold(make(suffix=suffix), float(threshold))
+                yield Candidate(f"{rule}{words}", threshold, partial(fired, rule), reads)
         for key, condition in SHIFTS.items():
             rule = Rule(key, **{condition: float(threshold)})
-            yield Candidate(f"{condition} {key}", f"{threshold}", partial(fired, rule))
+            yield Candidate(f"{condition} {key}", threshold, partial(fired, rule), () if key in LOSSES else VALIDATION)
         for key in KEYS:
-            yield Candidate(f"CUSUM {key}", f"{threshold}", partial(cusum, key, threshold))
-        yield Candidate("Hutchinson per layer, CUSUM", f"{threshold}", partial(layer_cusum, threshold))
+            detect = partial(cusum, key, float(threshold))
+            yield Candidate(f"CUSUM {key}", threshold, detect, () if key in LOSSES else VALIDATION)
+        detect = partial(layer_cusum, float(threshold))
+        yield Candidate("Hutchinson per layer, CUSUM", threshold, detect, ("layer traces",))
     for penalty in PENALTIES:
         for key in ("flatness/confidence", "flatness/scale_free", "val_loss"):
-            yield Candidate(f"PELT {key}", f"{penalty}", partial(pelt, key, penalty))
+            detect = partial(pelt, key, penalty)
+            yield Candidate(f"PELT {key}", f"{penalty}", detect, () if key in LOSSES else VALIDATION)
     for patience in PATIENCES:
         yield Candidate("EarlyStopping val_loss", f"{patience}", partial(early_stopping, patience))
         yield Candidate("Label Wave", f"{patience}", partial(label_wave, patience))

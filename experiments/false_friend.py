@@ -159,7 +159,7 @@ def hessian(net: nn.Module, images: Images) -> Tensor:
 
 def record(chosen: Options) -> pd.DataFrame:
     """Return a row for each trained network."""
-    return completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen)
+    return completed(__spec__.name, tasks(chosen.smoke, chosen.data, chosen.seeds), chosen)
 
 
 def fooled(rows: pd.DataFrame) -> pd.DataFrame:

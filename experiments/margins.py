@@ -131,7 +131,7 @@ def correlation(pairs: np.ndarray) -> float:
 
 def record(chosen: Options) -> pd.DataFrame:
     """Return a row for each validation of each training."""
-    return completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen)
+    return completed(__spec__.name, tasks(chosen.smoke, chosen.data, chosen.seeds), chosen)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def run(task: Task) -> list[Row]:
 
 def record(chosen: Options) -> pd.DataFrame:
     """Return a row for each validation of each training."""
-    return with_proxy(completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen))
+    return with_proxy(completed(__spec__.name, tasks(chosen.smoke, chosen.data, chosen.seeds), chosen))
 
 
 def with_proxy(rows: pd.DataFrame) -> pd.DataFrame:

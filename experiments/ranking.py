@@ -157,7 +157,7 @@ def perturbation(module: nn.Module, images: Images, seed: int) -> float:
 
 def record(chosen: Options) -> pd.DataFrame:
     """Return a row for each trained network."""
-    return completed(NAME, tasks(chosen.smoke, chosen.data, chosen.seeds), run, chosen)
+    return completed(__spec__.name, tasks(chosen.smoke, chosen.data, chosen.seeds), chosen)
 
 
 def predictors(rows: pd.DataFrame) -> pd.DataFrame:

@@ -43,14 +43,14 @@ def of_alerts() -> tuple[Figure, str]:
     """Return figure and tables of the alerts."""
     rows, judgements = results(alerts.NAME), results(detection.JUDGED)
     cost = results(detection.SPENT).set_index("detector").ms
-    chosen = detection.selected(judgements)
     kinds = [*alerts.CHANGES, "memorisation"]
-    held = judgements[(judgements.half == "held out") & (judgements.threshold == judgements.detector.map(chosen))]
-    detected = held.pivot_table(index="detector", columns="kind", values="detected", sort=False)[kinds].reindex(chosen)
-    healthy = held[held.kind.isin(alerts.UNDISTURBED)].groupby("detector")
-    alarms = 1000 * healthy.alerts.sum() / healthy.validations.sum()
+    held = detection.of_selected(judgements, "held out")
+    runs = held[held.optimizer != detection.RESTARTS]
+    detected = runs.pivot_table(index="detector", columns="kind", values="detected", sort=False)[kinds]
+    alarms = detection.undisturbed(held).groupby("detector").apply(detection.per_thousand, include_groups=False)
     figure = heat_map(detected, "share detected")
-    figure.axes[0].set_yticks(range(len(chosen)), [f"{name}   {alarms[name]:.1f}" for name in chosen], fontsize=7)
+    names = [f"{name}   {alarms[name]:.1f}" for name in detected.index]
+    figure.axes[0].set_yticks(range(len(names)), names, fontsize=7)
     figure.axes[0].set_title(
         "detected in time; behind each name the false alarms per 1,000 healthy validations", fontsize=9
     )

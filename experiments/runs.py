@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
@@ -56,25 +55,24 @@ def options(description: str | None, arguments: Sequence[str] | None = None) -> 
     return Options(given.smoke, given.data, given.jobs, given.seeds, output)
 
 
-def completed(
-    name: str, tasks: Iterable[Any], run: Callable[[Any], list[Row]], options: Options, ending: str = ".csv"
-) -> pd.DataFrame:
+def completed(experiment: str, tasks: Iterable[Any], options: Options, ending: str = ".csv") -> pd.DataFrame:
     """Run the tasks that have no rows yet, and return all rows of the file.
 
     Args:
-        name: of the file.
-        tasks: data classes that hold the whole configuration of a run.
-        run: a module's function of this name, which returns the rows of one of the module's `Task`.
+        experiment: name of a module. Its class `Task` is a data class that holds the whole configuration of a run, and
+            its function `run` returns the rows of a task, one or more. Other processes import both.
+        tasks: the tasks.
         options: of the command line.
         ending: `".csv"` or, for long results, `".csv.gz"`.
     """
+    name = experiment.rpartition(".")[2]
     path = options.output / f"{name}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
     tasks = list(tasks)
     done = _done(path, tasks)
-    missing = [task for task in tasks if _key(asdict(task)) not in done]
+    missing = [config for config in map(asdict, tasks) if _key(config) not in done]
     parallel = joblib.Parallel(n_jobs=options.jobs, return_as="generator_unordered")
-    finished = parallel(joblib.delayed(_timed)(_module(run), asdict(task)) for task in missing)
+    finished = parallel(joblib.delayed(_timed)(experiment, config) for config in missing)
     for rows in tqdm(finished, total=len(missing), desc=name, unit="run"):
         if path.exists():
             rows = rows[list(pd.read_csv(path, nrows=0))]
@@ -101,17 +99,10 @@ def _key(values: Row) -> str:
     return "|".join(numbers)
 
 
-def _module(run: Callable[..., Any]) -> str:
-    """Return the name of a function's module; what runs as `__main__` is another module to other processes."""
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if run.__module__ == "__main__" and spec else run.__module__
-
-
-def _timed(module: str, config: Row) -> pd.DataFrame:
-    """Run a task of a module's class `Task` by its function `run`."""
+def _timed(experiment: str, config: Row) -> pd.DataFrame:
     torch.set_num_threads(1)
-    experiment, start = import_module(module), time.perf_counter()
-    rows = pd.DataFrame(experiment.run(experiment.Task(**config)))
+    module, start = import_module(experiment), time.perf_counter()
+    rows = pd.DataFrame(module.run(module.Task(**config)))
     rows = rows.assign(**config)[[*config, *(name for name in rows if name not in config)]]
     return rows.assign(seconds=round(time.perf_counter() - start, 2), versions=_versions())
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_flatness.actions import escalation
+from lightning_flatness.actions.learning_rate import learning_rates
 from lightning_flatness.keys import CHURN, LABELLED, LEARNING_RATE, OF_LAYER, keys_of, keys_of_layers
 from lightning_flatness.reporting.console import say
 from lightning_flatness.reporting.loggers import Loggers, log_step
@@ -120,18 +121,18 @@ class RuleRunner:
         self.resume(trainer)
         first = {_LOADER.sub("", key): value for key, value in list(values.items())[::-1]}
         # All processes decide on the values of the first one: theirs may differ by rounding.
-        fresh = trainer.strategy.broadcast({**first, **values})
+        fresh = trainer.strategy.broadcast({**first, **values, **_learning_rate(trainer)})
         errors: list[Exception] = [
-            _unknown(key, list(fresh))
+            _unknown(key, [*{**first, **values}])
             for rule in self.rules
             for key in rule.keys
             if key not in fresh and not key.startswith(CHURN)  # which the first validation lacks
             if _LOADER.sub("", key) not in self._absent
         ]
-        fired, rate = list[Alert](), _learning_rate(trainer)
+        fired: list[Alert] = []
         for tracker in self._trackers:
             try:
-                alert = tracker.observe({**fresh, **rate}, step=log_step(trainer), epoch=trainer.current_epoch)
+                alert = tracker.observe(fresh, step=log_step(trainer), epoch=trainer.current_epoch)
             except Exception as error:  # the other rules must see the values all the same
                 errors.append(error)
                 continue
@@ -199,13 +200,13 @@ class RuleRunner:
     def state_dict(self) -> dict[str, Any]:
         """Return the alerts and what the rules remember, in plain Python types."""
         return {
-            "rules": [tracker.state_dict() for tracker in self._trackers],
+            "rules": [{**tracker.state_dict(), "keys": list(tracker.rule.keys)} for tracker in self._trackers],
             "alerts": [self._saved(alert) for alert in self.alerts],
             "recent": self._recent,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint. If it has another number of rules, all start over; of conditions, this rule."""
+        """Continue from a checkpoint. With another number of rules all start over; a rule that is another one, too."""
         if len(state["rules"]) != len(self.rules):
             rank_zero_warn(
                 f"The checkpoint remembers {len(state['rules'])} rules and the monitor has {len(self.rules)}: "
@@ -213,24 +214,23 @@ class RuleRunner:
                 category=UserWarning,
             )
             return
-        for tracker, remembered in zip(self._trackers, state["rules"], strict=True):
-            saved, own = (len(conditions) for conditions in (remembered.get("rules", ()), _conditions(tracker.rule)))
-            if saved == own:
+        others = set()
+        for index, (tracker, remembered) in enumerate(zip(self._trackers, state["rules"], strict=True)):
+            difference = _difference(remembered, tracker.rule)
+            if difference is None:
                 tracker.load_state_dict(remembered)
             else:
-                rank_zero_warn(
-                    f"The checkpoint remembers {saved} conditions of the rule `{tracker.rule}`, which has {own}: it "
-                    "starts over.",
-                    category=UserWarning,
-                )
+                others.add(index)
+                rank_zero_warn(f"The checkpoint remembers {difference}: it starts over.", category=UserWarning)
         self._is_resuming = True
         self.alerts.clear()  # in place: the monitor shares the list
         numbers: Counter[int] = Counter()
         for saved in state["alerts"]:
             numbers[saved["rule"]] += 1
-            # Checkpoints from before this had neither numbers nor violations, nor several rules in one alert.
-            self.alerts.append(self._loaded({"number": numbers[saved["rule"]], **saved}))
-        self._recent = state.get("recent", len(self.alerts))
+            if saved["rule"] not in others:
+                # Checkpoints from before this had neither numbers nor violations, nor several rules in one alert.
+                self.alerts.append(self._loaded({"number": numbers[saved["rule"]], **saved}, others))
+        self._recent = state.get("recent", len(self.alerts)) if not others else len(self.alerts)
 
     def _saved(self, alert: Alert) -> dict[str, Any]:
         return {field.name: getattr(alert, field.name) for field in fields(alert)} | {
@@ -239,11 +239,13 @@ class RuleRunner:
             "others": [self._saved(each) for each in alert.others],
         }
 
-    def _loaded(self, saved: Mapping[str, Any]) -> Alert:
+    def _loaded(self, saved: Mapping[str, Any], without: Collection[int]) -> Alert:
         changed = {
             "rule": self.rules[saved["rule"]],
             "violations": tuple(Violation(**each) for each in saved.get("violations", ())),
-            "others": tuple(self._loaded(each) for each in saved.get("others", ())),
+            "others": tuple(
+                self._loaded(each, without) for each in saved.get("others", ()) if each["rule"] not in without
+            ),
         }
         return Alert(**{**saved, **changed})
 
@@ -267,9 +269,8 @@ def _act(alert: Alert, trainer: Trainer, pl_module: LightningModule) -> tuple[st
 
 def _learning_rate(trainer: Trainer) -> dict[str, float]:
     """Return the largest learning rate, for alerts to tell how it changed; nothing where nothing is trained."""
-    rates = [group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    known = [float(rate) for rate in rates if rate is not None]  # some optimizers find their own
-    return {LEARNING_RATE: max(known)} if known else {}
+    rates = [rate for optimizer in trainer.optimizers for rate in learning_rates(optimizer) if rate is not None]
+    return {LEARNING_RATE: max(rates)} if rates else {}
 
 
 def _unknown(key: str, logged: Sequence[str]) -> ValueError:
@@ -287,3 +288,16 @@ def _require_called(rules: Any) -> None:
 def _conditions(rule: AnyRule) -> Sequence[Rule]:
     """Return the conditions of a joined rule; none of another one."""
     return rule.rules if isinstance(rule, JoinedRule) else ()
+
+
+def _difference(saved: Mapping[str, Any], rule: AnyRule) -> str | None:
+    """Return in what way the memory in a checkpoint is that of another rule; None if it is not."""
+    parts, own = saved.get("rules", ()), _conditions(rule)
+    if len(parts) != len(own):
+        return f"{len(parts)} conditions of the rule `{rule}`, which has {len(own)}"
+    seen = set(saved.get("keys", ()))
+    for part in () if seen else (parts or [saved]):  # checkpoints of earlier versions have no `keys`
+        observed = [*part.get("window", ()), part.get("reference"), part.get("onset")]
+        seen.update(key for each in observed if each is not None for key in each[1])
+    missing = [key for key in rule.keys if seen and key not in seen]
+    return f"no values of `{missing[0]}`, which the rule `{rule}` watches" if missing else None

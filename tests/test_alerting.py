@@ -13,7 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_runs import KEYS, Classifier, Values, everything, firings, images, trainer
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_flatness import Action, AllOf, AnyOf, FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
+from lightning_flatness import Action, Alert, AllOf, AnyOf, FlatnessMonitor, Notify, ReduceLR, Rule, StopTraining
+from lightning_flatness.alerting import RuleRunner
+from lightning_flatness.rules import divergence, label_noise
 from lightning_flatness.rules.alert import ActionError
 
 ALWAYS: dict[str, Any] = {"monitor": "flatness/trace", "above": 0.0}
@@ -50,7 +52,7 @@ def test_a_cut_learning_rate_stays_cut(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("knows_its_rate", [True, False])
 def test_an_alert_knows_how_the_learning_rate_changed(tmp_path: Any, knows_its_rate: bool) -> None:
-    """It has the rate of the validation before; an optimizer that finds its own rate, as Adafactor does, has none."""
+    """An optimizer that finds its own rate, as Adafactor does, has none."""
 
     class Raise(Values):
         def on_train_epoch_end(self, run: Any, module: Any) -> None:
@@ -73,7 +75,24 @@ def test_an_alert_knows_how_the_learning_rate_changed(tmp_path: Any, knows_its_r
     monitor = FlatnessMonitor(rules=[Rule(**ALWAYS)])
     trainer(tmp_path, monitor, raised, max_epochs=3, num_sanity_val_steps=0).fit(Constant())
     rates = [alert.violations[0].after.get("learning_rate") for alert in monitor.alerts]
-    assert rates == ([None, pytest.approx(1e-6), pytest.approx(1e-5)] if knows_its_rate else [None] * 3)
+    assert rates == (pytest.approx([1e-6, 1e-5, 1e-4]) if knows_its_rate else [None] * 3)
+
+
+def test_the_rate_is_the_largest_of_all_optimizers(tmp_path: Any) -> None:
+    class Two(Classifier):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            first, *others = self.parameters()
+            groups = [{"params": [first], "lr": torch.tensor(1e-3)}, {"params": others[:1], "lr": 1e-5}]
+            return torch.optim.SGD(groups, lr=0.1), torch.optim.SGD(others[1:], lr=1e-2)
+
+        def training_step(self, batch: Any, index: int) -> None:
+            """Step with neither."""
+
+    monitor = FlatnessMonitor(rules=[Rule(**ALWAYS)])
+    trainer(tmp_path, monitor, max_epochs=1).fit(Two())
+    assert monitor.alerts[0].violations[0].after["learning_rate"] == 1e-2
 
 
 def test_min_epochs_is_respected(tmp_path: Any) -> None:
@@ -331,6 +350,32 @@ def test_a_resumed_run_fires_the_same_alerts(tmp_path: Any, flags: dict[str, Any
     missed = [(a, b) for a, b in zip(summary(unbroken), summary(resumed), strict=False) if a != b]
     assert len(firings(unbroken)) > 2
     assert summary(resumed) == summary(unbroken), missed
+
+
+@pytest.mark.parametrize("knows_its_keys", [True, False])
+def test_a_rule_that_another_one_was_in_the_place_of_starts_over(knows_its_keys: bool) -> None:
+    """Checkpoints used not to say which keys a rule reads; its memory has them."""
+    before = AllOf([Rule("flatness/scale_free", rise=0.3), Rule("flatness/confidence", above=0.4)], name="memorisation")
+    saved = RuleRunner([label_noise(), divergence(), before], "")
+    keys = [f"flatness/{name}" for name in ("scale_free", "confidence", "features")] + [
+        "margin/mean",
+        "margin/negative",
+    ]
+    values = dict.fromkeys(keys, 1.0)
+    for epoch in range(9):
+        for tracker in saved._trackers:
+            tracker.observe(values, epoch)
+    state = saved.state_dict()
+    state["alerts"] = [saved._saved(Alert(rule, rule.keys[0], 1.0, 1.0, 1, 0, "")) for rule in saved.rules]
+    for each in state["rules"] if not knows_its_keys else ():
+        del each["keys"]
+    resumed = RuleRunner("default", "")
+    with pytest.warns(UserWarning, match="no values of `margin/negative`, which the rule `misclassification` watches"):
+        resumed.load_state_dict(state)
+    assert [tracker.seen for tracker in resumed._trackers] == [9, 9, 0]
+    assert [alert.rule_name for alert in resumed.alerts] == ["label_noise", "divergence"]
+    for tracker in resumed._trackers:
+        tracker.observe(values, 9)
 
 
 def test_resuming_with_other_rules_starts_them_anew(tmp_path: Any) -> None:

@@ -58,11 +58,15 @@ HALVES = ("tuning", "held out", "further")
 
 def check_alerts(rows: pd.DataFrame) -> pd.DataFrame:
     """A fork is the healthy run until its disturbance, and another one after it."""
-    at = next(alerts.tasks(smoke=True)).disturbed_at
-    runs = {kind: group["flatness/relative"].tolist() for kind, group in rows.groupby("kind")}
-    assert set(runs) == {"healthy", "slow", "memorisation", *CHANGES}
-    assert all(runs[kind][:at] == runs["healthy"][:at] and len(runs[kind]) == 8 for kind in CHANGES)
-    assert len({runs[kind][-1] for kind in ("healthy", *CHANGES)}) == 5
+    task = next(alerts.tasks(smoke=True))
+    curves = {curve.kind: [row["flatness/relative"] for row in curve.values] for curve in detection.curves(rows)}
+    assert set(curves) == {"healthy", "slow", "memorisation", *CHANGES}
+    assert all(len(curve) == task.validations for curve in curves.values())
+    assert len({curves[kind][-1] for kind in ("healthy", *CHANGES)}) == 5
+    at, disturbance = task.disturbed_at, alerts.Disturbance("labels_30", task.disturbed_at, task.seed)
+    again = [row["flatness/relative"] for row in alerts.curve(task, "labels_30", disturbance)]
+    assert again[:at] == pytest.approx(curves["labels_30"][:at], rel=1e-4)
+    assert again[-1] != pytest.approx(curves["healthy"][-1], rel=1e-4)
     each = {"monitor": [100.0], "layer traces": [200.0], "on training images": [1000.0]}
     cost = detection.spent(rows, pd.DataFrame({"nothing": [1.0], **each}))
     found = detection.table(detection.judged(rows), "tuning", cost)
@@ -160,17 +164,24 @@ def test_detectors(detect: detectors.Detector, curve: list[float], first: int | 
 def test_thresholds_come_from_the_tuning_half_alone() -> None:
     """They are the lowest at which a detector gives no more false alarms there than the built-in rules."""
     counts = {
-        detectors.BUILT_IN: {"as it is": (1, 0)},
+        detectors.DEFAULT: {"as it is": (1, 0)},
         "one": {"2": (3, 0), "4": (1, 5), "8": (0, 5)},
         "loud": {"2": (9, 0), "4": (2, 0)},
     }
     rows = [
-        {"detector": name, "threshold": threshold, "half": half, "kind": "healthy", "alerts": alarms}
+        {
+            "detector": name,
+            "threshold": threshold,
+            "half": half,
+            "kind": "healthy",
+            "optimizer": "sgd",
+            "alerts": alarms,
+        }
         for name, thresholds in counts.items()
         for threshold, pair in thresholds.items()
         for half, alarms in zip(("tuning", "held out"), pair, strict=True)
     ]
-    assert detection.selected(pd.DataFrame(rows)) == {detectors.BUILT_IN: "as it is", "one": "4", "loud": "4"}
+    assert detection.selected(pd.DataFrame(rows)) == {detectors.DEFAULT: "as it is", "one": "4", "loud": "4"}
 
 
 def test_rules_that_fire_together_are_one_event_and_the_first_names_the_cause() -> None:

@@ -6,9 +6,10 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lightning_flatness.keys import LEARNING_RATE
 from lightning_flatness.rules import detectors
 from lightning_flatness.rules.alert import Violation
 from lightning_flatness.rules.detectors import Observation
@@ -25,9 +26,14 @@ def condition_of(rule: Rule) -> Condition:
 
 @dataclass
 class Condition(ABC):
-    """The condition of one rule. Every field but the rule is memory, in plain Python types."""
+    """The condition of one rule. Every field but the rule is memory, in plain Python types.
+
+    What a learning rate does is seen later than it is set: in the last validation before a change it may have risen
+    already. So an observation has the rate of the validation before.
+    """
 
     rule: Rule
+    rate: float | None = field(default=None, kw_only=True)  # in the last validation
 
     def check(self, values: Mapping[str, float], step: int, warming_up: bool) -> tuple[Violation, ...]:
         """Return the violation if the condition holds in one more validation.
@@ -44,8 +50,11 @@ class Condition(ABC):
         if warming_up:
             return ()
         known = {each: float(values[each]) for each in (key, *context_keys(key)) if each in values}
-        violation = self._next((step, {each: number for each, number in known.items() if math.isfinite(number)}))
-        return () if violation is None else (violation,)
+        now = {each: number for each, number in known.items() if math.isfinite(number)}
+        violation = self._next((step, now if key == LEARNING_RATE else self._with_earlier_rate(now)))
+        if violation is None:
+            return ()
+        return (replace(violation, after=now),)
 
     def restart(self) -> None:  # noqa: B027 - most conditions have nothing to forget
         """Start over after an alert."""
@@ -59,6 +68,12 @@ class Condition(ABC):
         # A checkpoint of an earlier version may lack an entry.
         known = {name: state[name] for name in vars(self) if name != "rule" and name in state}
         vars(self).update(copy.deepcopy(known))
+
+    def _with_earlier_rate(self, now: dict[str, float]) -> dict[str, float]:
+        """Put the learning rate of the validation before in the place of this one's, and remember this one's."""
+        earlier, self.rate = self.rate, now.get(LEARNING_RATE)
+        others = {key: value for key, value in now.items() if key != LEARNING_RATE}
+        return others if earlier is None else {**others, LEARNING_RATE: earlier}
 
     @abstractmethod
     def _next(self, now: Observation) -> Violation | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lightning_flatness.keys import (
@@ -204,10 +204,14 @@ def advice(rule_name: str, violations: Sequence[Violation]) -> Advice:
     if any(each.condition == "nonfinite" for each in violations):
         return _NONFINITE
     changes = _own_changes(violations[0]) if violations else {}
-    if rule_name in ("divergence", "misclassification"):
-        return _THROWN_BACK_BY_RATE if _rate_is_likelier(violations[0], changes) else _THROWN_BACK_BY_LABELS
-    if rule_name in ("label_noise", "memorisation"):
-        return _LABELS if rule_name == "label_noise" else _MEMORISED
+    if rule_name == "memorisation":
+        return _MEMORISED
+    if rule_name in ("label_noise", "divergence", "misclassification"):
+        rate_rose = _rate_rose(violations[0]) if violations else None
+        if rate_rose is None and rule_name == "label_noise":
+            return _LABELS
+        is_rate = changes.get(SCALE_FREE, 0.0) <= _SHARPENED if rate_rose is None else rate_rose
+        return _THROWN_BACK_BY_RATE if is_rate else _THROWN_BACK_BY_LABELS
     if not violations:
         return Advice()
     first = violations[0]
@@ -280,8 +284,8 @@ def explanation(violations: Sequence[Violation]) -> list[str]:
             continue
         moved = f"{_change(title, first.before[key], first.after[key], digits=2)}{since}."
         sentences.append(_capital(moved if name == MARGIN else f"{_WORDS[name][changes[name] < 0]}: {moved}"))
-    if abs(first.changes.get(LEARNING_RATE, 0.0)) >= _NOTICEABLE:
-        before, after = first.before[LEARNING_RATE], first.after[LEARNING_RATE]
+    before, after = (values.get(LEARNING_RATE, 0.0) for values in (first.before, first.after))
+    if LEARNING_RATE in first.before and max(before, after) > min(before, after) * math.exp(_NOTICEABLE):
         sentences.append(f"{_capital(_change('the learning rate', before, after, digits=2))}{since}.")
     if (only := _only(first)) == "confidence":
         less = "less" if changes[first.key.removesuffix(suffix)] > 0 else "more"
@@ -313,11 +317,12 @@ def _statement(violation: Violation) -> str:
     return f"{meaning}{_change(key, before, value, digits=4)} since step {violation.onset_step} ({why})"
 
 
-def _rate_is_likelier(violation: Violation, changes: Mapping[str, float]) -> bool:
-    """Return whether the learning rate threw a training back: it rose; where that is not known, flatness did not."""
-    if LEARNING_RATE in violation.changes:
-        return violation.changes[LEARNING_RATE] > _NOTICEABLE
-    return changes.get(SCALE_FREE, 0.0) <= _SHARPENED
+def _rate_rose(violation: Violation) -> bool | None:
+    """Return whether the learning rate is noticeably higher than before the change; None if it is not known."""
+    before, after = (values.get(LEARNING_RATE) for values in (violation.before, violation.after))
+    if before is None or after is None:
+        return None
+    return after > before * math.exp(_NOTICEABLE)
 
 
 def _only(violation: Violation) -> Literal["weights", "logits", "confidence"] | None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_flatness.keys import LEARNING_RATE
 from lightning_flatness.rules.alert import Alert, Violation
 from lightning_flatness.rules.conditions import condition_of
 from lightning_flatness.rules.explain import reason
@@ -24,7 +23,6 @@ class RuleTracker:
         streak: number of consecutive validations in which its condition has held.
         quiet: number of validations of cooldown that are left.
         fired: number of alerts so far.
-        rate: the learning rate in the last of them; None if it is not known.
 
     Example:
         >>> from lightning_flatness.rules import Rule
@@ -37,7 +35,6 @@ class RuleTracker:
     def __init__(self, rule: AnyRule) -> None:
         self.rule = rule
         self.seen = self.streak = self.quiet = self.fired = 0
-        self.rate: float | None = None
         self._condition = _Joined(rule) if isinstance(rule, JoinedRule) else condition_of(rule)
 
     def observe(self, values: Mapping[str, float] | float, step: int, epoch: int = 0) -> Alert | None:
@@ -55,7 +52,7 @@ class RuleTracker:
             values = {key: values}
         if not self.rule.applies_to(values):
             return None
-        violations = self.check(self._with_earlier_rate(values), step)
+        violations = self.check(values, step)
         if self.quiet > 0:
             self.quiet -= 1
             self.streak = 0
@@ -67,15 +64,6 @@ class RuleTracker:
         self.restart()
         key, value, reference = violations[0].key, violations[0].value, violations[0].reference
         return Alert(self.rule, key, value, reference, step, epoch, reason(violations), self.fired, violations)
-
-    def _with_earlier_rate(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Put the learning rate of the validation before in the place of this one's, and remember this one's.
-
-        What a rate does is seen later than it is set: in the last validation before a change it may have risen already.
-        """
-        earlier, self.rate = self.rate, values.get(LEARNING_RATE)
-        others = {key: value for key, value in values.items() if key != LEARNING_RATE}
-        return others if earlier is None else {**others, LEARNING_RATE: earlier}
 
     def check(self, values: Mapping[str, float], step: int) -> tuple[Violation, ...]:
         """Return the violations if the condition has held for as long as `patience` requires; cooldown aside."""
@@ -93,13 +81,11 @@ class RuleTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, in plain Python types."""
-        counters = {name: getattr(self, name) for name in _COUNTERS}
-        return {**counters, "rate": self.rate, **self._condition.state_dict()}
+        return {**{name: getattr(self, name) for name in _COUNTERS}, **self._condition.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state: the rule then fires when the saved one would have fired."""
         vars(self).update({name: state[name] for name in _COUNTERS})
-        self.rate = state.get("rate")  # checkpoints of earlier versions have none
         self._condition.load_state_dict(state)
 
 

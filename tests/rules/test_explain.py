@@ -149,16 +149,6 @@ PRESETS: dict[str, tuple[str, list[dict[str, float]], list[str]]] = {
         [*[LEVEL] * 12, NOISY_LABELS, NOISY_LABELS],
         ["Smaller features: ", "usual causes: labels that turned wrong"],
     ),
-    "a raised rate": (
-        "divergence",
-        [*[{**LEVEL, "learning_rate": 0.01}] * 12, *[{**NOISY_LABELS, "learning_rate": 0.1}] * 2],
-        ["The learning rate rose from 0.01 to 0.1", "usual causes: a learning rate that became too high"],
-    ),
-    "features lost at the same rate": (
-        "divergence",
-        [*[{**LEVEL, "learning_rate": 0.01}] * 12, *[{**HIGH_RATE, "learning_rate": 0.01}] * 2],
-        ["usual causes: labels that turned wrong", "look at: training images with their labels"],
-    ),
     "misclassified": (
         "misclassification",
         [*[{**LEVEL, "margin/negative": 0.01}] * 12, *[{**NOISY_LABELS, "margin/negative": 0.2}] * 2],
@@ -198,6 +188,44 @@ def test_a_built_in_rule_explains_its_alert(
     (alert,) = filter(None, alerts)
     text = str(alert).replace(suffix, "") if suffix else str(alert)
     assert [part for part in said if part not in text] == [], text
+
+
+@pytest.mark.parametrize(
+    ("rates", "said", "is_cause"),
+    [
+        ([0.01] * 12 + [0.1, 0.1], "The learning rate rose from 0.01 to 0.1", True),
+        ([0.0] * 12 + [0.1, 0.1], "The learning rate rose from 0 to 0.1", True),
+        ([0.01] * 11 + [0.1] * 3, "The learning rate rose from 0.01 to 0.1", True),  # seen a validation later
+        ([0.1] * 12 + [0.05, 0.01], "The learning rate fell from 0.1 to 0.01", False),
+        ([0.1] * 12 + [0.105, 0.105], "", False),
+        ([0.0] * 14, "", False),
+        ([None] * 14, "", None),  # then scale-free flatness decides, except for `label_noise`
+    ],
+)
+@pytest.mark.parametrize("name", ["label_noise", "divergence", "misclassification"])
+def test_the_learning_rate_is_the_cause_if_it_rose(
+    name: str, rates: list[float | None], said: str, is_cause: bool | None
+) -> None:
+    wrong = [0.01] * 12 + [0.2] * 2
+    for after, flatter in ((NOISY_LABELS, False), ({**NOISY_LABELS, SCALE_FREE: 200.0}, True)):
+        tracker, history = RuleTracker(getattr(rules, name)()), [*[LEVEL] * 12, after, after]
+        alerts = []
+        for step, (values, negative, rate) in enumerate(zip(history, wrong, rates, strict=True)):
+            known = {} if rate is None else {"learning_rate": rate}
+            alerts.append(tracker.observe({**values, "margin/negative": negative, **known}, step))
+        if name == "label_noise" and flatter:  # it wants both keys to rise
+            assert not any(alerts)
+            continue
+        (alert,) = filter(None, alerts)
+        assert said in str(alert)
+        assert ("earning rate" in alert.reason) is bool(said)
+        expected = is_cause if is_cause is not None else flatter and name != "label_noise"
+        assert alert.causes.startswith("a learning rate" if expected else "labels that turned wrong")
+
+
+def test_a_rule_may_watch_the_learning_rate() -> None:
+    tracker = RuleTracker(Rule("learning_rate", above=0.1))
+    assert [bool(tracker.observe(rate, step)) for step, rate in enumerate((0.05, 0.2, 0.05))] == [False, True, False]
 
 
 @pytest.mark.parametrize(
