@@ -192,7 +192,7 @@ def reading() -> None:
             f"{history.epochs[history.steps.index(alert.onset_step)]}"
             for alert in monitor.alerts
         ]
-        said = f"Alerts of the built-in rules: {'; '.join(alerts) or 'none'}."
+        said = f"Alerts of the default rules and `memorisation`: {'; '.join(alerts) or 'none'}."
         write("how-to/reading.md", f"table {name}", f"{table(rows)}\n\n{said}")
     start()
 

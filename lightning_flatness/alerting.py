@@ -30,7 +30,7 @@ class RuleRunner:
     the others, each with its own number. What the rules remember and what they do does not depend on that.
 
     Args:
-        rules: the rules; `"default"`: the built-in ones, which report and never act.
+        rules: the rules; `"default"`: `rules.default()`, which report and never act.
         suffix: how the monitor's keys end.
         loggers: where alerts are shown; None: new ones.
 

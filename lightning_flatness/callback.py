@@ -64,7 +64,7 @@ class FlatnessMonitor(Displayed):
             batches, 1024 for `"train"`.
         every_n_validations: of a training, measure the first validation after its start (or resumption) and every
             n-th. Validations outside of `fit` are always measured, and not counted.
-        rules: what to watch for and what to do about it; `"default"`: the built-in rules, which report and never act.
+        rules: what to watch for and what to do about it; `"default"`: `rules.default()`, which report and never act.
         target: returns the targets of a batch; None: `batch[1]`, or the usual keys of a dictionary.
         loss: None: the loss that `validation_step` returns or logs, else cross-entropy, with a warning; or
             `"cross_entropy"`, `"bce_with_logits"`, a loss of torch, or a function `(output, targets)` that returns one

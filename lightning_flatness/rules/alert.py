@@ -23,7 +23,8 @@ class Violation:
         level: the reference of a rise: `"settled"`, `"best"`, `"ema"` or `"previous"`.
         deviation: size of a shift in this validation, in units of the run's noise.
         onset_step: global step of the last validation before the change began; None if it was there from the start.
-        before: the values of that validation by key: the monitored key and those that explain its changes.
+        before: the values of that validation by key: the monitored key and those that explain its changes; of the
+            learning rate that of the validation before it, since what it does is seen later than it is set.
         after: the values of this validation by key.
     """
 
@@ -126,7 +127,10 @@ class Alert:
 
     @property
     def changes(self) -> dict[str, float]:
-        """The change of the logarithm since the onset by key: the monitored key, the five factors and the others."""
+        """The change of the logarithm since the onset by key: the monitored key, the five factors and the others.
+
+        `learning_rate`: since the validation before the onset.
+        """
         return self.violations[0].changes if self.violations else {}
 
 

@@ -38,7 +38,8 @@ _LEVELS = {
 _SCALED = (TRACE, HEAD, KERNEL, FEATURES)
 _NEGLIGIBLE = 0.1  # of the change to be explained, both in log
 _NOTICEABLE = math.log(1.1)
-# Rise of scale-free flatness that tells wrong labels from too high a learning rate, see docs/how-to/alerts.md.
+# Rise of scale-free flatness that tells wrong labels from too high a learning rate if that is not known, see
+# docs/how-to/alerts.md.
 _SHARPENED = math.log(1.5)
 # What it means when a value rises, and when it falls.
 _WORDS = {
@@ -86,7 +87,7 @@ _MEMORISED = Advice(
 )
 _UNSURE = Advice(
     "labels or inputs that changed, a learning rate that was raised, stronger augmentation or regularisation",
-    "scale-free flatness: it rises after wrong labels and falls after too high a learning rate",
+    "the learning rate, if it rose; scale-free flatness often rises after wrong labels and falls after too high a rate",
 )
 _SURE = Advice(
     "a network that fits its data better and better; with a validation loss that rises, over-confidence",
@@ -136,7 +137,7 @@ _NONFINITE = Advice(
 
 
 def context_keys(key: str) -> tuple[str, ...]:
-    """Return the keys of the same monitor and loader that explain a change of `key`.
+    """Return the keys of the same monitor and loader that explain a change of `key`, and that of the learning rate.
 
     Example:
         >>> context_keys("margin/mean/train")[:2]

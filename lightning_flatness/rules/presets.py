@@ -13,7 +13,7 @@ def label_noise(action: Action | Sequence[Action] | None = None, suffix: str = "
     """Return the rule for labels that turn wrong in the middle of training.
 
     The network becomes less sure, and its minimum becomes sharper at equal scale of the logits: `flatness/confidence`
-    and `flatness/scale_free` shift up together. When the learning rate is too high, scale-free flatness falls instead.
+    and `flatness/scale_free` shift up together. When the learning rate is too high, scale-free flatness often falls.
 
     Args:
         action: what to do; None: only record the alert.
