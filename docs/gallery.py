@@ -27,7 +27,7 @@ from PIL import Image
 
 from lightning_flatness import FlatnessMonitor, FlattestCheckpoint, demo, measure, rules
 from lightning_flatness.examples.digits import DigitsClassifier, DigitsDataModule
-from lightning_flatness.keys import CONFIDENCE, KEYS, MARGIN, RELATIVE, SCALE_FREE
+from lightning_flatness.keys import CONFIDENCE, KEYS, MARGIN, RELATIVE, SCALE_FREE, SCALE_FREE_MARGIN
 from lightning_flatness.reporting.style import BLUE, GREEN, LIGHT, ORANGE, VERMILION, panel, title
 
 DOCS = Path(__file__).parent
@@ -269,21 +269,24 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
 
 def checkpoints() -> None:
     """Make the table of docs/how-to/flattest-checkpoint.md."""
-    ways = ["best accuracy", "`FlattestCheckpoint`", "flatness alone", "the same, with `EarlyStopping`"]
+    ways = ["best accuracy", "`FlattestCheckpoint`", "by relative flatness", "flatness alone", "with `EarlyStopping`"]
     rows = [["setting", *ways]]
     for setting, (learning_rate, options) in SETTINGS.items():
         L.seed_everything(0, verbose=False)
         monitor = FlatnessMonitor()
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = FlattestCheckpoint("val_accuracy", mode="max", tolerance=TOLERANCE, dirpath=folder)
-            trainer = L.Trainer(max_epochs=20, callbacks=[monitor, checkpoint], **QUIET, **options)
+            both = [
+                FlattestCheckpoint("val_accuracy", "max", TOLERANCE, key, dirpath=f"{folder}/{key}")
+                for key in (SCALE_FREE_MARGIN, RELATIVE)
+            ]
+            trainer = L.Trainer(max_epochs=20, callbacks=[monitor, *both], **QUIET, **options)
             trainer.fit(DigitsClassifier(learning_rate), datamodule=DigitsDataModule())
-            step = torch.load(checkpoint.best_model_path)["global_step"] - 1  # as the loggers count
+            steps = [torch.load(each.best_model_path)["global_step"] - 1 for each in both]  # as the loggers count
         accuracy, flatness = (monitor.history.values[key] for key in ("val_accuracy", RELATIVE))
-        best, kept = accuracy.index(max(accuracy)), monitor.history.steps.index(step)
-        assert accuracy[kept] >= accuracy[best] - TOLERANCE, setting
+        best, kept = accuracy.index(max(accuracy)), [monitor.history.steps.index(step) for step in steps]
+        assert all(accuracy[at] >= accuracy[best] - TOLERANCE for at in kept), setting
         stopped = flatness[: validations_until_stop(flatness)]
-        chosen = (best, kept, flatness.index(min(flatness)), stopped.index(min(stopped)))
+        chosen = (best, *kept, flatness.index(min(flatness)), stopped.index(min(stopped)))
         rows.append([setting, *(f"{accuracy[at]:.1%}, {number(flatness[at])}" for at in chosen)])
     write("how-to/flattest-checkpoint.md", "table checkpoints", table(rows).replace("| ---: |", "| --- |", 1))
 

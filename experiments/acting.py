@@ -106,34 +106,33 @@ def record(chosen: Options) -> pd.DataFrame:
 
 
 def with_gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the trainings with their `gain` of test accuracy over the same training without an action."""
+    """Return the trainings beside the same ones without an action.
+
+    Returns:
+        With two more columns: `gain` of test accuracy, and `acted`: whether it ended earlier or with a smaller rate.
+    """
     same = ["data", "network", "kind", "seed"]
-    without = rows[rows.action == "none"].set_index(same).test_accuracy.rename("without")
-    both = rows.join(without, on=same)
-    return both.assign(gain=both.test_accuracy - both.without)
+    without = rows[rows.action == "none"].set_index(same)[["test_accuracy", "final_rate"]]
+    both = rows.join(without, on=same, rsuffix="_without")
+    is_cut = both.final_rate < both.final_rate_without * 0.99
+    acted = (both.validations_run < both.validations) | is_cut
+    return both.assign(gain=both.test_accuracy - both.test_accuracy_without, acted=acted)
 
 
 def gains(rows: pd.DataFrame) -> pd.DataFrame:
     """Return, by kind and action, the mean test accuracy, its gain over no action, and the validations run."""
-    found = []
-    for (kind, action), group in with_gains(rows).groupby(["kind", "action"], sort=False):
-        acted = group.alerts > 0 if action in ("stop", "reduce") else _acted(group)
-        found.append(
-            {
-                "kind": kind,
-                "action": action,
-                "test accuracy": mean(group.test_accuracy.to_numpy()),
-                "gain": mean(group.gain.dropna().to_numpy()),
-                "validations": group.validations_run.mean(),
-                "acted": f"{acted.sum()}/{len(group)}",
-            }
-        )
+    found = [
+        {
+            "kind": kind,
+            "action": action,
+            "test accuracy": mean(group.test_accuracy.to_numpy()),
+            "gain": mean(group.gain.dropna().to_numpy()),
+            "validations": group.validations_run.mean(),
+            "acted": f"{group.acted.sum()}/{len(group)}",
+        }
+        for (kind, action), group in with_gains(rows).groupby(["kind", "action"], sort=False)
+    ]
     return pd.DataFrame(found)
-
-
-def _acted(group: pd.DataFrame) -> pd.Series:
-    cut = group.final_rate < OPTIMIZERS["sgd"] * 0.99
-    return (group.validations_run < group.validations) | cut
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiments import costs
 from experiments.alerts import CHANGES, DISTURBED_AT, GROUP, NAME, UNDISTURBED
-from experiments.detectors import DEFAULT, IN_TIME, LABELS, LOSSES, RATE, Values, candidates
+from experiments.detectors import DEFAULT, IN_TIME, LABELS, LOSSES, RATE, Values, candidates, names
 from experiments.runs import RESULTS, results
 from experiments.statistics import Estimate, share
 
@@ -177,10 +177,11 @@ def table(judgements: pd.DataFrame, half: str, cost: pd.Series) -> pd.DataFrame:
         half: `tuning` or `held out`.
         cost: of `spent`, by detector.
     """
-    chosen, found, runs_of = selected(judgements), [], of_selected(judgements, half).groupby("detector", sort=False)
-    for name, runs in runs_of:
+    chosen, found, judged_half = selected(judgements), [], of_selected(judgements, half)
+    for name in filter(chosen.__contains__, names()):
+        runs = judged_half[judged_half.detector == name]
         healthy = undisturbed(runs)
-        row: dict[str, object] = {"detector": name, "threshold": chosen[str(name)]}
+        row: dict[str, object] = {"detector": name, "threshold": chosen[name]}
         row["false alarms per 1,000"] = per_thousand(healthy)
         row["with warm restarts"] = per_thousand(undisturbed(runs, restarts=True))
         row["healthy runs with one"] = str(share((healthy.alerts > 0).sum(), len(healthy)))
@@ -192,7 +193,7 @@ def table(judgements: pd.DataFrame, half: str, cost: pd.Series) -> pd.DataFrame:
         hit = runs[runs.detected & runs.kind.isin(CHANGES) & (runs.optimizer != RESTARTS)]
         row["delay"] = hit.delay.median()
         row["named"] = str(named(hit)) if (hit.named != "").any() else ""
-        row["ms"] = cost.get(str(name), math.nan)
+        row["ms"] = cost.get(name, math.nan)
         found.append(row)
     return pd.DataFrame(found).set_index("detector")
 

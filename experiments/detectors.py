@@ -161,6 +161,11 @@ def with_threshold(rule: AllOf | Rule, threshold: float) -> AllOf | Rule:
     return replace(rule, **{rule.condition: float(threshold)})
 
 
+def names() -> list[str]:
+    """Return the names of all detectors, in order."""
+    return list(dict.fromkeys(candidate.name for candidate in candidates()))
+
+
 def candidates() -> Iterator[Candidate]:
     """Yield the built-in rules as they are, and every detector with all its thresholds."""
     for words, suffix, reads in PLACES:

@@ -24,6 +24,7 @@ from experiments import (
     claims,
     costs,
     detection,
+    detectors,
     false_friend,
     margins,
     onset,
@@ -47,6 +48,7 @@ def of_alerts() -> tuple[Figure, str]:
     held = detection.of_selected(judgements, "held out")
     runs = held[held.optimizer != detection.RESTARTS]
     detected = runs.pivot_table(index="detector", columns="kind", values="detected", sort=False)[kinds]
+    detected = detected.reindex(detectors.names())
     alarms = detection.undisturbed(held).groupby("detector").apply(detection.per_thousand, include_groups=False)
     figure = heat_map(detected, "share detected")
     names = [f"{name}   {alarms[name]:.1f}" for name in detected.index]

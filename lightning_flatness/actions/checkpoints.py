@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_flatness.keys import KEYS, RELATIVE, quantity
+from lightning_flatness.keys import KEYS, SCALE_FREE_MARGIN, quantity
 
 
 class _Candidate(NamedTuple):
@@ -24,10 +24,11 @@ class _Candidate(NamedTuple):
 
 
 class FlattestCheckpoint(ModelCheckpoint):
-    """Among the checkpoints within a tolerance of the best one, keep the flattest.
+    """Among the checkpoints within a tolerance of the best one, keep the one with the largest scale-free margin.
 
     Flatness alone must not choose a checkpoint: an untrained network is the flattest of all. Here the metric decides
-    first, and flatness breaks what is nearly a tie.
+    first, and flatness breaks what is nearly a tie. By default it is that of the margins, which generalized best in
+    `docs/experiments/choosing.md`; relative flatness prefers the earlier checkpoints of a training that still learns.
 
     A checkpoint stays on the disk as long as it can still be chosen: while it is within the tolerance of the best one,
     and no other is both as good and as flat. `best_model_path` is the chosen one, `best_model_score` its metric. A
@@ -37,8 +38,8 @@ class FlattestCheckpoint(ModelCheckpoint):
         monitor: key of the metric that decides first, such as `val_acc`.
         mode: `"max"` if higher is better, `"min"` if lower is.
         tolerance: how far from the best value a checkpoint may be, in the unit of the metric.
-        flatness: key of the tie-break. The lowest value is chosen, of a key for which higher is better the highest; see
-            `docs/keys.md`.
+        flatness: key of the tie-break, such as `flatness/relative`. The lowest value is chosen, of a key for which
+            higher is better, as of the default, the highest; see `docs/keys.md`.
         **options: of Lightning's `ModelCheckpoint`, such as `dirpath` and `filename`; not `save_top_k`.
 
     Raises:
@@ -55,7 +56,7 @@ class FlattestCheckpoint(ModelCheckpoint):
         monitor: str,
         mode: Literal["min", "max"],
         tolerance: float,
-        flatness: str = RELATIVE,
+        flatness: str = SCALE_FREE_MARGIN,
         **options: Any,
     ) -> None:
         """Check the arguments."""

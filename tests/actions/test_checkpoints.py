@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_flatness import FlatnessMonitor, FlattestCheckpoint
 
-NAN = float("nan")
+NAN, FLATNESS = float("nan"), "flatness/relative"
 
 
 class Scores(LightningModule):
@@ -75,7 +75,7 @@ RUNS: dict[str, tuple[list[tuple[float, float | None]], int, set[int]]] = {
 def test_which_checkpoint_is_kept(name: str, mode: Any, tmp_path: Path) -> None:
     scores, chosen, kept = RUNS[name]
     signed = [(score if mode == "max" else -score, flatness) for score, flatness in scores]
-    checkpoint = FlattestCheckpoint("val_acc", mode, 0.02, dirpath=tmp_path, filename="{epoch}")
+    checkpoint = FlattestCheckpoint("val_acc", mode, 0.02, FLATNESS, dirpath=tmp_path, filename="{epoch}")
     fitted(tmp_path, signed, checkpoint)
     assert Path(checkpoint.best_model_path).stem == f"epoch={chosen}"
     assert float(checkpoint.best_model_score) == pytest.approx(signed[chosen][0])
@@ -93,10 +93,18 @@ def test_the_better_value_breaks_the_tie(key: str, chosen: int, tmp_path: Path) 
     assert Path(checkpoint.best_model_path).stem == f"epoch={chosen}"
 
 
+def test_the_default_is_the_largest_scale_free_margin(tmp_path: Path) -> None:
+    checkpoint = FlattestCheckpoint("val_acc", "max", 0.02, dirpath=tmp_path, filename="{epoch}")
+    fitted(tmp_path, [(0.9, 2.0), (0.89, 3.0), (0.895, 1.0)], checkpoint)
+    assert (checkpoint.flatness, Path(checkpoint.best_model_path).stem) == ("margin/scale_free", "epoch=1")
+
+
 def test_a_resumed_training_goes_on_with_its_candidates(tmp_path: Path) -> None:
     scores = [(0.9, 5.0), (0.89, 2.0), (0.91, 3.0), (0.905, 2.5)]
     whole, begun, resumed = (
-        FlattestCheckpoint("val_acc", "max", 0.03, dirpath=tmp_path / name, filename="{epoch}", save_last=True)
+        FlattestCheckpoint(
+            "val_acc", "max", 0.03, FLATNESS, dirpath=tmp_path / name, filename="{epoch}", save_last=True
+        )
         for name in ("whole", "parts", "parts")
     )
     fitted(tmp_path, scores, whole)
@@ -155,7 +163,7 @@ def test_the_advice_of_the_readme(tmp_path: Path, rate: float, options: dict[str
         **options,
     )
     trainer.fit(DigitsClassifier(rate), DataLoader(training, 32), DataLoader(validation, 256))
-    accuracy, flatness = (monitor.history.values[key] for key in ("val_accuracy", "flatness/relative"))
+    accuracy, margin = (monitor.history.values[key] for key in ("val_accuracy", "margin/scale_free"))
     kept = monitor.history.steps.index(torch.load(checkpoint.best_model_path)["global_step"] - 1)
     allowed = [at for at, value in enumerate(accuracy) if value >= max(accuracy) - 0.02]
-    assert kept == min(allowed, key=lambda at: flatness[at])
+    assert kept == max(allowed, key=lambda at: margin[at])
