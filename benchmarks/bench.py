@@ -141,16 +141,15 @@ def large_tail(rounds: int) -> Rows:
     """Yield what 1000 classes and 2048 filters cost, as multiples of a forward pass, that pass included."""
     yield "ResNet-50, 224 x 224, C = 1000, K = 2048", "x fwd", "shortest", "counted", "target"
     model, x, y = networks.lively(networks.resnet50()), torch.randn(4, 3, 224, 224), torch.zeros(4).long()
-    method = PooledMethod()
-    with ForwardRecorder(model) as recorder:
+    method, recorder = PooledMethod(), ForwardRecorder(model)
 
-        def run(quantity: Callable[[PooledDerivatives], object]) -> None:
-            with torch.no_grad():
-                quantity(method.derivatives(recorder.take_pass(F.cross_entropy(model(x), y))))
+    def run(quantity: Callable[[PooledDerivatives], object]) -> None:
+        with recorder, torch.no_grad():  # a plain forward pass in turn with it is not to be recorded
+            quantity(method.derivatives(recorder.take_pass(F.cross_entropy(model(x), y))))
 
-        quantities = {"trace alone": (hessian_trace, 1.05), "relative flatness": (relative_flatness, 1.5)}
-        runs: dict[str, Callable[[], object]] = {title: partial(run, of) for title, (of, _) in quantities.items()}
-        times = interleaved(runs | {"forward": forward(model, x)}, rounds)
+    quantities = {"trace alone": (hessian_trace, 1.05), "relative flatness": (relative_flatness, 1.5)}
+    runs: dict[str, Callable[[], object]] = {title: partial(run, of) for title, (of, _) in quantities.items()}
+    times = interleaved(runs | {"forward": forward(model, x)}, rounds)
     derivatives, counted = derivatives_of(model, x, y), multiply_adds(forward(model, x))
     for title, (of, target) in quantities.items():
         share = 1 + multiply_adds(partial(of, derivatives)) / counted
@@ -209,14 +208,13 @@ def on_cuda(rounds: int) -> Rows:
     for build in (networks.resnet18, networks.resnet50, networks.mobilenet_v2):
         model = networks.lively(build()).cuda()
         x, y = torch.randn(64, 3, 224, 224, device="cuda"), torch.zeros(64, device="cuda").long()
-        method = PooledMethod()
-        with ForwardRecorder(model) as recorder:
+        method, recorder = PooledMethod(), ForwardRecorder(model)
 
-            def run(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> None:
-                with torch.no_grad():
-                    method.quantities(recorder.take_pass(F.cross_entropy(model(x), y)))  # noqa: B023
+        def run(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> None:
+            with recorder, torch.no_grad():  # noqa: B023
+                method.quantities(recorder.take_pass(F.cross_entropy(model(x), y)))  # noqa: B023
 
-            times = interleaved({"with": run, "fwd": forward(model, x)}, rounds)
+        times = interleaved({"with": run, "fwd": forward(model, x)}, rounds)
         alone, both = (sorted(times[key])[rounds // 2] * 1e3 for key in ("fwd", "with"))
         yield build.__name__, f"{alone:.2f}", f"{both:.2f}", f"{ratio(times['with'], times['fwd']):.3f}"
 
