@@ -61,11 +61,10 @@ def curves(rows: pd.DataFrame) -> list[Curve]:
     """Return the recorded runs; what is before a disturbance is that of the healthy run."""
     keys, found = [name for name in rows if "/" in name or name.endswith(("_loss", "_rate"))], []
     for (data, _, optimizer, validations, _, seed), group in rows.groupby(GROUP, sort=False):
-        start = round(DISTURBED_AT * int(validations))
+        start, name = round(DISTURBED_AT * int(validations)), " ".join(map(str, group[GROUP].iloc[0]))
         values = {kind: _values(run, keys) for kind, run in group.groupby("kind", sort=False)}
         for kind, own in values.items():
             whole = [*values["healthy"][:start], *own] if kind in CHANGES else own
-            name = " ".join(map(str, group[GROUP].iloc[0]))
             found.append(Curve(half_of(data, seed), optimizer, str(kind), name, start, whole))
     return found
 
@@ -157,10 +156,10 @@ def disturbed(runs: pd.DataFrame, group: str) -> pd.DataFrame:
     return runs[runs.kind.isin(GROUPS[group]) & (runs.optimizer != RESTARTS)]
 
 
-def of_selected(judgements: pd.DataFrame, half: str) -> pd.DataFrame:
-    """Return what the detectors with their selected thresholds do on one half."""
-    is_chosen = judgements.threshold == judgements.detector.map(selected(judgements))
-    return judgements[is_chosen & (judgements.half == half)]
+def of_selected(judgements: pd.DataFrame, half: str | None = None) -> pd.DataFrame:
+    """Return what the detectors with their selected thresholds do, on one half or in all runs."""
+    of_chosen = judgements[judgements.threshold == judgements.detector.map(selected(judgements))]
+    return of_chosen if half is None else of_chosen[of_chosen.half == half]
 
 
 def best_other(judgements: pd.DataFrame, group: str) -> str:
@@ -228,9 +227,7 @@ def spent(rows: pd.DataFrame, cost: pd.DataFrame) -> pd.Series:
 
 
 if __name__ == "__main__":
-    judgements = judged(results(NAME), jobs=2)
-    is_chosen = judgements.threshold == judgements.detector.map(selected(judgements))
-    judgements = judgements[is_chosen]
+    judgements = of_selected(judged(results(NAME), jobs=2))
     judgements.to_csv(RESULTS / f"{JUDGED}.csv.gz", index=False)
     cost = spent(results(NAME), results(costs.NAME))
     cost.rename_axis("detector").to_csv(RESULTS / f"{SPENT}.csv", float_format="%.2g")
