@@ -82,7 +82,7 @@ class Condition(ABC):
     def _violation(self, onset: Observation, now: Observation, **numbers: Any) -> Violation:
         (onset_step, before), (_, after), key = onset, now, self.rule.monitor
         numbers = {"reference": before[key], "onset_step": onset_step, "before": before, **numbers}
-        return Violation(key, after[key], condition=self.rule.condition, after=after, **numbers)
+        return Violation(key, after[key], condition=self.rule.condition, **numbers)
 
 
 @dataclass
@@ -140,7 +140,7 @@ class PastLimit(Condition):
             return None
         onset = self.onset or last
         if onset is None:
-            return Violation(key, value, limit, condition, after=now[1])
+            return Violation(key, value, limit, condition)
         return self._violation(onset, now, reference=limit)
 
 
