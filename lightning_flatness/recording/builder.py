@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.depth import LayerChoice, is_counted
 from lightning_flatness.recording.dispatch import ConvolutionWatch, GraphTracer, dispatcher
-from lightning_flatness.recording.layers import CONVOLUTIONS, program_kind
+from lightning_flatness.recording.layers import CONVOLUTIONS, outer, program_kind
 from lightning_flatness.recording.network_call import NetworkCall
 from lightning_flatness.recording.operation import tensors
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, LinearCall
@@ -39,7 +39,7 @@ class PassBuilder:
         copies: of weights.
         convolution_calls: its calls.
         linear_calls: calls of linear modules on what depends on it.
-        outputs: what the modules around it returned, by name, in order.
+        output: what the outermost module around it that has returned so far returned first, with its name.
         network_call: the outermost call of a module during which it ran; None if that was not kept.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
@@ -56,7 +56,7 @@ class PassBuilder:
         self.layer: str | None = None
         self.convolution_calls: list[ConvolutionCall] = []
         self.linear_calls: list[LinearCall] = []
-        self.outputs: list[tuple[str, Any]] = []
+        self.output: tuple[str | None, Any] = None, None
         self.network_call: NetworkCall | None = None
         self.is_ignored = False
         self.failure: Exception | None = None
@@ -121,7 +121,7 @@ class PassBuilder:
     def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a module around the convolution returned."""
         if self.layer is not None and self.layer.startswith(f"{name}." if name else ""):
-            self.outputs.append((name, output))
+            self.output = outer(self.output, name, output)  # the others are let go, with their maps
         call = self._open_call
         if call is not None and call.module is module:
             self._open_call = None
@@ -219,7 +219,7 @@ class PassBuilder:
             self.tracer.stop()
         if not self._keeps_copies:
             self.copies = WeightCopies()
-        self.convolution_calls, self.linear_calls, self.outputs, self.passed_over = [], [], [], None
+        self.convolution_calls, self.linear_calls, self.output, self.passed_over = [], [], (None, None), None
         self.tracer, self.layer = GraphTracer(finds_functions=not self._keeps_copies), name
         self.network_call = self._open_call
         start_at(module, self.tracer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,3 +60,13 @@ def require_name(
         raise ValueError(
             f"`{argument}` must name one of {candidates}; got {name!r}. Names are those of `model.named_modules()`."
         )
+
+
+def depth_of(name: str) -> int:
+    """Return how many modules are around a module of this name."""
+    return len(name.split(".")) if name else 0
+
+
+def outer(known: tuple[str | None, Any], name: str, output: Any) -> tuple[str | None, Any]:
+    """Return a module's name and output if it is further out than the one that is known, else that one's."""
+    return (name, output) if known[0] is None or depth_of(name) < depth_of(known[0]) else known

@@ -11,10 +11,10 @@ from lightning_flatness.errors import Refusal
 from lightning_flatness.recording.builder import ended_by
 from lightning_flatness.recording.dispatch import GraphTracer, dispatcher
 from lightning_flatness.recording.hooks import Wanted
-from lightning_flatness.recording.layers import CLASSIFIERS, program_kind, require_name
+from lightning_flatness.recording.layers import CLASSIFIERS, outer, program_kind, require_name
 from lightning_flatness.recording.nodes import storage_of
 from lightning_flatness.recording.recorded_layers import RecordedLayers
-from lightning_flatness.recording.recorder import ForwardRecorder, depth_of, holders_of
+from lightning_flatness.recording.recorder import ForwardRecorder, holders_of
 
 
 class LayersBuilder:
@@ -27,7 +27,7 @@ class LayersBuilder:
         tracer: of the operations; None as long as no module has run.
         layer: the layers in words.
         nodes: of the parameters, by name.
-        outputs: what the outermost module that has returned so far returned first, with its name.
+        output: what the outermost module that has returned so far returned first, with its name.
         choice: None: the layers are named.
         is_ignored: whether nothing is recorded.
         failure: the exception that ended the record.
@@ -39,7 +39,7 @@ class LayersBuilder:
         self.layer = layer
         self.tracer: GraphTracer | None = None
         self.nodes: dict[str, int] = {}
-        self.outputs: list[tuple[str, Any]] = []
+        self.output: tuple[str | None, Any] = None, None
         self.choice = None
         self.is_ignored = False
         self.failure: Exception | None = None
@@ -59,8 +59,7 @@ class LayersBuilder:
 
     def after_network(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a module around the layers returned, if none further out has."""
-        if not self.outputs or depth_of(name) < depth_of(self.outputs[0][0]):
-            self.outputs = [(name, output)]
+        self.output = outer(self.output, name, output)
 
     def fail(self, error: Exception) -> None:
         """Record no more, because of this error."""

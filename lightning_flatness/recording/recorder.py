@@ -143,9 +143,7 @@ class ForwardRecorder:
     @property
     def output(self) -> Any:
         """What the outermost recorded module returned in the first pass since the last call; None if none has run."""
-        outputs = self._builder.outputs
-        outermost = min((depth_of(name) for name, _ in outputs), default=0)
-        return next((output for name, output in outputs if depth_of(name) == outermost), None)
+        return self._builder.output[1]
 
     def require_recorded(self) -> None:
         """Refuse a pass of which nothing could be recorded, or not all until now.
@@ -282,8 +280,3 @@ def _is_heard(recorder: object) -> bool:
 def weight_is_shared(layer: nn.Module, modules: dict[str, nn.Module]) -> bool:
     """Return whether another of the modules has the weight of a layer, too."""
     return sum(own is layer.weight for module in modules.values() for own in module._parameters.values()) > 1
-
-
-def depth_of(name: str) -> int:
-    """Return how many modules are around a module of this name."""
-    return len(name.split(".")) if name else 0

@@ -128,7 +128,7 @@ def test_linear_calls_are_on_what_depends_on_the_convolution_and_yield_one_row_p
     (call,), graph = builder.linear_calls, builder.tracer.graph
     assert (call.name, call.inputs, call.output) == ("head", graph.node(p), graph.node(logits))
     assert torch.equal(call.weight, HEAD.weight)
-    assert builder.outputs == [("", logits)]
+    assert builder.output == ("", logits)
 
 
 def test_a_failure_ends_the_record() -> None:
