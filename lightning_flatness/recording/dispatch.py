@@ -48,7 +48,7 @@ class GraphTracer:
         """Start with an empty graph."""
         self.graph = OperationGraph(keeps_maps)
         self._finds_functions = finds_functions
-        self._forbidden: dict[int, Tensor] = {}  # by storage; alive, or their memory would be given to others
+        self._forbidden: list[torch.UntypedStorage] = []  # alive, or their memory would be given to others
         self._has_read_numbers = False
         self.is_convolving = False  # whether the monitored convolution runs, which may read its weight
 
@@ -79,7 +79,7 @@ class GraphTracer:
 
     def forbid_storage(self, tensor: Tensor) -> None:
         """Mark the graph incomplete from the moment on when the network reads this memory."""
-        self._forbidden[storage_of(tensor)] = tensor
+        self._forbidden.append(tensor.untyped_storage())
 
     def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Return the encoded arguments of an operation that depends on an input; keep what it will overwrite."""
@@ -114,11 +114,16 @@ class GraphTracer:
             encoded = (map_tree(args, encode), map_tree(kwargs, encode) if kwargs else {})
         elif any(map(graph.shares_memory, read)):
             graph.mark_incomplete(f"`{func}` reads memory of the tail through a tensor that was made outside it")
-        if not self.is_convolving and not self._forbidden.keys().isdisjoint(map(storage_of, read)):
+        if not self.is_convolving and self._is_forbidden(read):
             graph.mark_incomplete(f"`{func}` uses the weight of the convolution once more")
         for tensor in written(func, args, kwargs):  # copy captured values that it is about to overwrite
             graph.captures.preserve(storage_of(tensor))
         return encoded
+
+    def _is_forbidden(self, read: list[Tensor]) -> bool:
+        """Return whether a tensor lies in memory of the weight; a sharded one is moved, and has none meanwhile."""
+        present = {storage.data_ptr() for storage in self._forbidden} - {0}
+        return not present.isdisjoint(map(storage_of, read))
 
     def _encode(self, nodes: dict[int, int], item: Any) -> Any:
         if not isinstance(item, Tensor):

@@ -306,6 +306,27 @@ def test_memory_that_must_not_be_read() -> None:
         replayed(graph, output)
 
 
+def test_a_weight_is_where_its_memory_is_at_present() -> None:
+    """Sharding frees the memory of a weight, which others get then, and gives it memory again later."""
+    z, reused = torch.ones(1), 0
+    for size in [2**power for power in range(4, 19)] * 4:
+        tracer, weight = GraphTracer(), torch.ones(size)
+        tracer.graph.add_input(z)
+        tracer.forbid_storage(weight)
+        storage, first = weight.untyped_storage(), weight.data_ptr()
+        storage.resize_(0)
+        other = torch.ones(size)
+        reused += other.data_ptr() == first
+        tracer.start()
+        z + other
+        gap = tracer.graph.incomplete_because(99)
+        storage.resize_(4 * size)
+        z + weight
+        tracer.stop()
+        assert (gap, "once more" in str(tracer.graph.incomplete_because(99))) == (None, True)
+    assert reused
+
+
 def test_several_inputs() -> None:
     """An input made of another keeps its dependence; unrelated ones can be set apart."""
     first, third = fresh(), OTHER.clone()
