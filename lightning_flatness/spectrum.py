@@ -282,8 +282,7 @@ def _pooled(data: _Data, layer: str | None, classifier: str | None) -> _Found:
     recorder, method = ForwardRecorder(data.model, layer, classifier), _KeptDerivatives()
     measured: list[SampleQuantities] = data.measured(recorder, method)
     trace = torch.cat([quantities.hessian_trace for quantities in measured]).double().mean()
-    kept = zip([part for part in method.parts if len(part)], measured, strict=True)
-    hessian = PooledHessian([part.gauss_newton if own.curvature == "ggn" else part for part, own in kept])
+    hessian = PooledHessian([part for part in method.parts if len(part)])
     return _Found(hessian, float(trace), str(recorder.layer), "pooled", _common(measured))
 
 

@@ -38,6 +38,7 @@ class PooledDerivatives:
         head_curvature: see `objective.Objective`; None for a piecewise linear head.
         chunk_bytes: what temporary tensors may take at once, see `chunks.chunk_bytes_on`.
         is_gauss_newton: whether the curvature of the map and of the head has been left out.
+        weight: `W`, the filters as rows, shape (k, d); None: not known.
     """
 
     inputs: Float[Tensor, "n i ..."]
@@ -55,6 +56,7 @@ class PooledDerivatives:
     head_curvature: HeadCurvature | None = None
     chunk_bytes: int | None = None
     is_gauss_newton: bool = False
+    weight: Float[Tensor, "k d"] | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -84,6 +86,13 @@ class PooledDerivatives:
         if self.head.dim() == 2:
             vars(chosen)["used_head"] = self.used_head  # the same for all samples: it is not copied again
         return chosen
+
+    @property
+    def exact(self) -> PooledDerivatives:
+        """The same derivatives in float64, with inner products of the filters that were never rounded to float32."""
+        assert self.weight is not None
+        weight = self.weight.double()
+        return replace(self.to(torch.float64), kernel_gram=weight @ weight.mT)
 
     @property
     def features_per_filter(self) -> int:

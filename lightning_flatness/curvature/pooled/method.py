@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_flatness.curvature.kept import Kept
 from lightning_flatness.curvature.objective import ObjectiveReader
 from lightning_flatness.curvature.pooled.certificate import (
     Certificate,
@@ -69,7 +69,7 @@ class PooledMethod:
         self._chunk_bytes = chunk_bytes
         self._certificate: Certificate | None = None
         self._reader = ObjectiveReader()
-        self._kernel_gram = _KernelGram()
+        self._kernel_gram, self._head = Kept(_gram), Kept(Tensor.to)
 
     def quantities(self, recorded: RecordedPass, samples: slice = slice(None)) -> SampleQuantities:
         """Return the quantities of a recorded pass, for the samples that the loss depends on.
@@ -82,22 +82,23 @@ class PooledMethod:
             UnsupportedTailError: if the closed form is not exact for this network and loss.
             NonFiniteError: if the pooled features or the logits hold NaN.
         """
-        derivatives = self.derivatives(recorded, samples)
-        bent = derivatives.head_curvature
-        if bent is not None and bent.size > _HEAD_SIZE * recorded.network_weights:
-            derivatives = derivatives.gauss_newton
+        return self.evaluate(self.derivatives(recorded, samples))
+
+    def evaluate(self, derivatives: PooledDerivatives) -> SampleQuantities:
+        """Return the quantities that follow from derivatives."""
         with not_recorded(), torch.inference_mode(False):
             quantities = sample_quantities(derivatives, self._scale_free)
             if is_ill_conditioned(derivatives, quantities):
-                weight = recorded.calls[0].weight.double()
-                exact = replace(derivatives.to(torch.float64), kernel_gram=weight @ weight.mT)
-                quantities = sample_quantities(exact, self._scale_free)
+                quantities = sample_quantities(derivatives.exact, self._scale_free)
             return quantities
 
     def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> PooledDerivatives:
         """Return the tensors from which the quantities follow; arguments and errors are those of `quantities`."""
         with differentiating(recorded):
-            return self._derivatives(recorded, samples)
+            derivatives = self._derivatives(recorded, samples)
+        bent = derivatives.head_curvature
+        is_too_large = bent is not None and bent.size > _HEAD_SIZE * recorded.network_weights
+        return derivatives.gauss_newton if is_too_large else derivatives
 
     def _derivatives(self, recorded: RecordedPass, samples: slice) -> PooledDerivatives:
         require_finite(recorded)
@@ -117,8 +118,8 @@ class PooledMethod:
             second_derivative=second,
             features=features.detach(),
             logits=goal.logits.to(dtype),
-            kernel_gram=self._kernel_gram.of(call.weight).to(dtype),
-            head=goal.head.to(dtype),
+            kernel_gram=self._kernel_gram.of(call.weight, dtype),
+            head=self._head.of(goal.head, dtype),
             feature_index=certificate.feature_index,
             is_fed=certificate.is_fed,
             geometry=_geometry(recorded, call),
@@ -128,6 +129,7 @@ class PooledMethod:
             if goal.head_curvature is None
             else goal.head_curvature.without((jacobian == 0).flatten(1).all(1)).to(dtype),
             chunk_bytes=self._chunk_bytes,
+            weight=call.weight,
         )
         kept = goal.kept(samples)
         return derivatives if bool(kept.all()) else derivatives.select(kept)
@@ -278,18 +280,9 @@ def _geometry(recorded: RecordedPass, call: ConvolutionCall) -> ConvGeometry:
     )
 
 
-class _KernelGram:
-    """Gram matrices of filters; the last one is kept, as weights seldom change between two batches."""
-
-    def __init__(self) -> None:
-        self._known: tuple[Tensor, Tensor] | None = None
-
-    def of(self, weight: Float[Tensor, "k d"]) -> Float[Tensor, "k k"]:
-        """Return `W W^T`, shape (k, k); the same tensor is taken to hold the same values."""
-        if self._known is None or self._known[0] is not weight:
-            with full_precision(weight.device):
-                self._known = weight, weight @ weight.mT
-        return self._known[1]
+def _gram(weight: Float[Tensor, "k d"], dtype: torch.dtype) -> Float[Tensor, "k k"]:
+    with full_precision(weight.device):
+        return (weight @ weight.mT).to(dtype)
 
 
 def require(verdict: Any) -> Any:
