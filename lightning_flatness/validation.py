@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_flatness.curvature.grouping import BatchGroups
 from lightning_flatness.curvature.jacobian.method import LayerQuantities
 from lightning_flatness.curvature.methods import (
     AutoMethod,
@@ -134,6 +135,7 @@ class MeasuredValidation:
         self._logged = LoggedValues(pl_module)
         self._count = loader_count(trainer, request.data)
         self._batches = [0] * self._count
+        self._groups = [BatchGroups() for _ in range(self._count)]
         self._recorder: Recorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
         self.measured: str | None = None
@@ -186,6 +188,9 @@ class MeasuredValidation:
         chosen different methods. A choice by which nothing was measured is forgotten.
         """
         failures, loaders = self._failures, range(self._count)
+        for index, groups in enumerate(self._groups):
+            with failures.contained(self.close, index):
+                self._add([] if failures.excludes(index) else groups.rest(), index)
         samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
         failed = [failures.excludes(index) for index in loaders]
         changed = [None if self._trainer.sanity_checking else self._state.churn.changed(index) for index in loaders]
@@ -265,7 +270,7 @@ class MeasuredValidation:
         if loss is None:
             return
         recorded = recorder.take_pass(loss)
-        quantities = cast(Any, self._method).quantities(recorded, slice(left))
+        quantities = self._groups[loader].add(self._method, recorded, slice(left))
         if self._state.verification.is_due(loader, recorder.layer):
             context = self._trainer.precision_plugin.val_step_context
             of_layers = isinstance(recorded, RecordedLayers)
@@ -278,12 +283,14 @@ class MeasuredValidation:
         if reason := self._state.kept.keep(loader, recorder):
             self._failures.info_once(f"{self._failures.label} runs the compiled network eagerly: {reason}.")
 
-    def _add(self, quantities: Quantities, loader: int) -> None:
-        cast(Any, self._evaluations[loader]).update(quantities)
-        own = next(iter(quantities.by_layer.values())) if isinstance(quantities, LayerQuantities) else quantities
-        if self._samples is not None:
-            self._samples.add(loader, own)
-        self._state.churn.add(loader, own.prediction, ordered_source(self._request.data, self._trainer, loader))
+    def _add(self, quantities: Sequence[Quantities], loader: int) -> None:
+        source = ordered_source(self._request.data, self._trainer, loader) if quantities else None
+        for each in quantities:
+            cast(Any, self._evaluations[loader]).update(each)
+            own = next(iter(each.by_layer.values())) if isinstance(each, LayerQuantities) else each
+            if self._samples is not None:
+                self._samples.add(loader, own)
+            self._state.churn.add(loader, own.prediction, source)
 
     def _loss_of(self, recorder: Recorder, outputs: Any, batch: Any) -> Tensor | None:
         """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
@@ -307,7 +314,7 @@ class MeasuredValidation:
             model, prepared = callable_module(self._module), transferred(batches, self._trainer, self._module)
             options = limit, self._request.target, self._request.loss, self._state.verification
             for quantities in measured_batches(recorder, method, model, prepared, *options):
-                self._add(quantities, 0)
+                self._add([quantities], 0)
                 self._note_success(recorder, method, 0)
 
     def _note_success(self, recorder: Recorder, method: Method, loader: int) -> None:
@@ -324,7 +331,7 @@ class MeasuredValidation:
     def _samples_left(self, loader: int) -> int | None:
         """Return how many more samples this process may measure; None: no limit."""
         limit = sample_limit(self._trainer, loader, self._request.max_samples)
-        return None if limit is None else max(0, limit - self._evaluations[loader].samples)
+        return None if limit is None else max(0, limit - self._groups[loader].samples)
 
 
 def _rides(data: Any) -> bool:

@@ -7,7 +7,8 @@ does to make \(x\).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch import Tensor
 import lightning_flatness.functional as LF
 from lightning_flatness.curvature.chunks import chunk_bytes_on
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
+from lightning_flatness.curvature.kept import Kept
 from lightning_flatness.curvature.objective import Objective, ObjectiveReader
 from lightning_flatness.curvature.pooled.method import differentiating, require, require_finite
 from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.curvature.rows import Apart, Rows, loss_with, of_loss
 from lightning_flatness.errors import Refusal, UnsupportedTailError, require_optional_counts
 from lightning_flatness.functional.temperature import temperatures_for
 from lightning_flatness.losses import CrossEntropy, Differentiated, Form
@@ -58,6 +61,7 @@ class ClassifierMethod:
         self._scale_free = scale_free
         self._chunk_bytes = chunk_bytes
         self._reader = ObjectiveReader()
+        self._rows, self._jacobian = Kept(_rows), Kept(Tensor.to)
 
     def quantities(self, recorded: RecordedPass, samples: slice = slice(None)) -> SampleQuantities:
         """Return the quantities of a recorded pass, for the samples that the loss depends on.
@@ -71,14 +75,48 @@ class ClassifierMethod:
                 samples.
             NonFiniteError: if the logits hold NaN.
         """
+        return self.evaluate(self.derivatives(recorded, samples))
+
+    def evaluate(self, derivatives: HeadDerivatives) -> SampleQuantities:
+        """Return the quantities that follow from derivatives."""
+        device = derivatives.features.device
+        with not_recorded(), torch.inference_mode(False), full_precision(device):
+            return _quantities(derivatives, chunk_bytes_on(device, self._chunk_bytes), self._scale_free)
+
+    def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> HeadDerivatives:
+        """Return the tensors from which the quantities follow; arguments and errors are those of `quantities`."""
         with differentiating(recorded):
-            head = _head(self._reader, recorded, samples)
-        with not_recorded(), torch.inference_mode(False), full_precision(head.features.device):
-            chunk_bytes = chunk_bytes_on(head.features.device, self._chunk_bytes)
-            return _quantities(head, chunk_bytes, self._scale_free)
+            return self._derivatives(recorded, samples)
+
+    def _derivatives(self, recorded: RecordedPass, samples: slice) -> HeadDerivatives:
+        require_finite(recorded)
+        call = _only_call(recorded)
+        features, output, point = _on_rows(recorded, call)
+        goal: Objective = require(self._reader.read(recorded, output, point))
+        if not recorded.is_alone and not _is_affine(goal):
+            raise Refusal(
+                f"A network must end in its classifier; what follows `{recorded.layer}` takes more from the layers "
+                f"before it than its output. Name another linear layer (`classifier=...`).\n  path: {recorded.path}"
+            ).error()
+        dtype = features.dtype
+        rows, scale = self._rows.of(call.weight, dtype)
+        head = HeadDerivatives(
+            features=features.double(),
+            rows=rows,
+            scale=scale,
+            logits=goal.logits.to(dtype),
+            jacobian=None if goal.cut == output else self._jacobian.of(goal.head, dtype),
+            loss=goal.loss,
+            target=None if goal.target is None else goal.target.to(dtype),
+            head_curvature=None if goal.head_curvature is None else goal.head_curvature.to(dtype),
+            chunk_bytes=self._chunk_bytes,
+        )
+        kept = goal.kept(samples)
+        return head if bool(kept.all()) else head.select(kept)
 
 
-class _Head(NamedTuple):
+@dataclass(frozen=True)
+class HeadDerivatives:
     """What follows the input of the classifier.
 
     Attributes:
@@ -90,6 +128,7 @@ class _Head(NamedTuple):
         loss: of each sample in its logits.
         target: what the loss reads.
         head_curvature: see `Objective`.
+        chunk_bytes: what temporary tensors may take at once, see `chunk_bytes_on`.
     """
 
     features: Tensor
@@ -100,16 +139,38 @@ class _Head(NamedTuple):
     loss: Form
     target: Tensor | None
     head_curvature: HeadCurvature | None
+    chunk_bytes: int | None = None
 
-    def select(self, samples: slice | Tensor) -> _Head:
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.logits)
+
+    def select(self, samples: slice | Tensor) -> HeadDerivatives:
         """Return what follows the inputs of some of the samples."""
-        per_sample = {name: getattr(self, name) for name in ("features", "logits", "target")}
-        changes: dict[str, Any] = {name: value[samples] for name, value in per_sample.items() if value is not None}
+        changes: dict[str, Any] = {name: value[samples] for name, value in self._per_sample.items()}
         if self.head_curvature is not None:
             changes["head_curvature"] = self.head_curvature.select(samples)
         if self.jacobian is not None and self.jacobian.dim() == 3:
             changes["jacobian"] = self.jacobian[samples]
-        return self._replace(**changes, loss=self.loss.select(samples))
+        return replace(self, **changes, loss=self.loss.select(samples))
+
+    def apart(self) -> Apart | None:
+        """Take apart what samples of several batches have in common; None if they cannot be joined."""
+        loss = of_loss(self.loss)
+        if loss is None or not self.is_linear:
+            return None
+        shared = self.rows, self.scale, self.jacobian, self.chunk_bytes
+        return Apart({**self._per_sample, **loss.rows}, (*shared, *loss.shared))
+
+    def with_rows(self, rows: Rows) -> HeadDerivatives:
+        """Return what the same classifier has for other samples, of which `apart` gave the rows."""
+        own: dict[str, Any] = {name: rows[name] for name in self._per_sample}
+        return replace(self, **own, loss=loss_with(self.loss, rows))
+
+    @property
+    def _per_sample(self) -> Rows:
+        rows = {"features": self.features, "logits": self.logits}
+        return rows if self.target is None else {**rows, "target": self.target}
 
     @property
     def is_linear(self) -> bool:
@@ -130,33 +191,6 @@ class _Euclidean(LF.HadamardGram):
 
     def quadratic_forms(self, vectors: Tensor) -> Tensor:
         return vectors.square().sum(-1)
-
-
-def _head(reader: ObjectiveReader, recorded: RecordedPass, samples: slice) -> _Head:
-    require_finite(recorded)
-    call = _only_call(recorded)
-    features, output, point = _on_rows(recorded, call)
-    goal: Objective = require(reader.read(recorded, output, point))
-    if not recorded.is_alone and not _is_affine(goal):
-        raise Refusal(
-            f"A network must end in its classifier; what follows `{recorded.layer}` takes more from the layers before "
-            f"it than its output. Name another linear layer (`classifier=...`).\n  path: {recorded.path}"
-        ).error()
-    dtype = features.dtype
-    rows = _reduced(call.weight.double())
-    scale = rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)
-    head = _Head(
-        features=features.double(),
-        rows=(rows / scale).to(dtype),
-        scale=scale,
-        logits=goal.logits.to(dtype),
-        jacobian=None if goal.cut == output else goal.head.to(dtype),
-        loss=goal.loss,
-        target=None if goal.target is None else goal.target.to(dtype),
-        head_curvature=None if goal.head_curvature is None else goal.head_curvature.to(dtype),
-    )
-    kept = goal.kept(samples)
-    return head if bool(kept.all()) else head.select(kept)
 
 
 def _only_call(recorded: RecordedPass) -> ConvolutionCall:
@@ -221,6 +255,13 @@ def _is_affine(goal: Objective) -> bool:
     return goal.head.dim() == 2 and goal.head_curvature is None and not isinstance(goal.loss, Differentiated)
 
 
+def _rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the rows of a weight and their scale, see `HeadDerivatives`."""
+    rows = _reduced(weight.double())
+    scale = rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)
+    return (rows / scale).to(dtype), scale
+
+
 def _reduced(weight: Tensor) -> Tensor:
     """Return rows with the same inner products, as short as possible."""
     if weight.shape[1] <= weight.shape[0]:
@@ -228,7 +269,7 @@ def _reduced(weight: Tensor) -> Tensor:
     return torch.linalg.qr(weight.mT, mode="r").R.mT
 
 
-def _quantities(head: _Head, chunk_bytes: int, scale_free: bool) -> SampleQuantities:
+def _quantities(head: HeadDerivatives, chunk_bytes: int, scale_free: bool) -> SampleQuantities:
     loss, logits, target = head.loss, head.logits, head.target
     square, uncertainty = head.features.square().sum(-1), loss.curvature_trace(logits, target)
     gauss_newton = uncertainty
@@ -271,7 +312,7 @@ def _quantities(head: _Head, chunk_bytes: int, scale_free: bool) -> SampleQuanti
     return SampleQuantities(square * trace, flatness[:, 0], uncertainty, **values)
 
 
-def _flatness(head: _Head, chunk_bytes: int, scale_free: bool) -> Tensor:
+def _flatness(head: HeadDerivatives, chunk_bytes: int, scale_free: bool) -> Tensor:
     """Return relative flatness of the predictor itself and, where it has a meaning, at all temperatures.
 
     It is that for inputs and weights of unit size: `|x|` and `scale` are left out.

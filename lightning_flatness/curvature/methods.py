@@ -70,8 +70,7 @@ class AutoMethod:
     def quantities(self, recorded: RecordedPass | RecordedPasses, samples: slice = slice(None)) -> SampleQuantities:
         """Return the quantities of a recorded pass by the chosen method; arguments and errors are those of a method."""
         if isinstance(recorded, RecordedPass):
-            chosen = self._classifier if self.choice and self.choice.name == "classifier" else self._pooled
-            return chosen.quantities(recorded, samples)
+            return self.chosen.quantities(recorded, samples)
         pooled = _measured(self._pooled, recorded.pooled, samples)
         if isinstance(pooled, Refusal):
             if isinstance(pooled.cause, UnrepeatableError):
@@ -87,6 +86,11 @@ class AutoMethod:
         if isinstance(pooled, Refusal):
             raise joined([pooled, own]).error()
         return self._chosen(self._pooled, pooled, f"{reason} The classifier is not measured: {own.message}")
+
+    @property
+    def chosen(self) -> PooledMethod | ClassifierMethod:
+        """The method that measures passes of which only the chosen layer was recorded."""
+        return self._classifier if self.choice and self.choice.name == "classifier" else self._pooled
 
     def _chosen(
         self, method: PooledMethod | ClassifierMethod, measured: tuple[str, SampleQuantities], reason: str

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_flatness.curvature.grouping import BatchGroups
 from lightning_flatness.curvature.methods import Method, Quantities, Recorder
 from lightning_flatness.data.batches import batch_inputs, batch_targets, is_empty, output_logits
 from lightning_flatness.data.unchanged import is_plain, unchanged, write
@@ -46,7 +47,9 @@ def measured_batches(
     loss: Loss | Callable[[Any, Any], Tensor] | None = None,
     verification: Verification | None = None,
 ) -> Iterator[Quantities]:
-    """Run the model on each batch and yield its quantities, of no more than `max_samples` samples in all.
+    """Run the model on each batch and yield quantities, of no more than `max_samples` samples in all.
+
+    Small batches are evaluated together, see `BatchGroups`.
 
     Args:
         recorder: the recorder of the model.
@@ -61,7 +64,7 @@ def measured_batches(
     Raises:
         ValueError: if a batch or its targets are not what they must be.
     """
-    left = max_samples
+    groups, left = BatchGroups(), max_samples
     device, warned = device_of(model), False
     with recorder:
         for batch in batches:
@@ -76,7 +79,7 @@ def measured_batches(
             with torch.no_grad(), only_for(recorder), _attention_by_steps(isinstance(recorder, LayersRecorder)):
                 value = step(recorder, inputs, targets)
             recorded = recorder.take_pass(value)
-            quantities = method.quantities(cast(Any, recorded), slice(left))
+            quantities = groups.add(method, recorded, slice(left))
             if recorded.takes_probabilities and not warned:
                 rank_zero_warn(f"lightning-flatness {SQUASHED}", category=UserWarning)
                 warned = True
@@ -85,10 +88,11 @@ def measured_batches(
                 with unchanged(model):
                     obstacle = UNVERIFIED if is_of_layers else _verified_on_few(recorder, step, inputs, targets)
                 verification.note(0, recorder.layer, obstacle)
-            yield quantities
-            left = None if left is None else left - len(quantities)
+            yield from quantities
+            left = None if max_samples is None else max_samples - groups.samples
             if left is not None and left <= 0:
-                return
+                break
+    yield from groups.rest()
 
 
 @contextmanager

@@ -11,8 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
+from lightning_flatness.curvature.rows import Apart, Rows, loss_with, of_loss
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.losses import CrossEntropy, Differentiated, Form
+
+_PER_SAMPLE = ("inputs", "jacobian", "second_derivative", "features", "logits", "target")
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,28 @@ class PooledDerivatives:
 
     def select(self, samples: slice | Tensor) -> PooledDerivatives:
         """Return the derivatives of some of the samples."""
-        per_sample = ("inputs", "jacobian", "second_derivative", "features", "logits", "target")
         changes: dict[str, Any] = {
-            name: value[samples] for name in per_sample if (value := getattr(self, name)) is not None
+            name: value[samples] for name in _PER_SAMPLE if (value := getattr(self, name)) is not None
         }
         if self.head.dim() == 3:
             changes["head"] = self.head[samples]
         if self.head_curvature is not None:
             changes["head_curvature"] = self.head_curvature.select(samples)
-        chosen = replace(self, **changes, loss=self.loss.select(samples))
-        if self.head.dim() == 2:
-            vars(chosen)["used_head"] = self.used_head  # the same for all samples: it is not copied again
-        return chosen
+        return self._changed(**changes, loss=self.loss.select(samples))
+
+    def apart(self) -> Apart | None:
+        """Take apart what samples of several batches have in common; None if they cannot be joined."""
+        loss = of_loss(self.loss)
+        if loss is None or not self.is_linear or self.is_gauss_newton:
+            return None
+        rows = {name: value for name in _PER_SAMPLE if (value := getattr(self, name)) is not None}
+        shared = self.kernel_gram, self.weight, self.head, self.feature_index, self.is_fed, self.geometry
+        return Apart({**rows, **loss.rows}, (*shared, self.chunk_bytes, *loss.shared))
+
+    def with_rows(self, rows: Rows) -> PooledDerivatives:
+        """Return what the same tail has for other samples, of which `apart` gave the rows."""
+        own: dict[str, Any] = {name: rows[name] for name in _PER_SAMPLE if name in rows}
+        return self._changed(**own, loss=loss_with(self.loss, rows))
 
     @property
     def exact(self) -> PooledDerivatives:
@@ -125,3 +138,10 @@ class PooledDerivatives:
     def is_linear(self) -> bool:
         """Whether the head is affine, and the same for all samples."""
         return self.head.dim() == 2 and self.head_curvature is None
+
+    def _changed(self, **changes: Any) -> PooledDerivatives:
+        """Return what is the same but for what belongs to single samples."""
+        changed = replace(self, **changes)
+        if self.head.dim() == 2:
+            vars(changed)["used_head"] = self.used_head  # the same for all samples: it is not copied again
+        return changed
