@@ -97,7 +97,12 @@ def allclose_for_dtype(computed: Tensor, observed: Tensor) -> bool:
 
 
 def allclose_at_scale(computed: Tensor, expected: Tensor, scale: Tensor) -> bool:
-    """Return whether two results agree up to rounding, at least that of numbers as large as `scale`.
+    """Return whether two results agree up to rounding; see `is_close_at_scale`, whose answer is waited for."""
+    return bool(is_close_at_scale(computed, expected, scale))
+
+
+def is_close_at_scale(computed: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
+    """Return whether two results agree up to rounding, at least that of numbers as large as `scale`, a scalar.
 
     The bound of each number is `1e4 eps` of its expected value plus `1e2 eps` of `scale`, or of the largest one if that
     is larger and the scale a scalar.
@@ -111,4 +116,15 @@ def allclose_at_scale(computed: Tensor, expected: Tensor, scale: Tensor) -> bool
     bound = expected.abs()
     largest = torch.maximum(bound.max(), scale) if scale.dim() == 0 else scale
     bound.mul_(1e4 * eps).add_(1e2 * eps * largest)
-    return bool(((computed - expected).abs() <= bound).all())
+    return ((computed - expected).abs() <= bound).all()
+
+
+def answers(*questions: Tensor | bool) -> list[bool]:
+    """Return the answers to several questions; those that a device knows are waited for at once.
+
+    Args:
+        questions: truth values, or tensors that hold one.
+    """
+    asked = [question for question in questions if isinstance(question, Tensor)]
+    told = iter(torch.stack(asked).tolist() if asked else ())
+    return [bool(next(told)) if isinstance(question, Tensor) else question for question in questions]

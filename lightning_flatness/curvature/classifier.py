@@ -8,7 +8,7 @@ does to make \(x\).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 import lightning_flatness.functional as LF
 from lightning_flatness.curvature.chunks import chunk_bytes_on
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
-from lightning_flatness.curvature.kept import Kept
+from lightning_flatness.curvature.kept import Kept, LastWeight
 from lightning_flatness.curvature.objective import Objective, ObjectiveReader
 from lightning_flatness.curvature.pooled.method import differentiating, require, require_finite
 from lightning_flatness.curvature.quantities import SampleQuantities
@@ -24,7 +24,7 @@ from lightning_flatness.curvature.rows import Apart, Rows, loss_with, of_loss
 from lightning_flatness.errors import Refusal, UnsupportedTailError, require_optional_counts
 from lightning_flatness.functional.temperature import temperatures_for
 from lightning_flatness.losses import CrossEntropy, Differentiated, Form
-from lightning_flatness.precision import allclose_at_scale, full_precision, upcast
+from lightning_flatness.precision import allclose_at_scale, answers, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.graph import Cut
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
@@ -61,7 +61,7 @@ class ClassifierMethod:
         self._scale_free = scale_free
         self._chunk_bytes = chunk_bytes
         self._reader = ObjectiveReader()
-        self._rows, self._jacobian = Kept(_rows), Kept(Tensor.to)
+        self._weight, self._rows, self._jacobian = LastWeight(), Kept(_rows), Kept(Tensor.to)
 
     def quantities(self, recorded: RecordedPass, samples: slice = slice(None)) -> SampleQuantities:
         """Return the quantities of a recorded pass, for the samples that the loss depends on.
@@ -92,14 +92,18 @@ class ClassifierMethod:
         require_finite(recorded)
         call = _only_call(recorded)
         features, output, point = _on_rows(recorded, call)
-        goal: Objective = require(self._reader.read(recorded, output, point))
+        goal, *questions = self._reader.again(recorded, output, point, samples)
+        holds, is_whole, is_other = answers(*questions, self._weight.differs(call.weight))
+        if goal is None or not holds:
+            goal = cast(Objective, require(self._reader.proved(recorded, output, point)))
+            is_whole = bool(goal.kept(samples).all())
         if not recorded.is_alone and not _is_affine(goal):
             raise Refusal(
                 f"A network must end in its classifier; what follows `{recorded.layer}` takes more from the layers "
                 f"before it than its output. Name another linear layer (`classifier=...`).\n  path: {recorded.path}"
             ).error()
         dtype = features.dtype
-        rows, scale = self._rows.of(call.weight, dtype)
+        rows, scale = self._rows.of(self._weight.of(call.weight, is_other), dtype)
         head = HeadDerivatives(
             features=features.double(),
             rows=rows,
@@ -111,8 +115,7 @@ class ClassifierMethod:
             head_curvature=None if goal.head_curvature is None else goal.head_curvature.to(dtype),
             chunk_bytes=self._chunk_bytes,
         )
-        kept = goal.kept(samples)
-        return head if bool(kept.all()) else head.select(kept)
+        return head if is_whole else head.select(goal.kept(samples))
 
 
 @dataclass(frozen=True)

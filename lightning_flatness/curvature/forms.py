@@ -6,7 +6,9 @@ has, and hold the labels and weights of every sample.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,21 +79,38 @@ def _reduction(operation: Operation) -> int | None:
     return named_arguments(operation.function, operation.args, operation.kwargs).get("reduction")
 
 
-def proved_form(
-    tail: RecordedFunction, samples: int, provided: Tensor | None = None
-) -> tuple[CrossEntropy | BinaryCrossEntropy, Tensor] | None:
+class Candidate(NamedTuple):
+    """A form that the loss may have.
+
+    Attributes:
+        form: the form.
+        target: the labels, as it reads them.
+        holds: whether the loss has it, a scalar.
+    """
+
+    form: CrossEntropy | BinaryCrossEntropy
+    target: Tensor
+    holds: Tensor
+
+
+def proved_form(tail: RecordedFunction, samples: int) -> tuple[CrossEntropy | BinaryCrossEntropy, Tensor] | None:
     """Return the form of the loss with its labels; None if it is another one, or takes probabilities, not logits.
+
+    Args:
+        tail: the loss as a function of the logits.
+        samples: n.
+    """
+    found = (candidate for candidate in candidates(tail, samples) if bool(candidate.holds))
+    return next(((form, target) for form, target, _ in found), None)
+
+
+def candidates(tail: RecordedFunction, samples: int) -> Iterator[Candidate]:
+    """Yield the forms that the loss may have; arguments are those of `proved_form`.
 
     The gradient of one sample is `w S - a` for cross-entropy, with the softmax `S` and the label `a`, whose entries add
     up to `w`; for binary cross-entropy the same holds for each label, with the sigmoid. Two points, `phi` and `-phi`,
     give `w` and `a`, and all three must agree on them. A loss in which samples compete fails: who is ahead at `phi` is
     behind at `-phi`.
-
-    Args:
-        tail: the loss as a function of the logits.
-        samples: n.
-        provided: whether what the caller needs besides is so, a scalar; if not, nothing is proved. A device answers
-            both questions at once.
     """
     first, other = drawn_points(tail, samples)
     points = (first, -first, other)
@@ -100,8 +119,10 @@ def proved_form(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # at a random point, where probabilities must lie in [0, 1]
-        return None
-    return _cross_entropy(tail, points, gradients, provided) or _sigmoid(tail, points, gradients, provided)
+        return
+    if first.shape[1] > 1:
+        yield _cross_entropy(tail, points, gradients)
+    yield _sigmoid(tail, points, gradients)
 
 
 def drawn_points(tail: RecordedFunction, samples: int) -> tuple[Tensor, Tensor]:
@@ -128,43 +149,34 @@ def count_factor(tail: RecordedFunction, weight: Tensor) -> Tensor:
     return torch.ones_like(counted) if tail.is_sum else counted
 
 
-def _cross_entropy(
-    tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor], provided: Tensor | None
-) -> tuple[CrossEntropy, Tensor] | None:
-    """Return the form `sum_n w_n CE(q_n, phi_n) + const` with its labels and weights if the loss is one."""
-    if points[0].shape[1] == 1:  # one logit
-        return None
+def _cross_entropy(tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor]) -> Candidate:
+    """Return the form `sum_n w_n CE(q_n, phi_n) + const` with its labels and weights."""
     probabilities = [point.softmax(-1) for point in points]
     change = probabilities[0] - probabilities[1]
     weight = ((gradients[0] - gradients[1]) * change).sum(-1, keepdim=True) / change.square().sum(-1, keepdim=True)
     label, *others = (weight * softmax - gradient for softmax, gradient in zip(probabilities, gradients, strict=True))
     zeros = [other - label for other in others] + [label.sum(-1, keepdim=True) - weight]
-    if not _hold(zeros, [label], weight, provided):
-        return None
+    holds = _hold(zeros, [label], weight)
     label = _snapped(label)
-    return CrossEntropy(), label * count_factor(tail, label.sum(-1))
+    return Candidate(CrossEntropy(), label * count_factor(tail, label.sum(-1)), holds)
 
 
-def _sigmoid(
-    tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor], provided: Tensor | None
-) -> tuple[BinaryCrossEntropy, Tensor] | None:
-    """Return the form `-sum_nc [pos log s + neg log(1 - s)]`, `s` the sigmoid, if the loss is one."""
+def _sigmoid(tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor]) -> Candidate:
+    """Return the form `-sum_nc [pos log s + neg log(1 - s)]`, `s` the sigmoid."""
     sigmoids = [point.sigmoid() for point in points]
     weight = (gradients[0] - gradients[1]) / (sigmoids[0] - sigmoids[1])
     positive, *others = (weight * sigmoid - gradient for sigmoid, gradient in zip(sigmoids, gradients, strict=True))
-    if not _hold([other - positive for other in others], [positive, weight - positive], weight, provided):
-        return None
+    holds = _hold([other - positive for other in others], [positive, weight - positive], weight)
     positive = _snapped(torch.stack([positive, weight - positive], -1))[..., 0]
     labels = torch.where(weight > 0, positive / weight, 0.0)
-    return BinaryCrossEntropy(weight * count_factor(tail, weight.sum(-1))), labels
+    return Candidate(BinaryCrossEntropy(weight * count_factor(tail, weight.sum(-1))), labels, holds)
 
 
-def _hold(zeros: list[Tensor], non_negative: list[Tensor], weight: Tensor, provided: Tensor | None) -> bool:
+def _hold(zeros: list[Tensor], non_negative: list[Tensor], weight: Tensor) -> Tensor:
     """Return whether all this is so up to the rounding of float64, and some weight is not zero. NaN is not."""
     scale = weight.abs().max()
     errors = torch.stack([zero.abs().max() for zero in zeros] + [-least.min() for least in non_negative])
-    holds = (errors <= EXACT * scale).all() & (scale > 0)
-    return bool(holds if provided is None else holds & provided)
+    return (errors <= EXACT * scale).all() & (scale > 0)
 
 
 def _snapped(values: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_flatness.curvature.forms import EXACT, RecordedFunction, count_factor, drawn_points, proved_form
+from lightning_flatness.curvature.forms import (
+    EXACT,
+    RecordedFunction,
+    candidates,
+    count_factor,
+    drawn_points,
+    proved_form,
+)
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
 from lightning_flatness.errors import Refusal, require_numbers
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form
@@ -52,6 +59,8 @@ class Objective:
 
     def kept(self, samples: slice) -> Tensor:
         """Return which samples are to be measured, shape (n,): those of a slice on which the loss depends."""
+        if samples == slice(None):
+            return self.counted
         chosen = torch.zeros_like(self.counted)
         chosen[samples] = True
         return chosen & self.counted
@@ -89,6 +98,7 @@ class _Known(NamedTuple):
     used: tuple[int, ...]  # indices of the values that the head captured
     head: Tensor
     shift: Tensor
+    form: type[CrossEntropy | BinaryCrossEntropy]
 
 
 class ObjectiveReader:
@@ -103,14 +113,33 @@ class ObjectiveReader:
         """Start with nothing proved."""
         self._known: _Known | None = None
 
-    def read(self, recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | Refusal:
-        """Return what `objective` returns; arguments are the same.
+    def again(
+        self, recorded: RecordedPass, pooled: Cut, features: Tensor, samples: slice
+    ) -> tuple[Objective | None, Tensor | bool, Tensor | bool]:
+        """Return the objective of a pass in which what is known of the head and the form of the loss are the same.
+
+        Args:
+            recorded: the pass; the first three arguments are those of `objective`.
+            pooled: the pooled features.
+            features: their values.
+            samples: which samples are to be measured.
+
+        Returns:
+            The objective, None if it needs a proof; whether it holds; and whether all samples are to be measured. The
+            last two are questions, see `answers`.
+        """
+        found = None if self._known is None else _again(self._known, recorded, pooled, features)
+        if found is None:
+            return None, False, False
+        goal, holds = found
+        return goal, holds, goal.kept(samples).all()
+
+    def proved(self, recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | Refusal:
+        """Return what `objective` returns, and know it from now on; arguments are the same.
 
         Raises:
             NonFiniteError: if the logits hold NaN; says in how many samples.
         """
-        if self._known is not None and (again := _again(self._known, recorded, pooled, features)) is not None:
-            return again
         verdict = objective(recorded, pooled, features)
         self._known = None
         if isinstance(verdict, Objective):
@@ -120,31 +149,37 @@ class ObjectiveReader:
 
 
 def _known(recorded: RecordedPass, pooled: Cut, features: Tensor, goal: Objective) -> _Known | None:
-    if isinstance(goal.loss, Differentiated) or goal.head.dim() > 2 or goal.cut == pooled:
+    form = goal.loss
+    if isinstance(form, Differentiated) or goal.head.dim() > 2 or goal.cut == pooled:
         return None
     used = _used(recorded, pooled, goal.cut)
     shift = goal.logits[0] - goal.head @ features.detach()[0].double()
     steps = _steps(recorded, pooled)
-    return _Known(pooled, goal.cut, steps, recorded.graph.captures, used, goal.head, shift)
+    return _Known(pooled, goal.cut, steps, recorded.graph.captures, used, goal.head, shift, type(form))
 
 
-def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | None:
-    """Return the objective if what is known of the head holds for this pass as well."""
+def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor) -> tuple[Objective, Tensor] | None:
+    """Return the objective, and whether what is known of the head and the loss holds for this pass as well."""
     if pooled != known.pooled or _steps(recorded, pooled) != known.steps:
         return None
     captures, cut = recorded.graph.captures, known.cut
     pairs = zip(known.used, _used(recorded, pooled, cut), strict=True)
-    if not all(known.captures.same(old, captures, new) for old, new in pairs):
+    differing = [known.captures.differ(old, captures, new) for old, new in pairs]
+    if any(differs is True for differs in differing):
+        return None
+    tail = RecordedFunction(recorded, cut, recorded.cuts[-1])
+    form = next((each for each in candidates(tail, len(features)) if type(each.form) is known.form), None)
+    if form is None:
         return None
     features = features.detach().double()
     logits = RecordedFunction(recorded, pooled, cut)(features).detach()
     expected = features @ known.head.mT + known.shift
     size = features.abs() @ known.head.abs().mT + known.shift.abs()
-    is_known_head = ((logits - expected).abs() <= EXACT * size).all()  # false as well where a logit is NaN
-    form = proved_form(RecordedFunction(recorded, cut, recorded.cuts[-1]), len(features), is_known_head)
-    if form is None:
-        return None
-    return Objective(cut, _counted(form), logits, known.head, *form)
+    holds = ((logits - expected).abs() <= EXACT * size).all() & form.holds  # false as well where a logit is NaN
+    for differs in differing:
+        holds = holds & ~differs if isinstance(differs, Tensor) else holds
+    counted = _counted((form.form, form.target))
+    return Objective(cut, counted, logits, known.head, form.form, form.target), holds
 
 
 def _used(recorded: RecordedPass, pooled: Cut, cut: Cut) -> tuple[int, ...]:

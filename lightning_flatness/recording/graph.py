@@ -73,12 +73,19 @@ class Captures:
             raise GraphError("a tensor that the network's tail uses was changed in place after the forward pass")
         return capture.value.clone() if capture.overwritten else capture.value
 
-    def same(self, index: int, other: Captures, other_index: int) -> bool:
-        """Return whether a value equals one that another graph captured."""
+    def differ(self, index: int, other: Captures, other_index: int) -> Tensor | bool:
+        """Return whether a value is another one than one that another graph captured.
+
+        Where a device has to compare them, the answer is a tensor.
+        """
         first, second = self._captures[index], other._captures[other_index]
         if first.original is second.original and first.version == second.version is not None:
+            return False
+        if first.value.shape != second.value.shape or first.value.device != second.value.device:
             return True
-        return first.value.shape == second.value.shape and torch.equal(first.value, second.value)
+        return (
+            (first.value != second.value).any() if first.value.is_cuda else not torch.equal(first.value, second.value)
+        )
 
     def first_rows(self, indices: Collection[int], count: int) -> Captures:
         """Return the same values, but of some of them the first rows alone."""

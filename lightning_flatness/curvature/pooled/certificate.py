@@ -26,7 +26,7 @@ from lightning_flatness.curvature.pooled.owners import (
     traced,
 )
 from lightning_flatness.errors import GraphError, Refusal
-from lightning_flatness.precision import allclose_at_scale
+from lightning_flatness.precision import is_close_at_scale
 from lightning_flatness.recording.first_samples import first_samples
 from lightning_flatness.recording.graph import Captures, Cut
 from lightning_flatness.recording.operation import Operation
@@ -52,8 +52,8 @@ class Certificate:
         call: which call of the convolution reaches the pooled features.
         feature_index: the features that the filters feed, `features_per_filter` for each filter in turn, shape (f,).
         is_fed: which of them are known, shape (f,); a filter may feed fewer than another.
-        inactive: those that no filter reached where the tail was certified, shape (f,).
-        any_inactive: whether there are some, known to the host; they may become active in later batches.
+        inactive: indices of those that no filter reached where the tail was certified; they may become active in later
+            batches.
         features_per_filter: the largest number of features that a filter feeds.
         cotangents: of the features, each row with one feature of every filter at most, shape (features per filter, j).
             A further row has the features that moved with no filter, which may become active.
@@ -72,7 +72,6 @@ class Certificate:
     feature_index: Tensor
     is_fed: Tensor
     inactive: Tensor
-    any_inactive: bool
     features_per_filter: int
     cotangents: Tensor
     scales: tuple[Tensor, Tensor]
@@ -80,8 +79,8 @@ class Certificate:
     code: Tensor | None
     is_value_independent: bool
 
-    def explains(self, gradient: Tensor, parts: Sequence[Tensor]) -> bool:
-        """Return whether the gradient of the code is that of the features which the filters feed.
+    def explains(self, gradient: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """Return whether the gradient of the code is that of the features which the filters feed, a scalar.
 
         Args:
             gradient: of the code in the map, shape (n, k, *positions).
@@ -91,7 +90,7 @@ class Certificate:
         shares = self.code[self.feature_index].where(self.is_fed, 0.0).unflatten(0, (-1, self.features_per_filter))
         pairs = zip(parts, shares.unbind(1), strict=False)
         terms = torch.stack([part.flatten(2) * share.unsqueeze(1) for part, share in pairs])
-        return allclose_at_scale(gradient.flatten(2), terms.sum(0), terms.abs().sum(0).amax(2, keepdim=True))
+        return is_close_at_scale(gradient.flatten(2), terms.sum(0), terms.abs().sum(0).amax(2, keepdim=True))
 
     def differentiates_as(self, other: Certificate) -> bool:
         """Return whether the derivatives that one certificate asks for are those of the other."""
@@ -201,8 +200,7 @@ def _certificate(recorded: RecordedPass, pooled: Cut, finding: _Finding) -> Cert
         call=finding.call,
         feature_index=index.flatten(),
         is_fed=is_fed.flatten(),
-        inactive=finding.inactive.flatten(),
-        any_inactive=bool(finding.inactive.any()),
+        inactive=finding.inactive.flatten().nonzero().flatten(),
         features_per_filter=index.shape[1],
         cotangents=finding.cotangents,
         scales=finding.scales,

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_flatness.curvature.kept import Kept
-from lightning_flatness.curvature.objective import ObjectiveReader
+from lightning_flatness.curvature.kept import Kept, LastWeight
+from lightning_flatness.curvature.objective import Objective, ObjectiveReader
 from lightning_flatness.curvature.pooled.certificate import (
     Certificate,
     TooManyFeatures,
@@ -25,7 +25,7 @@ from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.errors import NonFiniteError, Refusal, UnrepeatableError, require_optional_counts
 from lightning_flatness.functional import ConvGeometry
-from lightning_flatness.precision import allclose_for_dtype, full_precision, upcast
+from lightning_flatness.precision import allclose_for_dtype, answers, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.graph import Cut
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
@@ -69,7 +69,7 @@ class PooledMethod:
         self._chunk_bytes = chunk_bytes
         self._certificate: Certificate | None = None
         self._reader = ObjectiveReader()
-        self._kernel_gram, self._head = Kept(_gram), Kept(Tensor.to)
+        self._weight, self._kernel_gram, self._head = LastWeight(), Kept(_gram), Kept(Tensor.to)
 
     def quantities(self, recorded: RecordedPass, samples: slice = slice(None)) -> SampleQuantities:
         """Return the quantities of a recorded pass, for the samples that the loss depends on.
@@ -106,11 +106,17 @@ class PooledMethod:
         pooled, call = certificate.pooled, recorded.calls[certificate.call]
         features, jacobian, second, newly_active = _differentiated(recorded, certificate)
         _require_same(recorded, pooled, features)
-        if newly_active or not certificate.is_value_independent:  # what holds for these very values
+        goal, *questions = self._reader.again(recorded, pooled, features, samples)
+        questions += [newly_active, self._weight.differs(call.weight)]
+        holds, is_whole, is_newly_active, is_other = answers(*questions)
+        if is_newly_active or not certificate.is_value_independent:  # what holds for these very values
             known, certificate = certificate, require(certify(recorded, pooled, at_random_points=False))
             if not known.differentiates_as(certificate):
                 features, jacobian, second, _ = _differentiated(recorded, certificate)
-        goal = require(self._reader.read(recorded, pooled, features))
+        if goal is None or not holds:
+            goal = cast(Objective, require(self._reader.proved(recorded, pooled, features)))
+            is_whole = bool(goal.kept(samples).all())
+        weight = self._weight.of(call.weight, is_other)
         dtype = jacobian.dtype
         derivatives = PooledDerivatives(
             inputs=upcast(recorded.graph.captures.value(call.inputs)).to(dtype),
@@ -118,7 +124,7 @@ class PooledMethod:
             second_derivative=second,
             features=features.detach(),
             logits=goal.logits.to(dtype),
-            kernel_gram=self._kernel_gram.of(call.weight, dtype),
+            kernel_gram=self._kernel_gram.of(weight, dtype),
             head=self._head.of(goal.head, dtype),
             feature_index=certificate.feature_index,
             is_fed=certificate.is_fed,
@@ -129,10 +135,9 @@ class PooledMethod:
             if goal.head_curvature is None
             else goal.head_curvature.without((jacobian == 0).flatten(1).all(1)).to(dtype),
             chunk_bytes=self._chunk_bytes,
-            weight=call.weight,
+            weight=weight,
         )
-        kept = goal.kept(samples)
-        return derivatives if bool(kept.all()) else derivatives.select(kept)
+        return derivatives if is_whole else derivatives.select(goal.kept(samples))
 
     def _certified(self, recorded: RecordedPass) -> Certificate:
         """Return the certificate of this tail: the last one if everything that it depends on is equal.
@@ -142,7 +147,7 @@ class PooledMethod:
         known, cuts = self._certificate, require(_pooled_features(recorded))
         if known is not None and known.pooled in cuts and known.signature == signature_of(recorded, known.pooled):
             pairs = zip(known.connections, connections_of(recorded, known.pooled), strict=True)
-            if all(known.captures.same(old, recorded.graph.captures, new) for old, new in pairs):
+            if not any(known.captures.differ(old, recorded.graph.captures, new) for old, new in pairs):
                 return known
         verdicts: list[Certificate | Refusal] = []
         for cut in cuts:
@@ -173,7 +178,8 @@ def _differentiated(
 
     Returns:
         The features, shape (n, j); their first derivative, shape (n, f, s), and their second one, if there is any; and
-        whether a feature moves that did not move, or moved with another filter alone, where the tail was certified.
+        whether a feature moves that did not move, or moved with another filter alone, where the tail was certified, a
+        scalar.
     """
     points, count = recorded.points(), certificate.features_per_filter
     features, point = features_at(recorded, certificate.pooled, points), points[recorded.calls[certificate.call].node]
@@ -198,11 +204,10 @@ def _differentiated(
         else:
             second.append(None)
     jacobian = _side_by_side(first[:count])
-    newly_active = (
-        any(not certificate.explains(each, first) for each in coded)
-        or any(bool(gradient.any()) for gradient in first[count:])
-        or (certificate.any_inactive and jacobian[:, certificate.inactive].any())
-    )
+    active = [~certificate.explains(each, first) for each in coded]
+    active += [gradient.any() for gradient in first[count:]]
+    active += [jacobian[:, certificate.inactive].any()] if len(certificate.inactive) else []
+    newly_active = torch.stack(active).any() if active else False
     if not any(part is not None for part in second[:count]):
         return features, jacobian, None, newly_active
     curvature = [torch.zeros_like(point) if part is None else part for part in second[:count]]
