@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import cuda
 import networks
 import sizes
 import torch
@@ -199,26 +200,6 @@ def samples(rounds: int) -> Rows:
         yield f"{count}", f"{took * 1e6:.0f}", f"{megabytes:.0f}"
 
 
-def on_cuda(rounds: int) -> Rows:
-    """Yield absolute times on a CUDA device."""
-    yield "network, 224 x 224, batch 64", "forward, ms", "with the monitor's quantities, ms", "ratio"
-    if not torch.cuda.is_available():
-        yield "no CUDA device where this page was made", "", "", ""
-        return
-    for build in (networks.resnet18, networks.resnet50, networks.mobilenet_v2):
-        model = networks.lively(build()).cuda()
-        x, y = torch.randn(64, 3, 224, 224, device="cuda"), torch.zeros(64, device="cuda").long()
-        method, recorder = PooledMethod(), ForwardRecorder(model)
-
-        def run(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> None:
-            with recorder, torch.no_grad():  # noqa: B023
-                method.quantities(recorder.take_pass(F.cross_entropy(model(x), y)))  # noqa: B023
-
-        times = interleaved({"with": run, "fwd": forward(model, x)}, rounds)
-        alone, both = (sorted(times[key])[rounds // 2] * 1e3 for key in ("fwd", "with"))
-        yield build.__name__, f"{alone:.2f}", f"{both:.2f}", f"{ratio(times['with'], times['fwd']):.3f}"
-
-
 PARTS: dict[str, tuple[str, Callable[[int], Rows]]] = {
     "validation": ("A whole validation by a Trainer, with the monitor / without", validations),
     "peers": ("Against other packages", against_peers),
@@ -228,7 +209,7 @@ PARTS: dict[str, tuple[str, Callable[[int], Rows]]] = {
     "large": ("Many classes, many filters", large_tail),
     "growth": ("Growth of the cost of one sample", growth),
     "samples": ("Growth with the number of samples", samples),
-    "cuda": ("On a CUDA device", on_cuda),
+    "cuda": ("On a CUDA device", lambda rounds: cuda.rows()),
 }
 
 

@@ -17,14 +17,15 @@ from recorded import Measured
 from torch.utils.data import DataLoader
 
 from lightning_flatness import FlatnessMonitor, UnsupportedTailError, measure, oracle
+from lightning_flatness.curvature.grouping import BatchGroups
 from lightning_flatness.curvature.pooled.closed_form import sample_quantities
 from lightning_flatness.metrics.evaluation import Evaluation
 
 pytestmark = pytest.mark.cuda
 CASES = {case.name: case for case in SUPPORTED}
 QUANTITIES = ("hessian_trace", "relative_flatness")
-QUESTIONS = 5
-"""Of a batch: which form its loss has; which units wake, samples count, labels are hard; whether float32 is enough."""
+QUESTIONS = 3
+"""Whether what was true of the batch before holds; whether each label has one class; whether float32 is enough."""
 
 
 @contextmanager
@@ -101,11 +102,29 @@ def test_the_host_waits_for_its_questions_alone(autocast: torch.dtype, memory_fo
                 recorder.step(y)
             with waits() as seen:
                 evaluation.update(recorder.quantities(y))
-            casts = 0 if autocast == torch.float32 else 2  # of weight and bias, whose values are compared
-            assert is_first or len(seen) <= QUESTIONS + casts, "\n".join(seen)
+            assert is_first or len(seen) <= QUESTIONS, "\n".join(seen)
     expected = oracle.relative_flatness(case.model(), case.layer, *case.data()).mean()
     rounding = 1e-4 if autocast == torch.float32 else 0.1
     assert evaluation.compute()["flatness/relative"].item() == pytest.approx(expected.item(), rel=rounding)
+
+
+def test_in_a_group_the_host_waits_once_for_each_batch() -> None:
+    case, groups, quantities = CASES["relu"], BatchGroups(), []
+    model, (x, y) = case.model().eval().float().cuda(), case.data()
+    x, y = x.float().cuda(), y.cuda()
+    with Measured(model) as recorder, torch.no_grad():
+        for number in range(5):
+            model(x)
+            recorder.step(y)
+            with waits() as seen:
+                quantities += groups.add(recorder.method, recorder.passed())
+            assert number == 0 or len(seen) == 1, "\n".join(seen)
+        with waits() as seen:
+            quantities += groups.rest()
+        assert len(seen) == QUESTIONS - 1, "\n".join(seen)
+    expected = oracle.relative_flatness(case.model(), case.layer, *case.data())
+    (found,) = quantities
+    torch.testing.assert_close(found.relative_flatness.cpu().double(), expected.repeat(5), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
