@@ -122,7 +122,9 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "listening to the log": ("lightning_flatness.data.listening.LoggedValues.start", 2, AFTER_THE_FIRST, {}),
     "the loss": ("lightning_flatness.validation.MeasuredValidation._loss_of", 2, AFTER_THE_FIRST, {}),
     "the cuts": ("lightning_flatness.recording.graph.OperationGraph.cuts", 2, AFTER_THE_FIRST, {}),
-    "the objective": ("lightning_flatness.curvature.pooled.method.ObjectiveReader.read", 2, AFTER_THE_FIRST, {}),
+    "the objective": ("lightning_flatness.curvature.pooled.method.ObjectiveReader.again", 2, AFTER_THE_FIRST, {}),
+    "a group": ("lightning_flatness.curvature.grouping._Group.takes", 2, AFTER_THE_FIRST, {}),
+    "the rest of a group": ("lightning_flatness.curvature.grouping._Group.evaluated", 1, AFTER_THE_FIRST, {}),
     "targets": ("lightning_flatness.data.passes.batch_targets", 2, AFTER_THE_FIRST, OWN),
     "the other hooks": ("lightning_flatness.recording.recorder.ForwardRecorder._install", 2, AFTER_THE_FIRST, {}),
     "certificate": ("lightning_flatness.curvature.pooled.method.certify", 1, AFTER_THE_FIRST, {}),
@@ -146,7 +148,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
         AFTER_THE_FIRST,
         CLASSIFIER,
     ),
-    "the classifier's loss": ("lightning_flatness.curvature.classifier._head", 2, AFTER_THE_FIRST, CLASSIFIER),
+    "the classifier's loss": ("lightning_flatness.curvature.classifier._only_call", 2, AFTER_THE_FIRST, CLASSIFIER),
     "the choice": ("lightning_flatness.curvature.methods.AutoMethod._chosen", 1, AFTER_THE_FIRST, {"method": "auto"}),
 }
 each_fault = pytest.mark.parametrize("where", FAULTS)

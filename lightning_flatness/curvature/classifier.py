@@ -17,9 +17,10 @@ import lightning_flatness.functional as LF
 from lightning_flatness.curvature.chunks import chunk_bytes_on
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
 from lightning_flatness.curvature.kept import Kept, LastWeight
-from lightning_flatness.curvature.objective import Objective, ObjectiveReader
+from lightning_flatness.curvature.objective import Objective
 from lightning_flatness.curvature.pooled.method import differentiating, require, require_finite
 from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.curvature.reader import ObjectiveReader
 from lightning_flatness.curvature.rows import Apart, Rows, loss_with, of_loss
 from lightning_flatness.errors import Refusal, UnsupportedTailError, require_optional_counts
 from lightning_flatness.functional.temperature import temperatures_for

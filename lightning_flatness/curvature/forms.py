@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +33,10 @@ class RecordedFunction:
         value = recorded.graph.tensor_of(source.node)
         self.shape, self.device = value.shape, value.device
 
-    def gradient(self, rows: Tensor) -> Tensor:
-        """Return the derivative of a scalar target, shape (n, j)."""
-        point = rows.detach().requires_grad_()
-        (found,) = torch.autograd.grad(self(point), point, materialize_grads=True)
-        return found
+    def gradient(self, *rows: Tensor) -> Tensor:
+        """Return the derivative of a scalar target at each of several points, shape (m, n, j)."""
+        points = [each.detach().requires_grad_() for each in rows]
+        return torch.stack(torch.autograd.grad([self(point) for point in points], points, materialize_grads=True))
 
     @property
     def is_sum(self) -> bool:
@@ -112,24 +111,27 @@ def candidates(tail: RecordedFunction, samples: int) -> Iterator[Candidate]:
     give `w` and `a`, and all three must agree on them. A loss in which samples compete fails: who is ahead at `phi` is
     behind at `-phi`.
     """
-    first, other = drawn_points(tail, samples)
-    points = (first, -first, other)
+    probe = _made(_probe, tail, samples)
     try:
-        gradients = [tail.gradient(point) for point in points]
+        gradients = tail.gradient(*probe.points)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # at a random point, where probabilities must lie in [0, 1]
         return
-    if first.shape[1] > 1:
-        yield _cross_entropy(tail, points, gradients)
-    yield _sigmoid(tail, points, gradients)
+    if gradients.shape[-1] > 1:
+        yield _cross_entropy(tail, probe, gradients)
+    yield _sigmoid(tail, probe, gradients)
 
 
 def drawn_points(tail: RecordedFunction, samples: int) -> tuple[Tensor, Tensor]:
     """Return two random points of moderate size: nothing depends on the recorded values."""
+    return _made(_drawn, tail, samples)
+
+
+def _made(make: Any, tail: RecordedFunction, samples: int) -> Any:
+    """Return what was made for a batch of this size before, unless it is too large to be kept."""
     size = tail.shape.numel() // samples
-    draw = _drawn if samples * size <= _CACHED else _drawn.__wrapped__
-    return draw(samples, size, tail.device)
+    return (make if samples * size <= _CACHED else make.__wrapped__)(samples, size, tail.device)
 
 
 @lru_cache(maxsize=2)  # all batches have the same size but the last one
@@ -138,6 +140,32 @@ def _drawn(samples: int, size: int, device: torch.device) -> tuple[Tensor, Tenso
     with torch.inference_mode(False):
         drawn = torch.randn(2, samples, size, generator=generator, dtype=torch.float64, device="cpu").to(device)
         return drawn[0], drawn[1]
+
+
+class _Probe(NamedTuple):
+    """The points at which a loss is differentiated, and what cross-entropy has there.
+
+    Attributes:
+        points: `phi`, `-phi` and another one, shape (3, n, c).
+        softmax: of the points.
+        change: of the softmax from the second to the first, shape (n, c).
+        size: `|change|^2`, shape (n, 1).
+    """
+
+    points: Tensor
+    softmax: Tensor
+    change: Tensor
+    size: Tensor
+
+
+@lru_cache(maxsize=2)
+def _probe(samples: int, size: int, device: torch.device) -> _Probe:
+    first, other = _drawn.__wrapped__(samples, size, device)
+    with torch.inference_mode(False):
+        points = torch.stack((first, -first, other))
+        softmax = points.softmax(-1)
+        change = softmax[0] - softmax[1]
+        return _Probe(points, softmax, change, change.square().sum(-1, keepdim=True))
 
 
 def count_factor(tail: RecordedFunction, weight: Tensor) -> Tensor:
@@ -149,24 +177,23 @@ def count_factor(tail: RecordedFunction, weight: Tensor) -> Tensor:
     return torch.ones_like(counted) if tail.is_sum else counted
 
 
-def _cross_entropy(tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor]) -> Candidate:
+def _cross_entropy(tail: RecordedFunction, probe: _Probe, gradients: Tensor) -> Candidate:
     """Return the form `sum_n w_n CE(q_n, phi_n) + const` with its labels and weights."""
-    probabilities = [point.softmax(-1) for point in points]
-    change = probabilities[0] - probabilities[1]
-    weight = ((gradients[0] - gradients[1]) * change).sum(-1, keepdim=True) / change.square().sum(-1, keepdim=True)
-    label, *others = (weight * softmax - gradient for softmax, gradient in zip(probabilities, gradients, strict=True))
-    zeros = [other - label for other in others] + [label.sum(-1, keepdim=True) - weight]
-    holds = _hold(zeros, [label], weight)
+    weight = ((gradients[0] - gradients[1]) * probe.change).sum(-1, keepdim=True) / probe.size
+    labels = weight * probe.softmax - gradients
+    label = labels[0]
+    holds = _hold([labels[1:] - label, label.sum(-1, keepdim=True) - weight], [label], weight)
     label = _snapped(label)
     return Candidate(CrossEntropy(), label * count_factor(tail, label.sum(-1)), holds)
 
 
-def _sigmoid(tail: RecordedFunction, points: tuple[Tensor, ...], gradients: list[Tensor]) -> Candidate:
+def _sigmoid(tail: RecordedFunction, probe: _Probe, gradients: Tensor) -> Candidate:
     """Return the form `-sum_nc [pos log s + neg log(1 - s)]`, `s` the sigmoid."""
-    sigmoids = [point.sigmoid() for point in points]
+    sigmoids = probe.points.sigmoid()
     weight = (gradients[0] - gradients[1]) / (sigmoids[0] - sigmoids[1])
-    positive, *others = (weight * sigmoid - gradient for sigmoid, gradient in zip(sigmoids, gradients, strict=True))
-    holds = _hold([other - positive for other in others], [positive, weight - positive], weight)
+    positives = weight * sigmoids - gradients
+    positive = positives[0]
+    holds = _hold([positives[1:] - positive], [positive, weight - positive], weight)
     positive = _snapped(torch.stack([positive, weight - positive], -1))[..., 0]
     labels = torch.where(weight > 0, positive / weight, 0.0)
     return Candidate(BinaryCrossEntropy(weight * count_factor(tail, weight.sum(-1))), labels, holds)

@@ -7,7 +7,7 @@ number that the step computed. It is repeated in float64 under autograd, which s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,19 +15,18 @@ from torch import Tensor
 from lightning_flatness.curvature.forms import (
     EXACT,
     RecordedFunction,
-    candidates,
     count_factor,
     drawn_points,
     proved_form,
 )
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
-from lightning_flatness.errors import Refusal, require_numbers
+from lightning_flatness.errors import Refusal
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form
-from lightning_flatness.recording.graph import Captures, Cut
+from lightning_flatness.recording.graph import Cut
 from lightning_flatness.recording.operators import Trait
-from lightning_flatness.recording.recorded_pass import RecordedLoss, RecordedPass
+from lightning_flatness.recording.recorded_pass import RecordedLoss
 
-_LabelledForm: TypeAlias = tuple[CrossEntropy | BinaryCrossEntropy, Tensor]
+LabelledForm: TypeAlias = tuple[CrossEntropy | BinaryCrossEntropy, Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,111 +87,6 @@ def objective(recorded: RecordedLoss, pooled: Cut, features: Tensor) -> Objectiv
     return found or _differentiated(recorded, pooled, candidates, features)
 
 
-class _Known(NamedTuple):
-    """An affine head, `phi = V p + b`, that was proved for one pass, and what that depends on."""
-
-    pooled: Cut
-    cut: Cut  # where the logits are
-    steps: tuple[Any, ...]  # see `_steps`
-    captures: Captures
-    used: tuple[int, ...]  # indices of the values that the head captured
-    head: Tensor
-    shift: Tensor
-    form: type[CrossEntropy | BinaryCrossEntropy]
-
-
-class ObjectiveReader:
-    """Reads the objective of one pass after another, and proves of an affine head only what may have changed.
-
-    That a head is affine and keeps the samples apart is proved once. It holds for a later pass with the same steps up
-    to the loss and equal captured values in the head, if `phi = V p + b` holds for each of its samples. The form of the
-    loss is proved, and its labels are read, in every pass.
-    """
-
-    def __init__(self) -> None:
-        """Start with nothing proved."""
-        self._known: _Known | None = None
-
-    def again(
-        self, recorded: RecordedPass, pooled: Cut, features: Tensor, samples: slice
-    ) -> tuple[Objective | None, Tensor | bool, Tensor | bool]:
-        """Return the objective of a pass in which what is known of the head and the form of the loss are the same.
-
-        Args:
-            recorded: the pass; the first three arguments are those of `objective`.
-            pooled: the pooled features.
-            features: their values.
-            samples: which samples are to be measured.
-
-        Returns:
-            The objective, None if it needs a proof; whether it holds; and whether all samples are to be measured. The
-            last two are questions, see `answers`.
-        """
-        found = None if self._known is None else _again(self._known, recorded, pooled, features)
-        if found is None:
-            return None, False, False
-        goal, holds = found
-        return goal, holds, goal.kept(samples).all()
-
-    def proved(self, recorded: RecordedPass, pooled: Cut, features: Tensor) -> Objective | Refusal:
-        """Return what `objective` returns, and know it from now on; arguments are the same.
-
-        Raises:
-            NonFiniteError: if the logits hold NaN; says in how many samples.
-        """
-        verdict = objective(recorded, pooled, features)
-        self._known = None
-        if isinstance(verdict, Objective):
-            require_numbers(verdict.logits)
-            self._known = _known(recorded, pooled, features, verdict)
-        return verdict
-
-
-def _known(recorded: RecordedPass, pooled: Cut, features: Tensor, goal: Objective) -> _Known | None:
-    form = goal.loss
-    if isinstance(form, Differentiated) or goal.head.dim() > 2 or goal.cut == pooled:
-        return None
-    used = _used(recorded, pooled, goal.cut)
-    shift = goal.logits[0] - goal.head @ features.detach()[0].double()
-    steps = _steps(recorded, pooled)
-    return _Known(pooled, goal.cut, steps, recorded.graph.captures, used, goal.head, shift, type(form))
-
-
-def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor) -> tuple[Objective, Tensor] | None:
-    """Return the objective, and whether what is known of the head and the loss holds for this pass as well."""
-    if pooled != known.pooled or _steps(recorded, pooled) != known.steps:
-        return None
-    captures, cut = recorded.graph.captures, known.cut
-    pairs = zip(known.used, _used(recorded, pooled, cut), strict=True)
-    differing = [known.captures.differ(old, captures, new) for old, new in pairs]
-    if any(differs is True for differs in differing):
-        return None
-    tail = RecordedFunction(recorded, cut, recorded.cuts[-1])
-    form = next((each for each in candidates(tail, len(features)) if type(each.form) is known.form), None)
-    if form is None:
-        return None
-    features = features.detach().double()
-    logits = RecordedFunction(recorded, pooled, cut)(features).detach()
-    expected = features @ known.head.mT + known.shift
-    size = features.abs() @ known.head.abs().mT + known.shift.abs()
-    holds = ((logits - expected).abs() <= EXACT * size).all() & form.holds  # false as well where a logit is NaN
-    for differs in differing:
-        holds = holds & ~differs if isinstance(differs, Tensor) else holds
-    counted = _counted((form.form, form.target))
-    return Objective(cut, counted, logits, known.head, form.form, form.target), holds
-
-
-def _used(recorded: RecordedPass, pooled: Cut, cut: Cut) -> tuple[int, ...]:
-    """Return the indices of the values that the head captured."""
-    operations = recorded.graph.operations[pooled.end : cut.end]
-    return tuple(captured.index for operation in operations for captured in operation.captured)
-
-
-def _steps(recorded: RecordedPass, pooled: Cut) -> tuple[Any, ...]:
-    """Return the operations from the pooled features to the loss with their arguments and wiring."""
-    return recorded.encoded(sorted(number for number in recorded.ancestry if number >= pooled.end))
-
-
 def _refusal(recorded: RecordedLoss, reason: str) -> Refusal:
     return Refusal(
         f"The loss must be a sum over samples, each with features of its own; got one where {reason}. Such a loss has "
@@ -201,7 +95,7 @@ def _refusal(recorded: RecordedLoss, reason: str) -> Refusal:
     )
 
 
-def _counted(form: _LabelledForm) -> Tensor:
+def counted_by(form: LabelledForm) -> Tensor:
     """Return whether the loss depends on each sample, shape (n,)."""
     loss, target = form
     weights = target if isinstance(loss, CrossEntropy) else loss.label_weight(target, target)
@@ -218,11 +112,11 @@ def _with_head(
     pooled: Cut,
     cut: Cut,
     features: Tensor,
-    form: _LabelledForm,
+    form: LabelledForm,
 ) -> Objective | Refusal:
     """Return the objective for a form that was proved at a cut: the derivative of the head remains to be taken."""
     loss, target = form
-    counted = _counted(form)
+    counted = counted_by(form)
     if pooled == cut:
         return Objective(cut, counted, features, _identity(features), loss, target)
     point = features.requires_grad_()
@@ -325,11 +219,11 @@ def _has_gradient(tail: RecordedFunction, samples: int, unless_linear: bool = Fa
     With `unless_linear`, none has if the gradient is the same everywhere, as that of a mean over losses of samples is.
     """
     found = torch.zeros(samples, dtype=torch.bool, device=tail.device)
-    gradients = []
+    gradients: list[Tensor] = []
     for point in drawn_points(tail, samples):
         for signed in (point, -point):
             try:
-                gradients.append(tail.gradient(signed))
+                gradients += tail.gradient(signed)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # where the loss takes no such values, as a probability of 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -104,11 +105,30 @@ class Operation(NamedTuple):
         return self.function(*args, **kwargs)
 
 
+class _Signature(NamedTuple):
+    """What a schema says of an operator's arguments; to ask it takes as long as a small operation."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    written: tuple[int, ...]  # positions of those that are changed in place
+
+
+@cache
+def _signature(function: Any) -> _Signature:
+    schema = function._schema
+    written = [
+        position
+        for position, argument in enumerate(schema.arguments if schema.is_mutable else ())
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    defaults = {each.name: each.default_value for each in schema.arguments if each.has_default_value()}
+    return _Signature(tuple(each.name for each in schema.arguments), defaults, tuple(written))
+
+
 def named_arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of an operator by their names, with its defaults."""
-    schema = function._schema.arguments
-    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    return named | {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
+    names, defaults, _ = _signature(function)
+    return defaults | dict(zip(names, args, strict=False)) | kwargs
 
 
 def _averaged(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -130,9 +150,9 @@ def _normalized(args: tuple[Any, ...]) -> Tensor:
 
 def written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """Yield the tensors among the arguments of an operator that it changes in place."""
-    for position, argument in enumerate(function._schema.arguments if function._schema.is_mutable else ()):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from tensors(kwargs.get(argument.name, args[position] if position < len(args) else None))
+    names, _, positions = _signature(function)
+    for position in positions:
+        yield from tensors(kwargs.get(names[position], args[position] if position < len(args) else None))
 
 
 def map_tree(tree: Any, change: Callable[[Any], Any]) -> Any:

@@ -14,11 +14,10 @@ from recorded import brute_force, pooled, recorded, required
 from torch import Tensor, nn
 
 from lightning_flatness import measure
-from lightning_flatness.curvature.objective import Objective, ObjectiveReader, objective
+from lightning_flatness.curvature.objective import Objective, objective
 from lightning_flatness.curvature.pooled.certificate import features_at
 from lightning_flatness.errors import UnsupportedTailError
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated
-from lightning_flatness.precision import answers
 
 CASES = {case.name: case for case in SUPPORTED}
 MODEL, (X, Y) = CASES["relu"].model().eval(), CASES["relu"].data()
@@ -395,47 +394,3 @@ def test_no_second_derivative_is_refused() -> None:
 
     with pytest.raises((UnsupportedTailError, RuntimeError), match="derivative"):
         goal_of(loss)
-
-
-def changed(temperature: float = 1.0, masked: int = 9, first: int = 0, mixing: float = 0.0, rise: float = 0.0) -> Loss:
-    """A loss of logits that pass through the same operations with other values."""
-
-    def loss(phi: Tensor, y: Tensor) -> Tensor:
-        phi = (phi + torch.tensor(rise)) / torch.tensor(temperature)
-        phi = phi.masked_fill(torch.arange(C) == masked, -20.0)
-        phi = phi[:, (torch.arange(C) + first) % C]
-        phi = phi + phi * torch.tensor(mixing)
-        return F.cross_entropy(phi.clamp_max(60.0), y)
-
-    return loss
-
-
-# The loss of a second batch, its samples, and whether what was proved for the first batch holds for it.
-SECOND_BATCHES: dict[str, tuple[Loss, slice, bool]] = {
-    "the same": (changed(), slice(None), True),
-    "fewer samples": (changed(), slice(2), True),
-    "another temperature": (changed(temperature=3.0), slice(None), False),
-    "a masked class": (changed(masked=1), slice(None), False),
-    "another order": (changed(first=1), slice(None), False),
-    "a larger factor": (changed(mixing=1.0), slice(None), False),
-    "a limit that bites": (changed(rise=80.0), slice(None), False),
-    "another loss": (focal(2.0), slice(None), False),
-}
-
-
-@pytest.mark.parametrize("name", SECOND_BATCHES)
-def test_what_was_proved_of_a_head_is_used_only_while_it_holds(name: str) -> None:
-    second, samples, holds = SECOND_BATCHES[name]
-    reader = ObjectiveReader()
-    for loss, part in ((changed(), slice(None)), (second, samples)):
-        one_pass = recorded(MODEL, X[part], Y[part], loss)
-        cut = pooled(one_pass)
-        features = features_at(one_pass, cut, one_pass.points())
-        again, *questions = reader.again(one_pass, cut, features, slice(1))
-        does_hold, is_whole = answers(*questions)
-        goal = again if again is not None and does_hold else required(reader.proved(one_pass, cut, features))
-    assert (does_hold, is_whole) == (holds, False)
-    anew = required(objective(one_pass, cut, features))
-    for attribute in ("logits", "head", "counted"):
-        torch.testing.assert_close(getattr(goal, attribute), getattr(anew, attribute), rtol=1e-12, atol=1e-12)
-    assert holds is False or torch.equal(goal.target, anew.target)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_flatness.curvature.kept import Kept, LastWeight
-from lightning_flatness.curvature.objective import Objective, ObjectiveReader
+from lightning_flatness.curvature.objective import Objective
 from lightning_flatness.curvature.pooled.certificate import (
     Certificate,
     TooManyFeatures,
@@ -23,6 +23,7 @@ from lightning_flatness.curvature.pooled.certificate import (
 from lightning_flatness.curvature.pooled.closed_form import is_ill_conditioned, sample_quantities
 from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.quantities import SampleQuantities
+from lightning_flatness.curvature.reader import ObjectiveReader
 from lightning_flatness.errors import NonFiniteError, Refusal, UnrepeatableError, require_optional_counts
 from lightning_flatness.functional import ConvGeometry
 from lightning_flatness.precision import allclose_for_dtype, answers, full_precision, upcast
