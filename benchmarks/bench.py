@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import cuda
+import cuda_validation
 import networks
 import sizes
 import torch
@@ -209,7 +209,7 @@ PARTS: dict[str, tuple[str, Callable[[int], Rows]]] = {
     "large": ("Many classes, many filters", large_tail),
     "growth": ("Growth of the cost of one sample", growth),
     "samples": ("Growth with the number of samples", samples),
-    "cuda": ("On a CUDA device", lambda rounds: cuda.rows()),
+    "cuda": ("On a CUDA device", lambda rounds: cuda_validation.rows()),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_flatness.curvature.forms import EXACT, RecordedFunction, candidates
@@ -24,6 +25,7 @@ class _Known(NamedTuple):
     used: tuple[int, ...]  # indices of the values that the head captured
     head: Tensor
     shift: Tensor
+    sizes: tuple[Tensor, Tensor]  # of the entries of head and shift
     form: type[CrossEntropy | BinaryCrossEntropy]
 
 
@@ -81,7 +83,17 @@ def _known(recorded: RecordedPass, pooled: Cut, features: Tensor, goal: Objectiv
     used = _used(recorded, pooled, goal.cut)
     shift = goal.logits[0] - goal.head @ features.detach()[0].double()
     steps = _steps(recorded, pooled)
-    return _Known(pooled, goal.cut, steps, recorded.graph.captures, used, goal.head, shift, type(form))
+    return _Known(
+        pooled,
+        goal.cut,
+        steps,
+        recorded.graph.captures,
+        used,
+        goal.head,
+        shift,
+        (goal.head.abs(), shift.abs()),
+        type(form),
+    )
 
 
 def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor) -> tuple[Objective, Tensor] | None:
@@ -99,8 +111,8 @@ def _again(known: _Known, recorded: RecordedPass, pooled: Cut, features: Tensor)
         return None
     features = features.detach().double()
     logits = RecordedFunction(recorded, pooled, cut)(features).detach()
-    expected = features @ known.head.mT + known.shift
-    size = features.abs() @ known.head.abs().mT + known.shift.abs()
+    expected = torch.addmm(known.shift, features, known.head.mT)
+    size = torch.addmm(known.sizes[1], features.abs(), known.sizes[0].mT)
     holds = ((logits - expected).abs() <= EXACT * size).all() & form.holds  # false as well where a logit is NaN
     for differs in differing:
         holds = holds & ~differs if isinstance(differs, Tensor) else holds

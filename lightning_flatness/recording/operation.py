@@ -145,7 +145,7 @@ def _normalized(args: tuple[Any, ...]) -> Tensor:
     scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = (-1, *[1] * (x.dim() - 2))
-    return x * scale.reshape(shape) + shift.reshape(shape)
+    return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape))
 
 
 def written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

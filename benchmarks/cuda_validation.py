@@ -48,7 +48,7 @@ class Stopwatch(L.Callback):
 
     def on_validation_batch_end(self, *arguments: object) -> None:
         """Note the end of the first batch and of the last one."""
-        if self.is_last and arguments[5] in (0, BATCHES - 1):
+        if self.is_last and arguments[4] in (0, BATCHES - 1):
             self._marks.append(_now() - self.started[0])
 
     def on_validation_end(self, *_: object) -> None:
@@ -86,12 +86,12 @@ def timed(build: Callable[[int], nn.Module], is_compiled: bool) -> tuple[list[To
     return last.took[2 * skipped :: 2], last.took[2 * skipped + 1 :: 2]
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
+def batches() -> DataLoader[tuple[Tensor, Tensor]]:
     """Return seeded noise that is on the device already: the time to get it there would hide the monitor's."""
     generator = torch.Generator("cuda").manual_seed(0)
     images = torch.randn(BATCH, 3, 224, 224, device="cuda", generator=generator)
     labels = torch.randint(10, (BATCH,), device="cuda", generator=generator)
-    return [(images, labels)] * BATCHES
+    return DataLoader([(images, labels)] * BATCHES, batch_size=None)
 
 
 def rows() -> Iterator[tuple[str, ...]]:
