@@ -124,22 +124,22 @@ class Split:
 
     def _compile(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Return what runs the graph of the network; dynamo calls it as its backend."""
-        first, last, heard = _parts(graph_module, self._layer, self._hooks.layers)
-        prefix, split = self._compiled.backend(first, inputs), self
-
-        class Rest(fx.Interpreter):
-            def run_node(self, node: fx.Node) -> Any:
-                run = partial(super().run_node, node)
-                if node not in heard:
-                    return run()
-                (given, *_), _ = self.fetch_args_kwargs_from_env(node)
-                return split._hooks.around(heard[node], (given,), run)
+        first, last, used = _parts(graph_module, self._layer, self._hooks.layers, self._heard)
+        prefix = self._compiled.backend(first, inputs)
 
         def call(*arguments: Any) -> Any:
-            split._has_run = True
-            return Rest(last).run(*arguments, *prefix(*arguments))
+            self._has_run = True
+            return last.forward(*[arguments[index] for index in used], *prefix(*arguments))
 
         return call
+
+    def _heard(self, module: nn.Module, product: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what runs a product of the rest with the hooks of its module around it."""
+
+        def heard(given: Any, *others: Any, **named: Any) -> Any:
+            return self._hooks.around(module, (given,), partial(product, given, *others, **named))
+
+        return heard
 
 
 def _compiled_around(model: nn.Module, layer: nn.Module) -> _Compiled:
@@ -181,11 +181,20 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def _parts(
-    graph_module: fx.GraphModule, layer: nn.Module, modules: Iterable[nn.Module]
-) -> tuple[fx.GraphModule, fx.GraphModule, dict[fx.Node, nn.Module]]:
-    """Return the graph up to a layer, the rest, and which module a node of the rest belongs to.
+    graph_module: fx.GraphModule,
+    layer: nn.Module,
+    modules: Iterable[nn.Module],
+    heard: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
+) -> tuple[fx.GraphModule, fx.GraphModule, list[int]]:
+    """Return the graph up to a layer, the rest, and the positions of the graph's inputs that the rest uses.
 
-    The first part returns what the rest needs of it; the rest takes the inputs of the graph, then these.
+    The first part returns what the rest needs of it; the rest takes these inputs, then that.
+
+    Args:
+        graph_module: the graph.
+        layer: the layer.
+        modules: whose products are heard in the rest.
+        heard: returns what runs a product of a module there.
 
     Raises:
         _Unsplit: if the layer does not run exactly once, or there is doubt.
@@ -212,10 +221,10 @@ def _parts(
     for node in inputs + head:
         known[node] = first.node_copy(node, known.__getitem__)
     first.output(tuple(known[node] for node in crossing))
-    known = {node: last.placeholder(node.name) for node in inputs + crossing}
-    heard = {}
+    used = [index for index, node in enumerate(inputs) if any(user in rest for user in node.users)]
+    known = {node: last.placeholder(node.name) for node in [*(inputs[index] for index in used), *crossing]}
     for node in rest:
         known[node] = last.node_copy(node, known.__getitem__)
         if node in calls and node.target in _PRODUCTS:
-            heard[known[node]] = calls[node]
-    return fx.GraphModule(graph_module, first), fx.GraphModule(graph_module, last), heard
+            known[node].target = heard(calls[node], cast("Callable[..., Any]", node.target))
+    return fx.GraphModule(graph_module, first), fx.GraphModule(graph_module, last), used
