@@ -119,27 +119,12 @@ def is_close_at_scale(computed: Tensor, expected: Tensor, scale: Tensor) -> Tens
     return ((computed - expected).abs() <= bound).all()
 
 
-class Questions:
-    """Questions to a device, whose answers travel to the host together, while both go on.
+def answers(*questions: Tensor | bool) -> list[bool]:
+    """Return the answers to several questions; those that a device knows are waited for at once.
 
     Args:
         questions: truth values, or tensors that hold one.
     """
-
-    def __init__(self, *questions: Tensor | bool) -> None:
-        """Send for the answers."""
-        asked = [question for question in questions if isinstance(question, Tensor)]
-        self._questions, self._told = questions, torch.stack(asked) if asked else torch.empty(0)
-        self.are_on_their_way = self._told.is_cuda
-        """Whether the host may have to wait for them."""
-        if self.are_on_their_way:
-            answers = torch.empty(self._told.shape, dtype=torch.bool, pin_memory=True)
-            self._told, self._event = answers.copy_(self._told, non_blocking=True), torch.cuda.Event()
-            self._event.record()
-
-    def answers(self) -> list[bool]:
-        """Return the answers in order; wait for them if need be."""
-        if self.are_on_their_way:
-            self._event.synchronize()
-        told = iter(self._told.tolist())
-        return [bool(next(told)) if isinstance(question, Tensor) else question for question in self._questions]
+    asked = [question for question in questions if isinstance(question, Tensor)]
+    told = iter(torch.stack(asked).tolist() if asked else ())
+    return [bool(next(told)) if isinstance(question, Tensor) else question for question in questions]

@@ -14,7 +14,7 @@ from lightning_flatness.curvature.jacobian.mean_hessian import GradientHessian, 
 from lightning_flatness.curvature.jacobian.method import Curvature, JacobianMethod
 from lightning_flatness.curvature.pooled.derivatives import PooledDerivatives
 from lightning_flatness.curvature.pooled.mean_hessian import PooledHessian
-from lightning_flatness.curvature.pooled.method import Begun, PooledMethod
+from lightning_flatness.curvature.pooled.method import PooledMethod
 from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.data.batches import require_batches
 from lightning_flatness.data.passes import ASSUMED, measured_batches, preserved_state
@@ -24,6 +24,7 @@ from lightning_flatness.losses import Loss, as_loss
 from lightning_flatness.recording.layers import refuse_programs
 from lightning_flatness.recording.layers_recorder import LayersRecorder
 from lightning_flatness.recording.recorded_layers import RecordedLayers
+from lightning_flatness.recording.recorded_pass import RecordedPass
 from lightning_flatness.recording.recorder import ForwardRecorder
 from lightning_flatness.reporting.figures import eigenvalue_density
 
@@ -311,8 +312,8 @@ class _KeptDerivatives(PooledMethod):
         super().__init__()
         self.parts: list[PooledDerivatives] = []
 
-    def finish(self, begun: Begun) -> PooledDerivatives:
-        self.parts.append(super().finish(begun))
+    def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> PooledDerivatives:
+        self.parts.append(super().derivatives(recorded, samples))
         return self.parts[-1]
 
 

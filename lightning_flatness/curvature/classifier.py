@@ -8,7 +8,7 @@ does to make \(x\).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,39 +25,10 @@ from lightning_flatness.curvature.rows import Apart, Rows, loss_with, of_loss
 from lightning_flatness.errors import Refusal, UnsupportedTailError, require_optional_counts
 from lightning_flatness.functional.temperature import temperatures_for
 from lightning_flatness.losses import CrossEntropy, Differentiated, Form
-from lightning_flatness.precision import Questions, allclose_at_scale, full_precision, upcast
+from lightning_flatness.precision import allclose_at_scale, answers, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.graph import Cut
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
-
-
-class BegunHead(NamedTuple):
-    """A pass that has been repeated, while it is not known yet whether all holds that was proved before.
-
-    Attributes:
-        recorded: the pass.
-        samples: which are to be measured.
-        call: of the classifier.
-        features: its input, shape (n, j).
-        output: where its output lies.
-        point: its output, shape (n, k).
-        goal: the objective, as far as is known; None: it needs a proof.
-        questions: whether the objective holds, all samples are to be measured, and the weight is another one.
-    """
-
-    recorded: RecordedPass
-    samples: slice
-    call: ConvolutionCall
-    features: Tensor
-    output: Cut
-    point: Tensor
-    goal: Objective | None
-    questions: Questions
-
-    @property
-    def may_wait(self) -> bool:
-        """Whether other work is to be done before the pass is finished."""
-        return self.goal is not None and self.questions.are_on_their_way
 
 
 class ClassifierMethod:
@@ -115,26 +86,15 @@ class ClassifierMethod:
 
     def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> HeadDerivatives:
         """Return the tensors from which the quantities follow; arguments and errors are those of `quantities`."""
-        return self.finish(self.begin(recorded, samples))
-
-    def begin(self, recorded: RecordedPass, samples: slice = slice(None)) -> BegunHead:
-        """Repeat a pass, and ask whether what was proved before holds for it; arguments as in `quantities`."""
         with differentiating(recorded):
-            require_finite(recorded)
-            call = _only_call(recorded)
-            features, output, point = _on_rows(recorded, call)
-            goal, *asked = self._reader.again(recorded, output, point, samples)
-            questions = Questions(*asked, self._weight.differs(call.weight))
-            return BegunHead(recorded, samples, call, features, output, point, goal, questions)
+            return self._derivatives(recorded, samples)
 
-    def finish(self, begun: BegunHead) -> HeadDerivatives:
-        """Return the derivatives, after a proof of what does not hold any more."""
-        with differentiating(begun.recorded):
-            return self._finished(begun)
-
-    def _finished(self, begun: BegunHead) -> HeadDerivatives:
-        recorded, samples, call, features, output, point, goal, questions = begun
-        holds, is_whole, is_other = questions.answers()
+    def _derivatives(self, recorded: RecordedPass, samples: slice) -> HeadDerivatives:
+        require_finite(recorded)
+        call = _only_call(recorded)
+        features, output, point = _on_rows(recorded, call)
+        goal, *questions = self._reader.again(recorded, output, point, samples)
+        holds, is_whole, is_other = answers(*questions, self._weight.differs(call.weight))
         if goal is None or not holds:
             goal = cast(Objective, require(self._reader.proved(recorded, output, point)))
             is_whole = bool(goal.kept(samples).all())

@@ -25,8 +25,7 @@ class BatchGroups:
     """Measures recorded passes, and evaluates small batches that share all but their samples as one.
 
     The values are those of each batch on its own, up to rounding. Nothing of a pass is kept but copies, since a network
-    may use its memory again. On an accelerator a batch is finished after the next one has begun, so that the host does
-    not wait for the device; the record is kept until then. Where the number of samples is limited, it is not.
+    may use its memory again.
 
     Attributes:
         samples: how many have been measured, those that wait for the rest of their group included.
@@ -35,7 +34,6 @@ class BatchGroups:
     def __init__(self) -> None:
         """Start with no samples."""
         self._group: _Group | None = None
-        self._begun: tuple[Any, Any] | None = None  # the method and the last batch, whose questions are on their way
         self.samples = 0
 
     def add(self, method: Any, recorded: Any, samples: slice = slice(None)) -> list[Any]:
@@ -52,28 +50,15 @@ class BatchGroups:
         if isinstance(method, AutoMethod) and isinstance(recorded, RecordedPass):
             method = method.chosen
         if not isinstance(method, (PooledMethod, ClassifierMethod)):
-            done, quantities = self.rest(), method.quantities(recorded, samples)
+            quantities = method.quantities(recorded, samples)
             self.samples += len(quantities)
-            return [*done, quantities]
-        begun = cast(Any, method).begin(recorded, samples)
-        done = self._finished()
-        self._begun = method, begun
-        return done if begun.may_wait and samples == slice(None) else [*done, *self._finished()]
-
-    def rest(self) -> list[Quantities]:
-        """Return the quantities of the samples that wait."""
-        return [*self._finished(), *self._evaluated()]
-
-    def _finished(self) -> list[Quantities]:
-        """Finish the last batch, for which the device has had time."""
-        if self._begun is None:
-            return []
-        (method, begun), self._begun = self._begun, None
-        derivatives = method.finish(begun)
+            return [*self.rest(), quantities]
+        derivatives = method.derivatives(recorded, samples)
         self.samples += len(derivatives)
         return self._joined(method, derivatives)
 
-    def _evaluated(self) -> list[Quantities]:
+    def rest(self) -> list[Quantities]:
+        """Return the quantities of the samples that wait."""
         group, self._group = self._group, None
         return [] if group is None else [group.evaluated()]
 
@@ -81,7 +66,7 @@ class BatchGroups:
         apart = derivatives.apart()
         if self._group is not None and apart is not None and self._group.takes(apart, len(derivatives)):
             return []
-        done = self._evaluated()
+        done = self.rest()
         capacity = 0 if apart is None else _capacity(apart.rows, derivatives)
         if apart is None or capacity < 2 * len(derivatives):
             return [*done, method.evaluate(derivatives)]

@@ -54,7 +54,7 @@ class ObjectiveReader:
 
         Returns:
             The objective, None if it needs a proof; whether it holds; and whether all samples are to be measured. The
-            last two are for `Questions`.
+            last two are questions, see `answers`.
         """
         found = None if self._known is None else _again(self._known, recorded, pooled, features)
         if found is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_flatness.curvature.objective import objective
 from lightning_flatness.curvature.pooled.certificate import features_at
 from lightning_flatness.curvature.reader import ObjectiveReader
-from lightning_flatness.precision import Questions
+from lightning_flatness.precision import answers
 
 CASES = {case.name: case for case in SUPPORTED}
 MODEL, (X, Y) = CASES["relu"].model().eval(), CASES["relu"].data()
@@ -63,7 +63,7 @@ def test_what_was_proved_of_a_head_is_used_only_while_it_holds(name: str) -> Non
         cut = pooled(one_pass)
         features = features_at(one_pass, cut, one_pass.points())
         again, *questions = reader.again(one_pass, cut, features, slice(1))
-        does_hold, is_whole = Questions(*questions).answers()
+        does_hold, is_whole = answers(*questions)
         goal = again if again is not None and does_hold else required(reader.proved(one_pass, cut, features))
     assert (does_hold, is_whole) == (holds, False)
     anew = required(objective(one_pass, cut, features))

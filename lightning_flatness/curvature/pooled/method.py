@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from lightning_flatness.curvature.quantities import SampleQuantities
 from lightning_flatness.curvature.reader import ObjectiveReader
 from lightning_flatness.errors import NonFiniteError, Refusal, UnrepeatableError, require_optional_counts
 from lightning_flatness.functional import ConvGeometry
-from lightning_flatness.precision import Questions, allclose_for_dtype, full_precision, upcast
+from lightning_flatness.precision import allclose_for_dtype, answers, full_precision, upcast
 from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.graph import Cut
 from lightning_flatness.recording.recorded_pass import ConvolutionCall, RecordedPass
@@ -38,49 +38,6 @@ _CANDIDATES = 3  # tensors that are tried for the pooled features
 # weight of a convolution, one at each position of the map. So all products take about as long as a forward pass. Unlike
 # the operations of that pass, the number of weights is the same for all batches and processes.
 _HEAD_SIZE = 20
-
-
-class _Features(NamedTuple):
-    """The pooled features at the recorded values.
-
-    Attributes:
-        features: shape (n, j).
-        jacobian: their first derivative in the map, shape (n, f, s).
-        second: their second one, of the same shape; None if there is none.
-        is_newly_active: whether a feature moves that did not move, or moved with another filter alone, where the tail
-            was certified; a scalar.
-    """
-
-    features: Tensor
-    jacobian: Tensor
-    second: Tensor | None
-    is_newly_active: Tensor | bool
-
-
-class Begun(NamedTuple):
-    """A pass that has been differentiated, while it is not known yet whether all holds that was proved before.
-
-    Attributes:
-        recorded: the pass.
-        samples: which are to be measured.
-        certificate: of the tail, as far as is known.
-        found: the derivatives of the features.
-        goal: the objective, as far as is known; None: it needs a proof.
-        questions: whether the objective holds, all samples are to be measured, more units are active than where the
-            tail was certified, and the weight is another one than before.
-    """
-
-    recorded: RecordedPass
-    samples: slice
-    certificate: Certificate
-    found: _Features
-    goal: Objective | None
-    questions: Questions
-
-    @property
-    def may_wait(self) -> bool:
-        """Whether other work is to be done before the pass is finished."""
-        return self.goal is not None and self.questions.are_on_their_way
 
 
 class PooledMethod:
@@ -138,41 +95,28 @@ class PooledMethod:
 
     def derivatives(self, recorded: RecordedPass, samples: slice = slice(None)) -> PooledDerivatives:
         """Return the tensors from which the quantities follow; arguments and errors are those of `quantities`."""
-        return self.finish(self.begin(recorded, samples))
-
-    def begin(self, recorded: RecordedPass, samples: slice = slice(None)) -> Begun:
-        """Differentiate a pass, and ask whether what was proved before holds for it; arguments as in `quantities`."""
         with differentiating(recorded):
-            require_finite(recorded)
-            certificate = self._certified(recorded)
-            pooled, call = certificate.pooled, recorded.calls[certificate.call]
-            found = _differentiated(recorded, certificate)
-            _require_same(recorded, pooled, found.features)
-            goal, *asked = self._reader.again(recorded, pooled, found.features, samples)
-            questions = Questions(*asked, found.is_newly_active, self._weight.differs(call.weight))
-            return Begun(recorded, samples, certificate, found, goal, questions)
-
-    def finish(self, begun: Begun) -> PooledDerivatives:
-        """Return the derivatives, after a proof of what does not hold any more."""
-        recorded = begun.recorded
-        with differentiating(recorded):
-            derivatives = self._finished(begun)
+            derivatives = self._derivatives(recorded, samples)
         bent = derivatives.head_curvature
         is_too_large = bent is not None and bent.size > _HEAD_SIZE * recorded.network_weights
         return derivatives.gauss_newton if is_too_large else derivatives
 
-    def _finished(self, begun: Begun) -> PooledDerivatives:
-        recorded, samples, certificate, found, goal, questions = begun
+    def _derivatives(self, recorded: RecordedPass, samples: slice) -> PooledDerivatives:
+        require_finite(recorded)
+        certificate = self._certified(recorded)
         pooled, call = certificate.pooled, recorded.calls[certificate.call]
-        holds, is_whole, is_newly_active, is_other = questions.answers()
+        features, jacobian, second, newly_active = _differentiated(recorded, certificate)
+        _require_same(recorded, pooled, features)
+        goal, *questions = self._reader.again(recorded, pooled, features, samples)
+        questions += [newly_active, self._weight.differs(call.weight)]
+        holds, is_whole, is_newly_active, is_other = answers(*questions)
         if is_newly_active or not certificate.is_value_independent:  # what holds for these very values
             known, certificate = certificate, require(certify(recorded, pooled, at_random_points=False))
             if not known.differentiates_as(certificate):
-                found = _differentiated(recorded, certificate)
+                features, jacobian, second, _ = _differentiated(recorded, certificate)
         if goal is None or not holds:
-            goal = cast(Objective, require(self._reader.proved(recorded, pooled, found.features)))
+            goal = cast(Objective, require(self._reader.proved(recorded, pooled, features)))
             is_whole = bool(goal.kept(samples).all())
-        features, jacobian, second, _ = found
         weight = self._weight.of(call.weight, is_other)
         dtype = jacobian.dtype
         derivatives = PooledDerivatives(
@@ -228,8 +172,16 @@ def _pooled_features(recorded: RecordedPass) -> list[Cut] | Refusal:
     )
 
 
-def _differentiated(recorded: RecordedPass, certificate: Certificate) -> _Features:
-    """Differentiate the pooled features by the map at the recorded values."""
+def _differentiated(
+    recorded: RecordedPass, certificate: Certificate
+) -> tuple[Tensor, Tensor, Tensor | None, bool | Tensor]:
+    """Differentiate the pooled features by the map at the recorded values.
+
+    Returns:
+        The features, shape (n, j); their first derivative, shape (n, f, s), and their second one, if there is any; and
+        whether a feature moves that did not move, or moved with another filter alone, where the tail was certified, a
+        scalar.
+    """
     points, count = recorded.points(), certificate.features_per_filter
     features, point = features_at(recorded, certificate.pooled, points), points[recorded.calls[certificate.call].node]
     first: list[Tensor] = []
@@ -258,9 +210,9 @@ def _differentiated(recorded: RecordedPass, certificate: Certificate) -> _Featur
     active += [jacobian[:, certificate.inactive].any()] if len(certificate.inactive) else []
     newly_active = torch.stack(active).any() if active else False
     if not any(part is not None for part in second[:count]):
-        return _Features(features, jacobian, None, newly_active)
+        return features, jacobian, None, newly_active
     curvature = [torch.zeros_like(point) if part is None else part for part in second[:count]]
-    return _Features(features, jacobian, _side_by_side(curvature), newly_active)
+    return features, jacobian, _side_by_side(curvature), newly_active
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
