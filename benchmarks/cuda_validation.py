@@ -25,9 +25,12 @@ class Took(NamedTuple):
     """What one validation took, in seconds."""
 
     first: float
-    later: float
-    """Each batch after the first one."""
     whole: float
+
+    @property
+    def later(self) -> float:
+        """Each batch after the first one; what is done at the end of the validation is spread over them."""
+        return (self.whole - self.first) / (BATCHES - 1)
 
 
 class Stopwatch(L.Callback):
@@ -37,25 +40,22 @@ class Stopwatch(L.Callback):
         self.started = [0.0] if started is None else started
         self.is_last = started is not None
         self.took: list[Took] = []
-        self._marks: list[float] = []
+        self._first = 0.0
 
     def on_validation_epoch_start(self, *_: object) -> None:
         """Start; what the monitor does before the first batch belongs to it."""
-        if self.is_last:
-            self._marks = []
-        else:
+        if not self.is_last:
             self.started[0] = _now()
 
     def on_validation_batch_end(self, *arguments: object) -> None:
-        """Note the end of the first batch and of the last one."""
-        if self.is_last and arguments[4] in (0, BATCHES - 1):
-            self._marks.append(_now() - self.started[0])
+        """Note the end of the first batch."""
+        if self.is_last and arguments[4] == 0:
+            self._first = _now() - self.started[0]
 
     def on_validation_end(self, *_: object) -> None:
         """Stop."""
         if self.is_last:
-            first, end = self._marks
-            self.took.append(Took(first, (end - first) / (BATCHES - 1), _now() - self.started[0]))
+            self.took.append(Took(self._first, _now() - self.started[0]))
 
 
 def _now() -> float:

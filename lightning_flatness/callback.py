@@ -82,7 +82,7 @@ class FlatnessMonitor(Displayed):
             takes less than one percent of the training's time; 0: never.
         chunk_bytes: how much memory the contraction over filters (for `"jacobian"`, the derivatives) may take at once,
             in bytes: samples are contracted in groups that fit, or one by one. It does not bound what the forward pass
-            and its record take, nor for the other methods the derivatives; that grows with the batch. None: 64 MiB, for
+            and its record take, nor for the other methods the derivatives; that grows with the batch. None: 16 MiB, for
             `"jacobian"` 256 MiB, on a CUDA device 512 MiB.
 
     Attributes:

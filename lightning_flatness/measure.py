@@ -291,7 +291,7 @@ def measure(
             predicts; see `docs/concepts/assumptions.md`. The weight is restored to the last bit.
         chunk_bytes: how much memory the contraction over filters (for `"jacobian"`, the derivatives) may take at once,
             in bytes: samples are contracted in groups that fit, or one by one. It does not bound what the forward pass
-            and its record take, nor for the other methods the derivatives; that grows with the batch. None: 64 MiB, for
+            and its record take, nor for the other methods the derivatives; that grows with the batch. None: 16 MiB, for
             `"jacobian"` 256 MiB, on a CUDA device 512 MiB.
         estimate: for `"jacobian"`: two backward passes instead of one for each class but one. Trace and relative
             flatness are then unbiased estimates, and the report has their standard errors; the rest stays exact.

@@ -255,7 +255,7 @@ class _Data(NamedTuple):
     loss: Loss | Callable[[Any, Any], Tensor] | None
 
     def measured(self, recorder: ForwardRecorder, method: Any) -> list[Any]:
-        """Return what the method has for each batch with samples."""
+        """Return what the method has for the samples, in order."""
         with preserved_state(self.model):
             parts = [part for part in measured_batches(recorder, method, *self) if len(part)]
         if not parts:

@@ -166,7 +166,7 @@ class MeasuredValidation:
         if self._failures.excludes(loader):
             return
         with self._failures.contained(self.close, loader):
-            if self._samples_left(loader) == 0:
+            if self._groups[loader].left(sample_limit(self._trainer, loader, self._request.max_samples)) == 0:
                 self.close()  # the network runs on without hooks, and compiled if it was
                 return
             self._opened(loader).clear()
@@ -178,7 +178,8 @@ class MeasuredValidation:
         if not _rides(self._request.data) or self._failures.excludes(loader):
             return
         with self._failures.contained(self.close, loader):
-            if (left := self._samples_left(loader)) != 0:
+            left = self._groups[loader].left(sample_limit(self._trainer, loader, self._request.max_samples))
+            if left != 0:
                 self._measure(outputs, batch, loader, left)
 
     def agree(self) -> list[int]:
@@ -188,9 +189,7 @@ class MeasuredValidation:
         chosen different methods. A choice by which nothing was measured is forgotten.
         """
         failures, loaders = self._failures, range(self._count)
-        for index, groups in enumerate(self._groups):
-            with failures.contained(self.close, index):
-                self._add([] if failures.excludes(index) else groups.rest(), index)
+        self._add_waiting()
         samples = [self._evaluations[index].samples if self._evaluations else 0 for index in loaders]
         failed = [failures.excludes(index) for index in loaders]
         changed = [None if self._trainer.sanity_checking else self._state.churn.changed(index) for index in loaders]
@@ -260,6 +259,7 @@ class MeasuredValidation:
         """Return the recorder of a loader, with its hooks installed; those of another loader are removed."""
         if self._recorder is None or self._loader != loader:
             self.close()
+            self._add_waiting()
             recorder, self._method = self._tools(self._state.choice)
             self._recorder, self._loader = self._state.kept.continued(loader, recorder).__enter__(), loader
         return self._recorder
@@ -291,6 +291,13 @@ class MeasuredValidation:
             if self._samples is not None:
                 self._samples.add(loader, own)
             self._state.churn.add(loader, own.prediction, source)
+
+    def _add_waiting(self) -> None:
+        """Add the samples that wait for the rest of their group, when no more batches of the last loader come."""
+        loader = self._loader
+        if loader >= 0 and not self._failures.excludes(loader):
+            with self._failures.contained(self.close, loader):
+                self._add(self._groups[loader].rest(), loader)
 
     def _loss_of(self, recorder: Recorder, outputs: Any, batch: Any) -> Tensor | None:
         """Return the loss that the step computed, or what is assumed to be; None for an empty batch."""
@@ -327,11 +334,6 @@ class MeasuredValidation:
         layers = "every layer" if getattr(recorder, "is_whole", False) else f"`{recorder.layer}`"
         label = self._evaluations[loader].label
         self.measured = self.measured or f"{layers} up to the loss{self._assumed}{reason_of(self._state.choice)}{label}"
-
-    def _samples_left(self, loader: int) -> int | None:
-        """Return how many more samples this process may measure; None: no limit."""
-        limit = sample_limit(self._trainer, loader, self._request.max_samples)
-        return None if limit is None else max(0, limit - self._groups[loader].samples)
 
 
 def _rides(data: Any) -> bool:

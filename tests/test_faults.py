@@ -111,7 +111,7 @@ FAULTS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
     "the stance": ("lightning_flatness.recording.eager.EagerStance.enter", 1, AFTER_THE_FIRST, {}),
     "the dispatcher": ("lightning_flatness.recording.dispatch.Dispatcher.attach", 1, AFTER_THE_FIRST, {}),
     "the hooks": ("lightning_flatness.recording.recorder.ForwardRecorder._install", 1, AFTER_THE_FIRST, {}),
-    "counting samples": ("lightning_flatness.validation.MeasuredValidation._samples_left", 3, AFTER_THE_FIRST, {}),
+    "counting samples": ("lightning_flatness.validation.sample_limit", 3, AFTER_THE_FIRST, {}),
     "a batch's start": ("lightning_flatness.recording.recorder.ForwardRecorder.clear", 3, AFTER_THE_FIRST, {}),
     "the convolution's hook": ("lightning_flatness.recording.weights.WeightCopies.of", 2, AFTER_THE_FIRST, {}),
     "before an operation": ("lightning_flatness.recording.dispatch.GraphTracer._before", 8, AFTER_THE_FIRST, {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_CPU_BYTES = 64 * 2**20  # larger groups of samples leave the processor's caches
+_CPU_BYTES = 16 * 2**20  # larger groups of samples leave the processor's caches
 _CUDA_BYTES = 512 * 2**20  # where every group costs the host the same time, whatever its size
 
 
@@ -19,7 +19,7 @@ def chunk_bytes_on(device: torch.device, chosen: int | None, on_cpu: int = _CPU_
     Example:
         >>> import torch
         >>> chunk_bytes_on(torch.device("cpu"), None) // 2**20
-        64
+        16
     """
     if chosen is not None:
         return chosen

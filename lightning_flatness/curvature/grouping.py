@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -15,7 +16,8 @@ from lightning_flatness.curvature.rows import Apart, Rows
 from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
-_SHARE = 4  # of the memory that temporary tensors may take at once, a group takes one part in so many
+_LARGEST = 128 * 2**20  # bytes of a group; on a device with less memory it must not crowd out the network
+_FEWEST, _MOST = 4, 8  # batches of a group; larger batches are hardly faster together, and more of them neither
 
 
 Derivatives: TypeAlias = PooledDerivatives | HeadDerivatives
@@ -24,8 +26,8 @@ Derivatives: TypeAlias = PooledDerivatives | HeadDerivatives
 class BatchGroups:
     """Measures recorded passes, and evaluates small batches that share all but their samples as one.
 
-    The values are those of each batch on its own, up to rounding. Nothing of a pass is kept but copies, since a network
-    may use its memory again.
+    The values are those of each batch on its own, up to the rounding of their dtype. Nothing of a pass is kept but
+    copies, since a network may use its memory again.
 
     Attributes:
         samples: how many have been measured, those that wait for the rest of their group included.
@@ -57,21 +59,30 @@ class BatchGroups:
         self.samples += len(derivatives)
         return self._joined(method, derivatives)
 
+    def left(self, limit: int | None) -> int | None:
+        """Return how many more samples there may be.
+
+        Args:
+            limit: how many in all; None: any number.
+        """
+        return None if limit is None else max(0, limit - self.samples)
+
     def rest(self) -> list[Quantities]:
         """Return the quantities of the samples that wait."""
         group, self._group = self._group, None
         return [] if group is None else [group.evaluated()]
 
     def _joined(self, method: Any, derivatives: Derivatives) -> list[Quantities]:
-        apart = derivatives.apart()
+        apart = derivatives.apart() if len(derivatives) else None
         if self._group is not None and apart is not None and self._group.takes(apart, len(derivatives)):
             return []
         done = self.rest()
-        capacity = 0 if apart is None else _capacity(apart.rows, derivatives)
-        if apart is None or capacity < 2 * len(derivatives):
-            return [*done, method.evaluate(derivatives)]
-        self._group = _Group(method, derivatives, apart, capacity)
-        return done
+        capacity = 0 if apart is None else min(_capacity(apart.rows, derivatives), _MOST * len(derivatives))
+        if apart is not None and capacity >= _FEWEST * len(derivatives):
+            with suppress(torch.OutOfMemoryError):  # there may be enough to evaluate it alone
+                self._group = _Group(method, derivatives, apart, capacity)
+                return done
+        return [*done, method.evaluate(derivatives)]
 
 
 class _Group:
@@ -85,10 +96,10 @@ class _Group:
     """
 
     def __init__(self, method: Any, first: Derivatives, apart: Apart, capacity: int) -> None:
-        self._method, self._first, self._capacity, self._filled = method, first, capacity, 0
+        self._method, self._shared, self._capacity, self._filled = method, apart.shared, capacity, 0
+        self._without_rows = first.select(slice(0))
         with torch.inference_mode(False):
             self._rows = {name: row.new_empty(capacity, *row.shape[1:]) for name, row in apart.rows.items()}
-        self._shared = apart.shared
         self.takes(apart, len(first))
 
     def takes(self, apart: Apart, samples: int) -> bool:
@@ -105,11 +116,11 @@ class _Group:
     def evaluated(self) -> Quantities:
         """Return the quantities of all samples."""
         rows = {name: row[: self._filled] for name, row in self._rows.items()}
-        return cast(Quantities, self._method.evaluate(self._first.with_rows(rows)))
+        return cast(Quantities, self._method.evaluate(self._without_rows.with_rows(rows)))
 
 
 def _capacity(rows: Rows, derivatives: Derivatives) -> int:
-    """Return for how many samples like these there is room."""
-    like = next(iter(rows.values()))
-    per_sample = sum(row.nbytes for row in rows.values()) // max(1, len(like))
-    return chunk_bytes_on(like.device, derivatives.chunk_bytes) // _SHARE // max(1, per_sample)
+    """Return for how many samples like these there is memory."""
+    device = next(iter(rows.values())).device
+    per_sample = sum(row[0].nbytes for row in rows.values())
+    return min(chunk_bytes_on(device, derivatives.chunk_bytes), _LARGEST) // per_sample

@@ -18,7 +18,7 @@ GAUSS_NEWTON = (
 
 @dataclass(frozen=True)
 class SampleQuantities:
-    r"""The quantities of one batch, for each sample; metrics add them up and compute nothing themselves.
+    r"""The quantities of one batch or several, for each sample; metrics add them up and compute nothing themselves.
 
     Symbols are those of `docs/mathematics.md`. A quantity that a method cannot give is None; the table of `keys`
     says which method gives which.

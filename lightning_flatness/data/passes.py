@@ -64,8 +64,7 @@ def measured_batches(
     Raises:
         ValueError: if a batch or its targets are not what they must be.
     """
-    groups, left = BatchGroups(), max_samples
-    device, warned = device_of(model), False
+    groups, device, warned = BatchGroups(), device_of(model), False
     with recorder:
         for batch in batches:
             try:
@@ -79,7 +78,7 @@ def measured_batches(
             with torch.no_grad(), only_for(recorder), _attention_by_steps(isinstance(recorder, LayersRecorder)):
                 value = step(recorder, inputs, targets)
             recorded = recorder.take_pass(value)
-            quantities = groups.add(method, recorded, slice(left))
+            quantities = groups.add(method, recorded, slice(groups.left(max_samples)))
             if recorded.takes_probabilities and not warned:
                 rank_zero_warn(f"lightning-flatness {SQUASHED}", category=UserWarning)
                 warned = True
@@ -89,8 +88,7 @@ def measured_batches(
                     obstacle = UNVERIFIED if is_of_layers else _verified_on_few(recorder, step, inputs, targets)
                 verification.note(0, recorder.layer, obstacle)
             yield from quantities
-            left = None if max_samples is None else max_samples - groups.samples
-            if left is not None and left <= 0:
+            if groups.left(max_samples) == 0:
                 break
     yield from groups.rest()
 

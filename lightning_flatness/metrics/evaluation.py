@@ -132,7 +132,7 @@ class Evaluation:
         """The values of all samples of all processes by name, shape (n,), after `compute`."""
 
     def update(self, quantities: SampleQuantities) -> None:
-        """Add the samples of one batch."""
+        """Add the samples of a batch, or of several."""
         if quantities.hessian_trace.device.type == "mps":  # which has no float64
             quantities = quantities.cpu()
         for metric in (*self._metrics.values(), self._flatness):

@@ -1,4 +1,4 @@
-"""A compiled network that is recorded: compiled up to the measured layer, and interpreted from there on."""
+"""A compiled network that is recorded: compiled up to the measured layer, and run by operations from there on."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class _Unsplit(Exception):
 
 
 class Split:
-    """A second compilation of a compiled module: what runs before a layer is compiled, the rest is interpreted.
+    """A second compilation of a compiled module: what runs before a layer is compiled, the rest runs by operations.
 
-    A compiled graph runs no hooks. In the interpreted part, those that are given here run. The user's own graphs are
+    A compiled graph runs no hooks. In the rest, those that are given here run. The user's own graphs are
     not used and stay as they are. What cannot be split runs eagerly, and with it the modules' hooks.
 
     Args:
         model: the model.
-        layer: the layer from whose call on everything is interpreted.
+        layer: the layer from whose call on everything runs by operations.
 
     Attributes:
         problem: why the network runs eagerly; None: it does not, as far as is known.

@@ -70,3 +70,16 @@ def test_what_was_proved_of_a_head_is_used_only_while_it_holds(name: str) -> Non
     for attribute in ("logits", "head", "counted"):
         torch.testing.assert_close(getattr(goal, attribute), getattr(anew, attribute), rtol=1e-12, atol=1e-12)
     assert holds is False or torch.equal(goal.target, anew.target)
+
+
+def test_logits_that_are_the_features_themselves_are_known() -> None:
+    """As behind the classifier's own output."""
+    one_pass, reader = recorded(MODEL, X, Y), ObjectiveReader()
+    phi = MODEL(X).detach()
+    logits = next(cut for cut in one_pass.cuts if one_pass.graph.tensor_of(cut.node).shape == phi.shape)
+    assert reader.again(one_pass, logits, phi, slice(None)) == (None, False, False)
+    expected = required(reader.proved(one_pass, logits, phi))
+    goal, *questions = reader.again(one_pass, logits, phi, slice(None))
+    assert answers(*questions) == [True, True]
+    assert (goal.cut, type(goal.loss)) == (logits, type(expected.loss))
+    torch.testing.assert_close(goal.target, expected.target)

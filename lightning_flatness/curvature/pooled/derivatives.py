@@ -1,4 +1,4 @@
-"""The small tensors of one batch from which every quantity of a pooled convolution follows."""
+"""The small tensors from which every quantity of a pooled convolution follows."""
 
 from __future__ import annotations
 

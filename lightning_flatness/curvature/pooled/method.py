@@ -126,7 +126,7 @@ class PooledMethod:
             features=features.detach(),
             logits=goal.logits.to(dtype),
             kernel_gram=self._kernel_gram.of(weight, dtype),
-            head=self._head.of(goal.head, dtype),
+            head=self._head.of(goal.head, dtype) if goal.head.dim() == 2 else goal.head.to(dtype),
             feature_index=certificate.feature_index,
             is_fed=certificate.is_fed,
             geometry=_geometry(recorded, call),
