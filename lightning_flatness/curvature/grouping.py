@@ -17,7 +17,7 @@ from lightning_flatness.recording.dispatch import not_recorded
 from lightning_flatness.recording.recorded_pass import RecordedPass
 
 _LARGEST = 128 * 2**20  # bytes of a group; on a device with less memory it must not crowd out the network
-_FEWEST, _MOST = 4, 8  # batches of a group; larger batches are hardly faster together, and more of them neither
+_FEWEST, _MOST = 4, 8  # batches of a group: larger ones gain little together, and more of them little more
 
 
 Derivatives: TypeAlias = PooledDerivatives | HeadDerivatives
