@@ -36,7 +36,7 @@ RESULTS = Path(__file__).with_name("sizes.csv")
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "cost.png"
 COLUMNS = "network", "mode", "round", "batch", "what", "seconds"
 MODES = "eager", "compiled", "peers"
-BATCHES = 3  # of a validation
+BATCHES = 8  # of a validation
 UNMONITORED, MONITORED = "without", "with the monitor"
 
 
@@ -65,31 +65,27 @@ SIZES = {
 
 
 class Stopwatch(L.Callback):
-    """Notes the processor time of each validation batch: the first of the callbacks starts it, the last stops it."""
+    """Notes the processor time of validations: the first of the callbacks starts, the last stops."""
 
     def __init__(self, started: list[float] | None = None) -> None:
         self.started = [0.0] if started is None else started
         self.is_last = started is not None
-        self.seconds: list[list[float]] = []  # of the batches of each validation
+        self.seconds: list[tuple[float, float]] = []  # until the end of the first batch, and in all
 
     def on_validation_epoch_start(self, *_: object) -> None:
         """Begin a validation; what the monitor does before the first batch belongs to it."""
-        self.seconds.append([])
-        self._start()
-
-    def on_validation_batch_start(self, *arguments: object) -> None:
-        """Start, unless the first batch has started already."""
-        if arguments[3]:
-            self._start()
-
-    def on_validation_batch_end(self, *_: object) -> None:
-        """Stop."""
-        if self.is_last:
-            self.seconds[-1].append(time.process_time() - self.started[0])
-
-    def _start(self) -> None:
         if not self.is_last:
             self.started[0] = time.process_time()
+
+    def on_validation_batch_end(self, *arguments: object) -> None:
+        """Note the end of the first batch."""
+        if self.is_last and arguments[4] == 0:
+            self._first = time.process_time() - self.started[0]
+
+    def on_validation_end(self, *_: object) -> None:
+        """Stop; what is computed once for all batches belongs to them."""
+        if self.is_last:
+            self.seconds.append((self._first, time.process_time() - self.started[0]))
 
 
 class Trained(Validated):
@@ -111,14 +107,17 @@ class Trained(Validated):
 def validations(
     size: Size, is_compiled: bool, pairs: int, batches: int = BATCHES, max_samples: int | None = None
 ) -> Iterator[tuple[int, int, str, float]]:
-    """Yield round, batch, whether it is monitored, and seconds: of one training, in which every other validation is."""
+    """Yield round, batch, whether it is monitored, and seconds: of one training, in which every other validation is.
+
+    Batch 0 is the first one, and batch 1 the mean of the others with what is done at the end of the validation.
+    """
     warnings.filterwarnings("ignore", module="lightning")
     network = networks.lively(size.network(10))
     skipped = 2 if is_compiled else 1  # pairs that do not count; in the second one a compiled network is split
     if is_compiled:
         network = torch.compile(network)  # `network.compile()` compiles each child of a bare `Sequential` by itself
-    first = Stopwatch()
-    last = Stopwatch(first.started)
+    start = Stopwatch()
+    stop = Stopwatch(start.started)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=2 * (skipped + pairs),
@@ -127,13 +126,15 @@ def validations(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[first, FlatnessMonitor(strict=True, every_n_validations=2, max_samples=max_samples), last],
+        callbacks=[start, FlatnessMonitor(strict=True, every_n_validations=2, max_samples=max_samples), stop],
     )
-    loader = DataLoader(size.data(batches * size.batch), size.batch)
-    trainer.fit(Trained(network), DataLoader(torch.zeros(1, 1)), loader)
-    for number, seconds in enumerate(last.seconds[2 * skipped :]):
-        for batch, took in enumerate(seconds):
-            yield number // 2, batch, UNMONITORED if number % 2 else MONITORED, took
+    images, labels = size.data(batches * size.batch).tensors
+    pieces = list(zip(images.split(size.batch), labels.split(size.batch), strict=True))
+    trainer.fit(Trained(network), DataLoader(torch.zeros(1, 1)), DataLoader(pieces, batch_size=None))
+    for number, (first, whole) in enumerate(stop.seconds[2 * skipped :]):
+        what = UNMONITORED if number % 2 else MONITORED
+        yield number // 2, 0, what, first
+        yield number // 2, 1, what, (whole - first) / (batches - 1)
 
 
 def peers(size: Size, rounds: int) -> Iterator[tuple[int, int, str, float]]:
