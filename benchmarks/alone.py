@@ -13,7 +13,7 @@ from statistics import median
 
 import networks
 import torch
-from sizes import MONITORED, SIZES, UNMONITORED, validations
+from sizes import SIZES, pairs_of
 from timing import THREADS, best_ratio, interleaved, own_peak_megabytes, ratio, seconds
 from validation import SETTINGS, validation
 from whole_network import jacobian, network, ways
@@ -79,11 +79,8 @@ def compiled(max_samples: str, rounds: str) -> tuple[float, float, float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     size = SIZES["resnet20"]._replace(batch=64)
-    pairs: dict[int, dict[str, float]] = {}
-    for number, batch, what, took in validations(size, True, int(rounds), 10, int(max_samples) or None):
-        pair = pairs.setdefault(number, dict.fromkeys((MONITORED, UNMONITORED), 0.0))
-        pair[what] += took * (9 if batch else 1)
-    ratios = sorted(pair[MONITORED] / pair[UNMONITORED] for pair in pairs.values())
+    pairs = pairs_of(size, True, int(rounds), 10, int(max_samples) or None)
+    ratios = sorted(own.whole / plain.whole for own, plain in pairs)
     return median(ratios), ratios[0], ratios[-1]
 
 

@@ -10,23 +10,20 @@ from __future__ import annotations
 import csv
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-import lightning as L
 import networks
 import torch
+from alternating import Took, alternating
 from peers import PEERS, installed, prepared
 from timing import interleaved
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from validation import Validated
+from torch.utils.data import TensorDataset
 
-from lightning_flatness import FlatnessMonitor
 from lightning_flatness.reporting.style import LIGHT, empty_figure, panel, title
 
 if TYPE_CHECKING:
@@ -64,77 +61,24 @@ SIZES = {
 }
 
 
-class Stopwatch(L.Callback):
-    """Notes the processor time of validations: the first of the callbacks starts, the last stops."""
-
-    def __init__(self, started: list[float] | None = None) -> None:
-        self.started = [0.0] if started is None else started
-        self.is_last = started is not None
-        self.seconds: list[tuple[float, float]] = []  # until the end of the first batch, and in all
-
-    def on_validation_epoch_start(self, *_: object) -> None:
-        """Begin a validation; what the monitor does before the first batch belongs to it."""
-        if not self.is_last:
-            self.started[0] = time.process_time()
-
-    def on_validation_batch_end(self, *arguments: object) -> None:
-        """Note the end of the first batch."""
-        if self.is_last and arguments[4] == 0:
-            self._first = time.process_time() - self.started[0]
-
-    def on_validation_end(self, *_: object) -> None:
-        """Stop; what is computed once for all batches belongs to them."""
-        if self.is_last:
-            self.seconds.append((self._first, time.process_time() - self.started[0]))
-
-
-class Trained(Validated):
-    """Trains nothing that is validated."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__(network)
-        self.unused = nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
-        """Return a loss."""
-        return self.unused * 0
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return one of the unused parameter."""
-        return torch.optim.SGD([self.unused])
-
-
-def validations(
+def pairs_of(
     size: Size, is_compiled: bool, pairs: int, batches: int = BATCHES, max_samples: int | None = None
-) -> Iterator[tuple[int, int, str, float]]:
-    """Yield round, batch, whether it is monitored, and seconds: of one training, in which every other validation is.
+) -> list[tuple[Took, Took]]:
+    """Return what validations of a network took, see `alternating`."""
+    images, labels = size.data(batches * size.batch).tensors
+    pieces = zip(images.split(size.batch), labels.split(size.batch), strict=True)
+    return alternating(networks.lively(size.network(10)), pieces, pairs, is_compiled, max_samples)
+
+
+def validations(size: Size, is_compiled: bool, pairs: int) -> Iterator[tuple[int, int, str, float]]:
+    """Yield round, batch, whether it is monitored, and seconds.
 
     Batch 0 is the first one, and batch 1 the mean of the others with what is done at the end of the validation.
     """
-    warnings.filterwarnings("ignore", module="lightning")
-    network = networks.lively(size.network(10))
-    skipped = 2 if is_compiled else 1  # pairs that do not count; in the second one a compiled network is split
-    if is_compiled:
-        network = torch.compile(network)  # `network.compile()` compiles each child of a bare `Sequential` by itself
-    start = Stopwatch()
-    stop = Stopwatch(start.started)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=2 * (skipped + pairs),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[start, FlatnessMonitor(strict=True, every_n_validations=2, max_samples=max_samples), stop],
-    )
-    images, labels = size.data(batches * size.batch).tensors
-    pieces = list(zip(images.split(size.batch), labels.split(size.batch), strict=True))
-    trainer.fit(Trained(network), DataLoader(torch.zeros(1, 1)), DataLoader(pieces, batch_size=None))
-    for number, (first, whole) in enumerate(stop.seconds[2 * skipped :]):
-        what = UNMONITORED if number % 2 else MONITORED
-        yield number // 2, 0, what, first
-        yield number // 2, 1, what, (whole - first) / (batches - 1)
+    for number, pair in enumerate(pairs_of(size, is_compiled, pairs)):
+        for what, took in zip((MONITORED, UNMONITORED), pair, strict=True):
+            yield number, 0, what, took.first
+            yield number, 1, what, took.later
 
 
 def peers(size: Size, rounds: int) -> Iterator[tuple[int, int, str, float]]:
