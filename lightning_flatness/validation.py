@@ -136,6 +136,7 @@ class MeasuredValidation:
         self._count = loader_count(trainer, request.data)
         self._batches = [0] * self._count
         self._groups = [BatchGroups() for _ in range(self._count)]
+        self._limit = partial(sample_limit, trainer, max_samples=request.max_samples)  # of a loader
         self._recorder: Recorder | None = None  # of the loader whose batches come
         self._loader = -1  # its index
         self.measured: str | None = None
@@ -166,7 +167,7 @@ class MeasuredValidation:
         if self._failures.excludes(loader):
             return
         with self._failures.contained(self.close, loader):
-            if self._groups[loader].left(sample_limit(self._trainer, loader, self._request.max_samples)) == 0:
+            if self._groups[loader].left(self._limit(loader)) == 0:
                 self.close()  # the network runs on without hooks, and compiled if it was
                 return
             self._opened(loader).clear()
@@ -178,8 +179,7 @@ class MeasuredValidation:
         if not _rides(self._request.data) or self._failures.excludes(loader):
             return
         with self._failures.contained(self.close, loader):
-            left = self._groups[loader].left(sample_limit(self._trainer, loader, self._request.max_samples))
-            if left != 0:
+            if (left := self._groups[loader].left(self._limit(loader))) != 0:
                 self._measure(outputs, batch, loader, left)
 
     def agree(self) -> list[int]:

@@ -12,13 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_flatness.curvature.forms import (
-    EXACT,
-    RecordedFunction,
-    count_factor,
-    drawn_points,
-    proved_form,
-)
+from lightning_flatness.curvature.forms import EXACT, RecordedFunction, count_factor, drawn_points, proved_form
 from lightning_flatness.curvature.head import HeadCurvature, is_own_logit
 from lightning_flatness.errors import Refusal
 from lightning_flatness.losses import BinaryCrossEntropy, CrossEntropy, Differentiated, Form

@@ -46,8 +46,8 @@ class _Unsplit(Exception):
 class Split:
     """A second compilation of a compiled module: what runs before a layer is compiled, the rest runs by operations.
 
-    A compiled graph runs no hooks. In the rest, those that are given here run. The user's own graphs are
-    not used and stay as they are. What cannot be split runs eagerly, and with it the modules' hooks.
+    A compiled graph runs no hooks. In the rest, those that are given here run. The user's own graphs are not used and
+    stay as they are. What cannot be split runs eagerly, and with it the modules' hooks.
 
     Args:
         model: the model.
